@@ -1,0 +1,1 @@
+//! What a routing plan is.
