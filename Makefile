@@ -1,0 +1,55 @@
+# Everything lives in .venv and target/; the second run of a target is quick.
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+RUST := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -o -name Cargo.toml)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup develop demo test wheel bench lint clean
+
+help: ## Show this help
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(VENV)/.setup ## Create .venv with the build tools
+
+develop: $(VENV)/.develop ## Build the native module and install the package with its extras, editable
+
+demo: develop ## Train a small Mixture-of-Experts language model (ARGS="--steps 50" is passed on)
+	$(BIN)/python -m fastmoe_rs demo $(ARGS)
+
+test: develop ## Run the Python and the Rust tests (ARGS goes to pytest)
+	$(BIN)/python -m pytest $(ARGS)
+	cargo test --workspace --quiet
+
+wheel: setup ## Build the release wheel into dist/
+	rm -rf dist
+	$(BIN)/maturin build --release --locked --out dist
+
+bench: develop ## Time against torch and transformers, then rewrite the table and chart of the README
+	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-autosave $(ARGS)
+	$(BIN)/python bench/report.py
+
+lint: develop ## Formatting, clippy, ruff, mypy and the check of the native stubs
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest fastmoe_rs._native
+
+clean: ## Remove everything that was built, .venv included
+	rm -rf $(VENV) target dist out .benchmarks .pytest_cache .mypy_cache .ruff_cache
+	rm -f python/fastmoe_rs/_native*.so
+
+$(VENV)/.setup: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
+	@command -v cargo >/dev/null || { echo "Rust is needed: https://rustup.rs" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install 'maturin>=1.9,<2'
+	touch $@
+
+$(VENV)/.develop: $(VENV)/.setup $(RUST)
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --release --locked --extras demo,bench,dev
+	touch $@
