@@ -1,0 +1,81 @@
+"""`accelerate(model)`: fastmoe_rs under a Hugging Face model, by one line."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+DEVICES = ("cpu", "meta")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class _CannotServe(Exception):
+    """Why a model is left alone."""
+
+
+def accelerate(model: Model) -> Model:
+    """Switch every mixture-of-experts layer of a transformers model to fastmoe_rs, in place.
+
+    Args:
+        model: a transformers (>= 5) model, or a module that holds one (PEFT, compiled, wrapped).
+
+    Returns:
+        `model` itself. A model that cannot be served is left as it was, with one `UserWarning` that names its
+        class and the reason.
+
+    Raises:
+        TypeError: `model` is not a `torch.nn.Module`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+    try:
+        _switch(model)
+    except _CannotServe as reason:
+        warnings.warn(f"fastmoe_rs leaves {type(model).__name__} as it is: {reason}", stacklevel=2)
+    return model
+
+
+def _switch(model: nn.Module) -> None:
+    try:
+        from .transformers import NAME
+    except ImportError as error:
+        raise _CannotServe(str(error)) from error
+    from transformers import PreTrainedModel
+
+    pretrained = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    if not pretrained:
+        raise _CannotServe("it holds no transformers model")
+    # What `use_experts_implementation` leaves on a module in every release 5.
+    experts = [m for m in model.modules() if hasattr(m, "is_transposed") and hasattr(m, "_apply_gate")]
+    switchable = [m for m in pretrained if m._can_set_experts_implementation()]
+    if not experts or not switchable:
+        raise _CannotServe(_why_no_experts(pretrained[0]))
+    for module in experts:
+        _check_parameters(module)
+    for module in switchable:
+        module.set_experts_implementation(NAME)
+
+
+def _check_parameters(experts: nn.Module) -> None:
+    name = type(experts).__name__
+    # `parameters` shows what lies beneath PEFT's parametrizations without computing them.
+    for parameter in experts.parameters():
+        if parameter.device.type not in DEVICES:
+            raise _CannotServe(f"{name} is on {parameter.device}, this version serves only the CPU")
+        if parameter.dtype not in DTYPES:
+            raise _CannotServe(
+                f"{name} holds {parameter.dtype} (quantized?), served are float32, float64, bfloat16, float16"
+            )
+
+
+def _why_no_experts(model: nn.Module) -> str:
+    if getattr(model, "is_quantized", False):
+        return "its experts are quantized"
+    if any("expert" in name.lower() for name, _ in model.named_modules()):
+        return "transformers does not dispatch the experts of this family (no `use_experts_implementation`)"
+    return "it has no mixture-of-experts layer"

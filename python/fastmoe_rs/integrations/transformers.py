@@ -1,0 +1,139 @@
+"""The experts implementation "fastmoe_rs" of Hugging Face transformers (>= 5).
+
+Importing this module registers it, for every family decorated with `use_experts_implementation`:
+
+    import fastmoe_rs.integrations.transformers
+    model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="fastmoe_rs")
+    model.set_experts_implementation("fastmoe_rs")  # or at run time
+
+Legend: T tokens, H hidden size, I intermediate size, E experts of this rank, K experts per token, R = T*K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import RoutingPlan, functional
+
+try:
+    from transformers import activations as hf
+    from transformers.integrations.moe import ExpertsInterface
+except ImportError as error:
+    raise ImportError(
+        "fastmoe_rs.integrations.transformers needs transformers >= 5: pip install 'fastmoe_rs[transformers]'"
+    ) from error
+
+NAME = "fastmoe_rs"
+
+# transformers has several spellings of one function; those that differ only by rounding share a name here.
+_ACTIVATIONS: dict[object, str] = {
+    hf.SiLUActivation: "silu",
+    nn.SiLU: "silu",
+    F.silu: "silu",
+    hf.GELUActivation: "gelu",
+    F.gelu: "gelu",
+    hf.GELUTanh: "gelu_tanh",
+    hf.NewGELUActivation: "gelu_tanh",
+    nn.ReLU: "relu",
+    F.relu: "relu",
+    torch.relu: "relu",
+    hf.ReLUSquaredActivation: "relu2",
+}
+_GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
+# Gates that are the clamped SwiGLU of GPT-OSS when the two attributes named here hold its alpha and limit.
+_CLAMPED_GATES = {
+    "GptOssExperts._apply_gate": ("alpha", "limit"),
+    "OpenAIPrivacyFilterExperts._apply_gate": ("alpha", "limit"),
+    "MiniMaxM3VLExperts._apply_gate": ("swiglu_alpha", "swiglu_limit"),
+}
+_GPT_OSS_CLAMP = (1.702, 7.0)
+
+
+def fastmoe_experts(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Forward of a decorated transformers experts module; the contract is that of `ExpertsInterface`.
+
+    Args:
+        hidden_states: [T, H].
+        top_k_index: int64 [T, K]. Ids >= E (routes to other ranks) are dropped when the module is expert
+            parallel: they add nothing to the output and get a zero routing-weight gradient.
+        top_k_weights: [T, K], of any floating dtype.
+
+    Returns:
+        [T, H] in the dtype of `hidden_states`; the sum over K is accumulated in fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: an id lies outside [0, E) and the module is not expert parallel.
+
+    Weights, biases and sizes are read from `self` on every call, because PEFT and tensor parallelism put
+    other tensors behind the attributes; each is read once, because reading recomputes a parametrized one.
+    A flag that an early transformers 5 does not set yet gets the value that holds for all its families.
+    """
+    has_gate = getattr(self, "has_gate", True)
+    up = "gate_up_proj" if has_gate else "up_proj"
+    w1, w2 = getattr(self, up), self.down_proj
+    b1, b2 = (getattr(self, up + "_bias"), self.down_proj_bias) if self.has_bias else (None, None)
+    x_TH = hidden_states.to(w1.dtype)
+    out_of_range = "drop" if getattr(self, "_is_expert_parallel", True) else "error"
+    plan = RoutingPlan.from_ids(top_k_index, w1.shape[0], out_of_range=out_of_range)
+    activation = fused_activation(self)
+    if activation is None:
+        h_RI = functional.permute(x_TH, plan)
+        h_RI = functional.grouped_mm(h_RI, w1, plan.offsets, bias=b1, transposed=self.is_transposed)
+        h_RI = self._apply_gate(h_RI) if has_gate else self.act_fn(h_RI)
+        y_RH = functional.grouped_mm(h_RI, w2, plan.offsets, bias=b2, transposed=self.is_transposed)
+        if getattr(self, "has_post_expert_norm", False):
+            y_RH = self.post_expert_norm(y_RH)
+        out_TH = functional.unpermute(y_RH, plan, top_k_weights)
+    else:
+        out_TH = functional.moe_mlp(
+            x_TH,
+            top_k_index,
+            top_k_weights,
+            w1,
+            w2,
+            b1=b1,
+            b2=b2,
+            activation=activation,
+            transposed=self.is_transposed,
+            interleaved=not getattr(self, "is_concatenated", True),
+            plan=plan,
+        )
+    return out_TH.to(hidden_states.dtype)
+
+
+def fused_activation(experts: nn.Module) -> str | None:
+    """The activation of `functional.moe_mlp` that computes what `experts` does between its two projections.
+
+    None when only the module's own Python code knows: an unknown activation, a gate overridden in an unknown
+    way, or a norm of each expert's output.
+    """
+    if getattr(experts, "has_post_expert_norm", False):
+        return None
+    activation = _activation(experts.act_fn) if hasattr(experts, "act_fn") else None
+    if not getattr(experts, "has_gate", True):
+        return activation
+    gate = type(experts)._apply_gate
+    concatenated = getattr(experts, "is_concatenated", None)
+    if gate.__qualname__ == "_default_apply_gate":
+        # It splits its input in halves, whatever layout is declared.
+        return _GATED.get(activation) if concatenated is not False else None
+    # Where no layout is declared, only the gate itself knows it.
+    if gate.__module__.startswith("transformers.") and concatenated is not None:
+        clamp = tuple(getattr(experts, name) for name in _CLAMPED_GATES.get(gate.__qualname__, ()))
+        return "swiglu_oai" if clamp == _GPT_OSS_CLAMP else None
+    return None
+
+
+def _activation(act_fn: Callable[[Tensor], Tensor]) -> str | None:
+    if type(act_fn) is nn.GELU:
+        return "gelu" if act_fn.approximate == "none" else "gelu_tanh"
+    return _ACTIVATIONS.get(type(act_fn) if isinstance(act_fn, nn.Module) else act_fn)
+
+
+ExpertsInterface.register(NAME, fastmoe_experts)
