@@ -1,1 +1,29 @@
-//! What a routing plan is.
+//! What a Mixture-of-Experts routing plan is: scores, top-k, capacity and the stable sort by expert.
+//!
+//! This crate is the specification of the plan; it knows no tensor library, no SIMD intrinsic and no GPU, and
+//! every backend must produce the same plan to the bit.
+//!
+//! T tokens, E experts, K experts per token, R = T*K routed rows, C capacity (rows per expert). Rows are numbered
+//! flat, `i = t * K + k`.
+#![forbid(unsafe_code)]
+
+mod capacity;
+mod error;
+mod exp;
+mod float;
+mod parallel;
+mod plan;
+mod route;
+mod score;
+mod sort;
+mod topk;
+mod validate;
+
+pub use capacity::{Capacity, Drop};
+pub use error::Error;
+pub use float::Float;
+pub use parallel::{Parallel, Serial};
+pub use plan::{ExpertId, OutOfRange, PlanOut, PlanSpec};
+pub use route::{Order, Router, route_rows};
+pub use score::Score;
+pub use validate::{validate_gather, validate_inverse, validate_offsets, validate_plan};

@@ -1,0 +1,112 @@
+//! Everything that can be wrong with a request to this crate.
+
+/// What was wrong: the argument, what was given and what was wanted.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum Error {
+    /// A name that is none of the known ones.
+    #[error("{argument}: given {given:?}, wanted one of {wanted}")]
+    Name {
+        /// The argument.
+        argument: &'static str,
+        /// The name given.
+        given: String,
+        /// The known names.
+        wanted: &'static str,
+    },
+    /// K is zero, or larger than E where the experts of a token are distinct.
+    #[error("top_k: given {given}, wanted 1 to {experts} (the number of experts)")]
+    TopK {
+        /// K.
+        given: usize,
+        /// E.
+        experts: usize,
+    },
+    /// The capacity factor is negative, not finite, or too large.
+    #[error("capacity_factor: given {given}, wanted a finite number >= 0 whose capacity fits 32 bits")]
+    CapacityFactor {
+        /// The factor.
+        given: f64,
+    },
+    /// An array has the wrong number of elements.
+    #[error("{argument}: given {given} elements, wanted {wanted}")]
+    Length {
+        /// The array.
+        argument: &'static str,
+        /// Its number of elements.
+        given: usize,
+        /// The number that the other arguments ask for.
+        wanted: usize,
+    },
+    /// Rows are numbered with 32 bits.
+    #[error("{argument}: given {given} rows, wanted less than 2^31")]
+    TooManyRows {
+        /// What the rows are counted in.
+        argument: &'static str,
+        /// The number of rows (saturated).
+        given: usize,
+    },
+    /// Routing weights are needed and were not given.
+    #[error("weights: given none, wanted one per routed row, because {needed_by} needs them")]
+    MissingWeights {
+        /// What needs the weights.
+        needed_by: &'static str,
+    },
+    /// An expert id outside `0..E`.
+    #[error("ids[{token}, {slot}]: given {given}, wanted an expert id in 0..{experts}")]
+    ExpertId {
+        /// Token t of the first bad id.
+        token: usize,
+        /// Slot k of the first bad id.
+        slot: usize,
+        /// The id.
+        given: i64,
+        /// E.
+        experts: usize,
+    },
+    /// The offsets of a plan do not start at 0, go down, or end past the last row.
+    #[error("offsets[{index}]: given {given}, wanted {wanted}")]
+    Offset {
+        /// Position of the first bad offset.
+        index: usize,
+        /// The offset.
+        given: i32,
+        /// The values that would be right.
+        wanted: String,
+    },
+    /// A sorted row of a plan is fed by a token that does not exist.
+    #[error("gather[{row}]: given {given}, wanted a token in 0..{tokens} or -1")]
+    Gather {
+        /// First bad row.
+        row: usize,
+        /// The token.
+        given: i32,
+        /// T.
+        tokens: usize,
+    },
+    /// A token of a plan points at a sorted row that does not exist.
+    #[error("inverse[{token}, {slot}]: given {given}, wanted a sorted row in 0..{rows} or -1")]
+    Inverse {
+        /// Token t of the first bad entry.
+        token: usize,
+        /// Slot k of the first bad entry.
+        slot: usize,
+        /// The row.
+        given: i32,
+        /// Number of sorted rows.
+        rows: usize,
+    },
+    /// A token of a plan points at a sorted row that another token feeds.
+    #[error(
+        "inverse[{token}, {slot}]: given row {given}, wanted a row that token {token} feeds (gather[{given}] is {fed_by})"
+    )]
+    Mismatch {
+        /// Token t of the first bad entry.
+        token: usize,
+        /// Slot k of the first bad entry.
+        slot: usize,
+        /// The row.
+        given: i32,
+        /// The token that feeds that row.
+        fed_by: i32,
+    },
+}

@@ -1,0 +1,112 @@
+//! From logits to scores, one row at a time.
+//!
+//! Sums run in 16 lanes: element j is added to lane `j % 16`, and the lanes are folded in halves (lane i and i + 8,
+//! i + 4, i + 2, i + 1). The order is part of the definition: every backend gets the same bits.
+
+use crate::{Error, Float};
+use std::str::FromStr;
+
+const LANES: usize = 16;
+
+/// How the logits of one token become scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Score {
+    /// `exp(x_j - max) / sum_j exp(x_j - max)`; all NaN when the row holds a NaN, `+inf`, or nothing but `-inf`.
+    Softmax,
+    /// `1 / (1 + exp(-x))`, element by element.
+    Sigmoid,
+}
+
+impl FromStr for Score {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self, Error> {
+        match name {
+            "softmax" => Ok(Self::Softmax),
+            "sigmoid" => Ok(Self::Sigmoid),
+            _ => {
+                Err(Error::Name { argument: "score", given: name.into(), wanted: "\"softmax\", \"sigmoid\"" })
+            }
+        }
+    }
+}
+
+impl Score {
+    /// Replaces the logits of one row by their scores.
+    #[inline(always)]
+    pub(crate) fn apply<F: Float>(self, row: &mut [F]) {
+        match self {
+            Self::Softmax => softmax(row),
+            Self::Sigmoid => sigmoid(row),
+        }
+    }
+}
+
+#[inline(always)]
+fn softmax<F: Float>(row: &mut [F]) {
+    let max = maximum(row);
+    let mut sums = [F::ZERO; LANES];
+    in_lanes(row, |x| {
+        for (x, sum) in x.iter_mut().zip(&mut sums) {
+            *x = (*x - max).exp();
+            *sum += *x;
+        }
+    });
+    let sum = fold_halves(sums);
+    for x in row {
+        *x = *x / sum;
+    }
+}
+
+#[inline(always)]
+fn sigmoid<F: Float>(row: &mut [F]) {
+    in_lanes(row, |x| {
+        for x in x {
+            *x = F::ONE / (F::ONE + (-*x).exp());
+        }
+    });
+}
+
+/// Calls `work` on 16 elements at a time; the last, shorter chunk is filled up with `-inf`.
+#[inline(always)]
+fn in_lanes<F: Float>(row: &mut [F], mut work: impl FnMut(&mut [F; LANES])) {
+    let (chunks, rest) = row.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        work(chunk);
+    }
+    if !rest.is_empty() {
+        let mut chunk = [F::NEG_INFINITY; LANES];
+        chunk[..rest.len()].copy_from_slice(rest);
+        work(&mut chunk);
+        rest.copy_from_slice(&chunk[..rest.len()]);
+    }
+}
+
+/// The largest number of a row, NaN left out.
+#[inline(always)]
+fn maximum<F: Float>(row: &[F]) -> F {
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    let mut lanes = [F::NEG_INFINITY; LANES];
+    for chunk in chunks {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane = if x > *lane { x } else { *lane };
+        }
+    }
+    let mut max = F::NEG_INFINITY;
+    for &x in lanes.iter().chain(rest) {
+        max = if x > max { x } else { max };
+    }
+    max
+}
+
+#[inline(always)]
+fn fold_halves<F: Float>(mut lanes: [F; LANES]) -> F {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
