@@ -47,18 +47,19 @@ def _switch(model: nn.Module) -> None:
         raise _CannotServe(str(error)) from error
     from transformers import PreTrainedModel
 
-    pretrained = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-    if not pretrained:
+    pretrained = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if pretrained is None:
         raise _CannotServe("it holds no transformers model")
     # What `use_experts_implementation` leaves on a module in every release 5.
     experts = [m for m in model.modules() if hasattr(m, "is_transposed") and hasattr(m, "_apply_gate")]
-    switchable = [m for m in pretrained if m._can_set_experts_implementation()]
-    if not experts or not switchable:
-        raise _CannotServe(_why_no_experts(pretrained[0]))
+    if not experts:
+        raise _CannotServe(_why_no_experts(pretrained))
     for module in experts:
         _check_parameters(module)
-    for module in switchable:
-        module.set_experts_implementation(NAME)
+    # Their forward looks the name up on every call. `set_experts_implementation` would set it too, but refuses
+    # registered names in early releases 5 and skips models whose source code it cannot read.
+    for module in experts:
+        module.config._experts_implementation = NAME
 
 
 def _check_parameters(experts: nn.Module) -> None:
