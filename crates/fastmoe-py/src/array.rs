@@ -1,0 +1,124 @@
+//! What a Python object says of its memory, asked for by the cheapest door that it has:
+//! the DLPack table, torch's methods, or NumPy's array interface.
+
+use pyo3::intern;
+use pyo3::prelude::*;
+use smallvec::SmallVec;
+
+use crate::dlpack::{self, Exchange};
+use crate::element::Element;
+use crate::error::{Error, Result};
+
+pub type Dims = SmallVec<[i64; 4]>;
+
+/// An array as its owner describes it, before any check.
+pub struct Array {
+    pub data: *mut u8,
+    pub shape: Dims,
+    /// In bytes.
+    pub strides: Dims,
+    /// The element type, or the name of one that is not supported.
+    pub element: Result<Element, String>,
+    pub read_only: bool,
+}
+
+impl Array {
+    pub fn describe(name: &str, object: &Bound<'_, PyAny>) -> Result<Self> {
+        if let Some(table) = Exchange::of(&object.get_type())? {
+            return Self::from_table(name, object, table);
+        }
+        if let Some(address) = object.getattr_opt(intern!(object.py(), "data_ptr"))? {
+            return Self::from_torch(name, object, &address);
+        }
+        if let Some(interface) = object.getattr_opt(intern!(object.py(), "__array_interface__"))? {
+            return Self::from_interface(&interface);
+        }
+        let given = object.get_type().name()?;
+        Err(Error::Type(format!("{name}: expected a torch.Tensor or NumPy array, got {given}")))
+    }
+
+    fn from_table(name: &str, object: &Bound<'_, PyAny>, table: Exchange) -> Result<Self> {
+        let Ok(view) = table.view(object) else {
+            return Err(not_in_memory(name, object)?);
+        };
+        let rank = view.ndim as usize;
+        let dims = |dims: *mut i64| match rank {
+            0 => Dims::new(),
+            // SAFETY: DLPack gives `ndim` sizes and as many strides, alive until control returns to Python.
+            _ => Dims::from_slice(unsafe { std::slice::from_raw_parts(dims, rank) }),
+        };
+        let array = Self {
+            data: view.data.cast::<u8>().wrapping_add(view.byte_offset as usize),
+            shape: dims(view.shape),
+            strides: in_bytes(dims(view.strides), i64::from(view.dtype.bits) / 8),
+            element: view.dtype.element(),
+            read_only: false,
+        };
+        let pretended = view.data.is_null() && !array.shape.contains(&0);
+        if view.device.kind != dlpack::CPU || pretended {
+            Err(not_in_memory(name, object)?)
+        } else {
+            Ok(array)
+        }
+    }
+
+    fn from_torch(name: &str, object: &Bound<'_, PyAny>, data_ptr: &Bound<'_, PyAny>) -> Result<Self> {
+        let device = object.getattr("device")?.getattr("type")?;
+        if device.extract::<String>()? != "cpu" {
+            return Err(not_in_memory(name, object)?);
+        }
+        let dtype = object.getattr("dtype")?.str()?.to_string();
+        let dtype = dtype.trim_start_matches("torch.");
+        let bytes = object.call_method0("element_size")?.extract::<i64>()?;
+        Ok(Self {
+            data: data_ptr.call0()?.extract::<usize>()? as *mut u8,
+            shape: object.getattr("shape")?.extract::<Vec<i64>>()?.into(),
+            strides: in_bytes(object.call_method0("stride")?.extract::<Vec<i64>>()?.into(), bytes),
+            element: Element::from_name(dtype).ok_or_else(|| dtype.to_owned()),
+            read_only: false,
+        })
+    }
+
+    /// NumPy's array interface, version 3.
+    fn from_interface(interface: &Bound<'_, PyAny>) -> Result<Self> {
+        let (address, read_only): (usize, bool) = interface.get_item("data")?.extract()?;
+        let typestr: String = interface.get_item("typestr")?.extract()?;
+        let element = Element::from_typestr(&typestr).ok_or(typestr);
+        let shape: Dims = interface.get_item("shape")?.extract::<Vec<i64>>()?.into();
+        let strides = match interface.get_item("strides")?.extract::<Option<Vec<i64>>>()? {
+            Some(strides) => strides.into(),
+            None => dense_strides(&shape, element.as_ref().map_or(1, |e| e.bytes() as i64)),
+        };
+        Ok(Self { data: address as *mut u8, shape, strides, element, read_only })
+    }
+
+    /// Whether the elements lie one after the other in row-major order.
+    pub fn contiguous(&self) -> bool {
+        let Ok(element) = &self.element else { return false };
+        let dense = dense_strides(&self.shape, element.bytes() as i64);
+        let axes = self.shape.iter().zip(self.strides.iter().zip(&dense));
+        self.shape.contains(&0) || axes.into_iter().all(|(&n, (given, dense))| n == 1 || given == dense)
+    }
+}
+
+fn in_bytes(mut strides: Dims, bytes: i64) -> Dims {
+    strides.iter_mut().for_each(|s| *s *= bytes);
+    strides
+}
+
+fn dense_strides(shape: &[i64], bytes: i64) -> Dims {
+    let mut strides = Dims::from_elem(bytes, shape.len());
+    for axis in (1..shape.len()).rev() {
+        strides[axis - 1] = strides[axis].wrapping_mul(shape[axis]);
+    }
+    strides
+}
+
+/// For tensors on other devices, sparse ones, and those that only pretend (meta and fake tensors).
+fn not_in_memory(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Error> {
+    let (kind, device) = (object.get_type().name()?, object.getattr("device")?);
+    let layout = object.getattr("layout").map_or_else(|_| String::new(), |layout| format!(" of {layout}"));
+    Ok(Error::Value(format!(
+        "{name}: expected a dense tensor in CPU memory, got a {kind} on {device}{layout}"
+    )))
+}

@@ -1,0 +1,35 @@
+//! What every native function does around its work.
+
+use fastmoe_cpu::Threads;
+use pyo3::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+
+/// Runs the work with the GIL released, once the instruction set is known to be usable.
+pub fn compute<T: Send>(py: Python<'_>, work: impl Send + FnOnce() -> Result<T>) -> Result<T> {
+    fastmoe_cpu::isa()?;
+    py.detach(work)
+}
+
+/// An argument that counts something.
+pub fn at_least(name: &str, least: i64, given: i64) -> Result<usize> {
+    if given >= least {
+        Ok(given as usize)
+    } else {
+        Err(Error::Value(format!("{name}: expected an int >= {least}, got {given}")))
+    }
+}
+
+/// The `threads` argument.
+pub fn threads(given: i64) -> Result<Threads> {
+    at_least("threads", 1, given).map(Threads)
+}
+
+pub fn optional_input(name: &'static str, object: Option<&Bound<'_, PyAny>>) -> Result<Option<Tensor>> {
+    object.map(|object| Tensor::input(name, object)).transpose()
+}
+
+pub fn optional_output(name: &'static str, object: Option<&Bound<'_, PyAny>>) -> Result<Option<Tensor>> {
+    object.map(|object| Tensor::output(name, object)).transpose()
+}

@@ -1,0 +1,183 @@
+//! The DLPack C exchange table (DLPack 1.3, `DLPackExchangeAPI`): a tensor's pointer, shape and strides
+//! without a reference count, and our memory handed over as a tensor of the other library.
+
+use std::ffi::{c_int, c_void};
+use std::ptr::{self, NonNull};
+use std::sync::{PoisonError, RwLock};
+
+use pyo3::prelude::*;
+use pyo3::types::{PyCapsule, PyType};
+use pyo3::{ffi, intern};
+
+use crate::element::Element;
+
+/// `kDLCPU`.
+pub const CPU: i32 = 1;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct DLDevice {
+    pub kind: i32,
+    pub index: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct DLDataType {
+    pub code: u8,
+    pub bits: u8,
+    pub lanes: u16,
+}
+
+#[repr(C)]
+pub struct DLTensor {
+    pub data: *mut c_void,
+    pub device: DLDevice,
+    pub ndim: i32,
+    pub dtype: DLDataType,
+    pub shape: *mut i64,
+    pub strides: *mut i64,
+    pub byte_offset: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct DLPackVersion {
+    pub major: u32,
+    pub minor: u32,
+}
+
+#[repr(C)]
+pub struct DLManagedTensorVersioned {
+    pub version: DLPackVersion,
+    pub manager_ctx: *mut c_void,
+    pub deleter: Option<unsafe extern "C" fn(*mut DLManagedTensorVersioned)>,
+    pub flags: u64,
+    pub dl_tensor: DLTensor,
+}
+
+/// The functions that we do not call are kept as plain addresses.
+#[repr(C)]
+struct ExchangeApi {
+    version: DLPackVersion,
+    prev_api: *const ExchangeApi,
+    managed_tensor_allocator: *const c_void,
+    managed_tensor_from_py_object: *const c_void,
+    managed_tensor_to_py_object:
+        unsafe extern "C" fn(*mut DLManagedTensorVersioned, *mut *mut c_void) -> c_int,
+    dltensor_from_py_object: Option<unsafe extern "C" fn(*mut c_void, *mut DLTensor) -> c_int>,
+    current_work_stream: *const c_void,
+}
+
+/// The exchange table of one Python type.
+#[derive(Clone, Copy)]
+pub struct Exchange(&'static ExchangeApi);
+
+// SAFETY: the table is immutable, and its functions only ask for the GIL, which their callers here hold.
+unsafe impl Send for Exchange {}
+// SAFETY: as above.
+unsafe impl Sync for Exchange {}
+
+/// Tables by the address of their type. The types are kept alive, so that an address means one type for ever.
+static TABLES: RwLock<Vec<(usize, Option<Exchange>)>> = RwLock::new(Vec::new());
+
+impl Exchange {
+    /// The table of a type, looked up once per type; `None` where it has none that we understand.
+    pub fn of(ty: &Bound<'_, PyType>) -> PyResult<Option<Self>> {
+        let address = ty.as_ptr() as usize;
+        let known = TABLES.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&(_, table)) = known.iter().find(|(known, _)| *known == address) {
+            return Ok(table);
+        }
+        drop(known);
+        let table = Self::look_up(ty)?;
+        ty.clone().unbind().into_ptr();
+        TABLES.write().unwrap_or_else(PoisonError::into_inner).push((address, table));
+        Ok(table)
+    }
+
+    fn look_up(ty: &Bound<'_, PyType>) -> PyResult<Option<Self>> {
+        let Some(capsule) = ty.getattr_opt(intern!(ty.py(), "__dlpack_c_exchange_api__"))? else {
+            return Ok(None);
+        };
+        let table = capsule.cast::<PyCapsule>()?.pointer_checked(Some(c"dlpack_exchange_api"))?;
+        let mut table = table.cast::<ExchangeApi>().as_ptr().cast_const();
+        loop {
+            // SAFETY: the protocol keeps the tables of a chain alive and unchanged for the life of the
+            // process; version and prev_api are the stable head of every one of them.
+            let Some(head) = (unsafe { table.as_ref() }) else { return Ok(None) };
+            match head.version.major {
+                1 => return Ok(head.dltensor_from_py_object.map(|_| Self(head))),
+                0 => return Ok(None),
+                _ => table = head.prev_api,
+            }
+        }
+    }
+
+    /// A look at a tensor of this table's type; what it points to lives as long as the tensor.
+    pub fn view(self, tensor: &Bound<'_, PyAny>) -> PyResult<DLTensor> {
+        let view = self.0.dltensor_from_py_object.expect("look_up keeps only tables that have it");
+        let mut out = DLTensor {
+            data: ptr::null_mut(),
+            device: DLDevice { kind: 0, index: 0 },
+            ndim: 0,
+            dtype: DLDataType { code: 0, bits: 0, lanes: 0 },
+            shape: ptr::null_mut(),
+            strides: ptr::null_mut(),
+            byte_offset: 0,
+        };
+        // SAFETY: the object is of the table's type, `out` is a DLTensor, and the GIL is held.
+        if unsafe { view(tensor.as_ptr().cast(), &mut out) } != 0 {
+            return Err(PyErr::fetch(tensor.py()));
+        }
+        Ok(out)
+    }
+
+    /// A tensor of this table's type that owns `tensor` and calls its deleter when it goes.
+    ///
+    /// # Safety
+    /// The fields of `tensor` describe memory that lives until the deleter is called, once, on any thread.
+    pub unsafe fn adopt<'py>(
+        self,
+        py: Python<'py>,
+        tensor: NonNull<DLManagedTensorVersioned>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let mut object = ptr::null_mut();
+        // SAFETY: the caller vouches for `tensor`; the callee takes it over; the GIL is held.
+        if unsafe { (self.0.managed_tensor_to_py_object)(tensor.as_ptr(), &mut object) } != 0 {
+            return Err(PyErr::fetch(py));
+        }
+        // SAFETY: the protocol returns a new reference.
+        unsafe { Bound::from_owned_ptr_or_err(py, object.cast::<ffi::PyObject>()) }
+    }
+}
+
+impl DLDataType {
+    /// The element type, or the name of one that is not supported.
+    pub fn element(self) -> Result<Element, String> {
+        match (self.code, self.bits, self.lanes) {
+            (0, 32, 1) => Ok(Element::I32),
+            (0, 64, 1) => Ok(Element::I64),
+            (2, 16, 1) => Ok(Element::F16),
+            (2, 32, 1) => Ok(Element::F32),
+            (2, 64, 1) => Ok(Element::F64),
+            (4, 16, 1) => Ok(Element::Bf16),
+            (6, ..) => Err("bool".to_owned()),
+            (code, bits, _) => {
+                let kinds = ["int", "uint", "float", "opaque", "bfloat", "complex"];
+                Err(format!("{}{bits}", kinds.get(usize::from(code)).unwrap_or(&"float")))
+            }
+        }
+    }
+}
+
+impl From<Element> for DLDataType {
+    fn from(element: Element) -> Self {
+        let code = match element {
+            Element::I32 | Element::I64 => 0,
+            Element::F32 | Element::F64 | Element::F16 => 2,
+            Element::Bf16 => 4,
+        };
+        Self { code, bits: 8 * element.bytes() as u8, lanes: 1 }
+    }
+}

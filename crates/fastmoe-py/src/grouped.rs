@@ -1,0 +1,109 @@
+//! `grouped_mm` and its weight gradient: one matrix product per expert over consecutive rows.
+
+use fastmoe_core::validate_offsets;
+use fastmoe_cpu::GroupedMm;
+use pyo3::prelude::*;
+
+use crate::call::{compute, optional_input, optional_output, threads};
+use crate::error::Result;
+use crate::tensor::{Tensor, disjoint};
+
+#[pyfunction]
+#[pyo3(signature = (x, w, offsets, bias, out, *, transposed, threads))]
+#[expect(clippy::too_many_arguments, reason = "the arguments of the Python function")]
+pub fn grouped_mm(
+    py: Python<'_>,
+    x: &Bound<'_, PyAny>,
+    w: &Bound<'_, PyAny>,
+    offsets: &Bound<'_, PyAny>,
+    bias: Option<&Bound<'_, PyAny>>,
+    out: &Bound<'_, PyAny>,
+    transposed: bool,
+    threads: i64,
+) -> Result<()> {
+    let threads = self::threads(threads)?;
+    let x = Tensor::input("x", x)?;
+    let [rows, inner] = x.dims("R, K")?;
+    let dtype = x.float()?;
+    let w = Tensor::input("w", w)?;
+    let [experts, a, b] = w.dims(if transposed { "E, K, N" } else { "E, N, K" })?;
+    let (given, outer) = if transposed { (a, b) } else { (b, a) };
+    w.expect_element(dtype.into())?;
+    expect_weights(&w, [experts, outer, inner], transposed).map_err(|error| {
+        let other = outer == inner && given != inner;
+        error.hint(
+            other,
+            if transposed {
+                "drop transposed=True for [E, N, K] weights"
+            } else {
+                "pass transposed=True for [E, K, N] weights"
+            },
+        )
+    })?;
+    let offsets = Tensor::input("offsets", offsets)?;
+    offsets.expect_shape(&[experts + 1], "E+1")?;
+    let bias = optional_input("bias", bias)?;
+    if let Some(bias) = &bias {
+        bias.expect(dtype, &[experts, outer], "E, N")?;
+    }
+    let out = Tensor::output("out", out)?;
+    out.expect(dtype, &[rows, outer], "R, N")?;
+    disjoint([Some(&out)], [Some(&x), Some(&w), Some(&offsets), bias.as_ref()])?;
+    compute(py, || {
+        let offsets = offsets.slice()?;
+        validate_offsets(offsets, rows)?;
+        let problem = GroupedMm { dtype, inner, outer, rows, offsets, transposed, threads: threads.0 };
+        let bias = bias.as_ref().map(Tensor::ptr);
+        // SAFETY: dtypes, shapes, separate memory and the offsets were checked.
+        unsafe { fastmoe_cpu::grouped_mm(&problem, x.ptr(), w.ptr(), bias, out.ptr_mut()) }
+        Ok(())
+    })
+}
+
+#[pyfunction]
+#[pyo3(signature = (grad_out, x, offsets, grad_w, grad_bias, *, transposed, threads))]
+#[expect(clippy::too_many_arguments, reason = "the arguments of the Python function")]
+pub fn grouped_mm_grad_weight(
+    py: Python<'_>,
+    grad_out: &Bound<'_, PyAny>,
+    x: &Bound<'_, PyAny>,
+    offsets: &Bound<'_, PyAny>,
+    grad_w: &Bound<'_, PyAny>,
+    grad_bias: Option<&Bound<'_, PyAny>>,
+    transposed: bool,
+    threads: i64,
+) -> Result<()> {
+    let threads = self::threads(threads)?;
+    let x = Tensor::input("x", x)?;
+    let [rows, inner] = x.dims("R, K")?;
+    let dtype = x.float()?;
+    let grad_out = Tensor::input("grad_out", grad_out)?;
+    let [_, outer] = grad_out.dims("R, N")?;
+    grad_out.expect(dtype, &[rows, outer], "R, N")?;
+    let grad_w = Tensor::output("grad_w", grad_w)?;
+    let [experts, ..] = grad_w.dims::<3>(if transposed { "E, K, N" } else { "E, N, K" })?;
+    grad_w.expect_element(dtype.into())?;
+    expect_weights(&grad_w, [experts, outer, inner], transposed)?;
+    let offsets = Tensor::input("offsets", offsets)?;
+    offsets.expect_shape(&[experts + 1], "E+1")?;
+    let grad_bias = optional_output("grad_bias", grad_bias)?;
+    if let Some(grad_bias) = &grad_bias {
+        grad_bias.expect(dtype, &[experts, outer], "E, N")?;
+    }
+    disjoint([Some(&grad_w), grad_bias.as_ref()], [&grad_out, &x, &offsets].map(Some))?;
+    compute(py, || {
+        let offsets = offsets.slice()?;
+        validate_offsets(offsets, rows)?;
+        let problem = GroupedMm { dtype, inner, outer, rows, offsets, transposed, threads: threads.0 };
+        let (grad_out, grad_bias) = (grad_out.ptr(), grad_bias.as_ref().map(Tensor::ptr_mut));
+        // SAFETY: dtypes, shapes, separate memory and the offsets were checked.
+        unsafe {
+            fastmoe_cpu::grouped_mm_grad_weight(&problem, grad_out, x.ptr(), grad_w.ptr_mut(), grad_bias)
+        }
+        Ok(())
+    })
+}
+
+fn expect_weights(w: &Tensor, [e, n, k]: [usize; 3], transposed: bool) -> Result<()> {
+    if transposed { w.expect_shape(&[e, k, n], "E, K, N") } else { w.expect_shape(&[e, n, k], "E, N, K") }
+}

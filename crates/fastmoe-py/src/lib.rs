@@ -1,0 +1,40 @@
+//! The Python module `fastmoe_rs._native`: DLPack in, errors out, nothing else.
+//!
+//! Every function writes into tensors that its caller allocated; what they mean is told in `_native.pyi`.
+//! T tokens, H hidden, I intermediate, E experts, K experts per token, R = T*K routed rows.
+
+mod array;
+mod call;
+mod dlpack;
+mod element;
+mod error;
+mod grouped;
+mod info;
+mod memory;
+mod mlp;
+mod permute;
+mod plan;
+mod route;
+mod tensor;
+
+#[pyo3::pymodule(gil_used = false)]
+mod _native {
+    #[pymodule_export]
+    use super::grouped::{grouped_mm, grouped_mm_grad_weight};
+    #[pymodule_export]
+    use super::info::cpu_info;
+    #[pymodule_export]
+    use super::memory::{empty, empty_cache, memory_stats};
+    #[pymodule_export]
+    use super::mlp::{mlp_backward, mlp_forward};
+    #[pymodule_export]
+    use super::permute::{permute, unpermute, unpermute_backward};
+    #[pymodule_export]
+    use super::plan::plan;
+    #[pymodule_export]
+    use super::route::route;
+
+    #[pymodule_export]
+    #[allow(non_upper_case_globals, reason = "the Python name")]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}

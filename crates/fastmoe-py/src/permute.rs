@@ -1,0 +1,137 @@
+//! `permute` and `unpermute`: token rows to expert order and back.
+
+use fastmoe_core::{validate_gather, validate_inverse, validate_plan};
+use pyo3::prelude::*;
+
+use crate::call::{compute, optional_input, optional_output, threads};
+use crate::element::Element;
+use crate::error::Result;
+use crate::tensor::{Tensor, disjoint};
+
+#[pyfunction]
+#[pyo3(signature = (x, gather, out, *, threads))]
+pub fn permute(
+    py: Python<'_>,
+    x: &Bound<'_, PyAny>,
+    gather: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+    threads: i64,
+) -> Result<()> {
+    let threads = self::threads(threads)?;
+    let x = Tensor::input("x", x)?;
+    let [tokens, cols] = x.dims("T, H")?;
+    let dtype = x.float()?;
+    let gather = Tensor::input("gather", gather)?;
+    let [rows] = gather.dims("R")?;
+    let out = Tensor::output("out", out)?;
+    out.expect(dtype, &[rows, cols], "R, H")?;
+    disjoint([Some(&out)], [&x, &gather].map(Some))?;
+    compute(py, || {
+        let gather = gather.slice()?;
+        validate_gather(gather, tokens)?;
+        // SAFETY: dtypes, shapes, separate memory and every index were checked.
+        unsafe { fastmoe_cpu::permute(dtype, cols, x.ptr(), gather, out.ptr_mut(), threads.0) }
+        Ok(())
+    })
+}
+
+#[pyfunction]
+#[pyo3(signature = (y, inverse, weights, out, *, threads))]
+pub fn unpermute(
+    py: Python<'_>,
+    y: &Bound<'_, PyAny>,
+    inverse: &Bound<'_, PyAny>,
+    weights: Option<&Bound<'_, PyAny>>,
+    out: &Bound<'_, PyAny>,
+    threads: i64,
+) -> Result<()> {
+    let threads = self::threads(threads)?;
+    let y = Tensor::input("y", y)?;
+    let [rows, cols] = y.dims("R, H")?;
+    let dtype = y.float()?;
+    let inverse = Tensor::input("inverse", inverse)?;
+    let [tokens, top_k] = inverse.dims("T, K")?;
+    let weights = optional_input("weights", weights)?;
+    if let Some(weights) = &weights {
+        weights.expect(Element::of_weights(dtype), &[tokens, top_k], "T, K")?;
+    }
+    let out = Tensor::output("out", out)?;
+    out.expect(dtype, &[tokens, cols], "T, H")?;
+    disjoint([Some(&out)], [Some(&y), Some(&inverse), weights.as_ref()])?;
+    compute(py, || {
+        let inverse = inverse.slice()?;
+        validate_inverse(inverse, top_k, rows)?;
+        let (y, out) = (y.ptr(), out.ptr_mut());
+        let weights = weights.as_ref().map(Tensor::ptr);
+        // SAFETY: dtypes, shapes, separate memory and every index were checked.
+        unsafe { fastmoe_cpu::unpermute(dtype, cols, top_k, y, inverse, weights, out, threads.0) }
+        Ok(())
+    })
+}
+
+#[pyfunction]
+#[pyo3(signature = (grad_out, y, weights, gather, inverse, grad_y, grad_weights, *, threads))]
+#[expect(clippy::too_many_arguments, reason = "the arguments of the Python function")]
+pub fn unpermute_backward(
+    py: Python<'_>,
+    grad_out: &Bound<'_, PyAny>,
+    y: &Bound<'_, PyAny>,
+    weights: Option<&Bound<'_, PyAny>>,
+    gather: &Bound<'_, PyAny>,
+    inverse: &Bound<'_, PyAny>,
+    grad_y: Option<&Bound<'_, PyAny>>,
+    grad_weights: Option<&Bound<'_, PyAny>>,
+    threads: i64,
+) -> Result<()> {
+    let threads = self::threads(threads)?;
+    let y = Tensor::input("y", y)?;
+    let [rows, cols] = y.dims("R, H")?;
+    let dtype = y.float()?;
+    let wide = Element::of_weights(dtype);
+    let inverse = Tensor::input("inverse", inverse)?;
+    let [tokens, top_k] = inverse.dims("T, K")?;
+    let gather = Tensor::input("gather", gather)?;
+    gather.expect_shape(&[rows], "R")?;
+    let grad_out = Tensor::input("grad_out", grad_out)?;
+    grad_out.expect(dtype, &[tokens, cols], "T, H")?;
+    let weights = optional_input("weights", weights)?;
+    if let Some(weights) = &weights {
+        weights.expect(wide, &[tokens, top_k], "T, K")?;
+    }
+    let grad_y = optional_output("grad_y", grad_y)?;
+    if let Some(grad_y) = &grad_y {
+        grad_y.expect(dtype, &[rows, cols], "R, H")?;
+    }
+    let grad_weights = optional_output("grad_weights", grad_weights)?;
+    if let Some(grad_weights) = &grad_weights {
+        grad_weights.expect(wide, &[tokens, top_k], "T, K")?;
+    }
+    disjoint(
+        [grad_y.as_ref(), grad_weights.as_ref()],
+        [Some(&grad_out), Some(&y), weights.as_ref(), Some(&gather), Some(&inverse)],
+    )?;
+    compute(py, || {
+        let (gather, inverse) = (gather.slice()?, inverse.slice()?);
+        validate_plan(tokens, top_k, 1, &[0, rows as i32], gather, inverse)?;
+        let (grad_out, y, weights) = (grad_out.ptr(), y.ptr(), weights.as_ref().map(Tensor::ptr));
+        let (grad_y, grad_weights) =
+            (grad_y.as_ref().map(Tensor::ptr_mut), grad_weights.as_ref().map(Tensor::ptr_mut));
+        // SAFETY: dtypes, shapes, separate memory and every index were checked.
+        unsafe {
+            fastmoe_cpu::unpermute_backward(
+                dtype,
+                cols,
+                top_k,
+                grad_out,
+                y,
+                weights,
+                gather,
+                inverse,
+                grad_y,
+                grad_weights,
+                threads.0,
+            );
+        }
+        Ok(())
+    })
+}

@@ -1,0 +1,181 @@
+//! A checked view of one tensor argument.
+
+use std::ops::Range;
+
+use fastmoe_cpu::{DType, Ptr, PtrMut};
+use pyo3::intern;
+use pyo3::prelude::*;
+use smallvec::SmallVec;
+
+use crate::array::Array;
+use crate::element::{Element, Scalar};
+use crate::error::{Error, Result};
+
+/// An argument in CPU memory, C-contiguous and aligned, of a supported element type.
+///
+/// It borrows from the Python object that the caller of the native function holds for the length of the call.
+pub struct Tensor {
+    name: &'static str,
+    data: *mut u8,
+    shape: SmallVec<[usize; 4]>,
+    element: Element,
+}
+
+// SAFETY: a view is an address with its extent; nothing in it belongs to a thread.
+unsafe impl Send for Tensor {}
+// SAFETY: as above.
+unsafe impl Sync for Tensor {}
+
+impl Tensor {
+    /// A tensor to read.
+    pub fn input(name: &'static str, object: &Bound<'_, PyAny>) -> Result<Self> {
+        Self::check(name, Array::describe(name, object)?)
+    }
+
+    /// A tensor to write: not read-only, and not watched by autograd, which would miss the change.
+    pub fn output(name: &'static str, object: &Bound<'_, PyAny>) -> Result<Self> {
+        let array = Array::describe(name, object)?;
+        if array.read_only {
+            return Err(Error::Value(format!(
+                "{name}: expected a writable array to put the result in, got a read-only one"
+            )));
+        }
+        if let Some(watched) = object.getattr_opt(intern!(object.py(), "requires_grad"))?
+            && watched.is_truthy()?
+        {
+            return Err(Error::Value(format!(
+                "{name}: expected a tensor to put the result in, got one that requires grad"
+            )));
+        }
+        Self::check(name, array)
+    }
+
+    fn check(name: &'static str, array: Array) -> Result<Self> {
+        let element = match &array.element {
+            Ok(element) => *element,
+            Err(given) => return Err(Error::Type(format!("{name}: dtype {given} is not supported"))),
+        };
+        if !array.contiguous() {
+            return Err(Error::Value(format!(
+                "{name}: expected a C-contiguous tensor, got strides {:?} bytes for shape {:?}; call .contiguous()",
+                array.strides.as_slice(),
+                array.shape.as_slice()
+            )));
+        }
+        if !array.data.addr().is_multiple_of(element.bytes()) {
+            return Err(Error::Value(format!(
+                "{name}: expected memory aligned to its elements, got a misaligned array"
+            )));
+        }
+        let shape = array.shape.iter().map(|&n| n as usize).collect();
+        Ok(Self { name, data: array.data, shape, element })
+    }
+
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The sizes of a tensor of N axes; `legend` names them in the error.
+    pub fn dims<const N: usize>(&self, legend: &str) -> Result<[usize; N]> {
+        self.shape.as_slice().try_into().map_err(|_| {
+            Error::Value(format!("{}: expected {N} axes ({legend}), got shape {:?}", self.name, self.shape()))
+        })
+    }
+
+    /// Fails unless the shape is this one.
+    pub fn expect_shape(&self, shape: &[usize], legend: &str) -> Result<()> {
+        if self.shape() == shape {
+            return Ok(());
+        }
+        Err(Error::Value(format!(
+            "{}: expected shape {shape:?} ({legend}), got {:?}",
+            self.name,
+            self.shape()
+        )))
+    }
+
+    /// Fails unless the element type is this one.
+    pub fn expect_element(&self, element: Element) -> Result<()> {
+        if self.element == element {
+            return Ok(());
+        }
+        let (wanted, given) = (element.name(), self.element.name());
+        Err(Error::Type(format!("{}: expected dtype {wanted}, got {given}", self.name)))
+    }
+
+    /// Fails unless element type and shape are these.
+    pub fn expect(&self, element: impl Into<Element>, shape: &[usize], legend: &str) -> Result<()> {
+        self.expect_element(element.into())?;
+        self.expect_shape(shape, legend)
+    }
+
+    /// The floating-point type of the elements.
+    pub fn float(&self) -> Result<DType> {
+        self.element.float().ok_or_else(|| {
+            let given = self.element.name();
+            Error::Type(format!(
+                "{}: expected dtype float32, float64, bfloat16 or float16, got {given}",
+                self.name
+            ))
+        })
+    }
+
+    pub fn element(&self) -> Element {
+        self.element
+    }
+
+    pub fn ptr(&self) -> Ptr {
+        self.data
+    }
+
+    pub fn ptr_mut(&self) -> PtrMut {
+        self.data
+    }
+
+    /// The elements; fails unless they are `T`.
+    pub fn slice<T: Scalar>(&self) -> Result<&[T]> {
+        self.expect_element(T::ELEMENT)?;
+        let data = if self.count() == 0 { std::ptr::dangling() } else { self.data.cast::<T>().cast_const() };
+        // SAFETY: `check` saw that many aligned, dense elements of this type, which the caller keeps alive;
+        // outputs are told apart from inputs by `disjoint` before any is written.
+        Ok(unsafe { std::slice::from_raw_parts(data, self.count()) })
+    }
+
+    /// The elements to write; fails unless they are `T`.
+    pub fn slice_mut<T: Scalar>(&mut self) -> Result<&mut [T]> {
+        self.expect_element(T::ELEMENT)?;
+        let data = if self.count() == 0 { std::ptr::dangling_mut() } else { self.data.cast::<T>() };
+        // SAFETY: as for `slice`; `disjoint` has seen that no other argument shares this memory.
+        Ok(unsafe { std::slice::from_raw_parts_mut(data, self.count()) })
+    }
+
+    fn count(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    fn addresses(&self) -> Range<usize> {
+        self.data.addr()..self.data.addr() + self.count() * self.element.bytes()
+    }
+}
+
+/// Fails when an output shares memory with an input or with another output.
+pub fn disjoint<'a>(
+    outputs: impl IntoIterator<Item = Option<&'a Tensor>>,
+    inputs: impl IntoIterator<Item = Option<&'a Tensor>>,
+) -> Result<()> {
+    let mut others: SmallVec<[&Tensor; 16]> = inputs.into_iter().flatten().collect();
+    for output in outputs.into_iter().flatten() {
+        let range = output.addresses();
+        for other in &others {
+            let taken = other.addresses();
+            if range.start.max(taken.start) < range.end.min(taken.end) {
+                let (name, other) = (output.name, other.name);
+                return Err(Error::Value(format!(
+                    "{name}: expected memory of its own, got memory shared with {other}"
+                )));
+            }
+        }
+        others.push(output);
+    }
+    Ok(())
+}
