@@ -1,0 +1,106 @@
+"""The commands `python -m fastmoe_rs demo` and `python -m fastmoe_rs doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from . import __version__
+
+FAILED, BAD_ARGUMENT, INTERRUPTED = 1, 2, 130
+DTYPES = ("float32", "bfloat16", "float16")
+OUT = Path("out/demo")
+DEMO_MODULES = ("torch", "rich", "matplotlib", "safetensors")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_ARGUMENT, f"{self.prog}: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status: 0, 1 when it failed, 2 when an argument is bad."""
+    parser = Parser(prog="fastmoe_rs", description="Fast Mixture-of-Experts layers for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"fastmoe_rs {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="{demo,doctor}", required=True)
+    add_demo(commands.add_parser("demo", help="train a small language model", allow_abbrev=False))
+    add_doctor(commands.add_parser("doctor", help="check this installation", allow_abbrev=False))
+    options = parser.parse_args(arguments)
+    return options.command(options)
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Train a small byte-level Mixture-of-Experts language model."
+    option = parser.add_argument
+    option("--steps", type=whole(1), help="training steps (default: %(default)s)", default=400)
+    option("--experts", type=whole(1), help="experts a layer (default: %(default)s)", default=16)
+    option("--top-k", type=whole(1), help="experts a token goes to (default: %(default)s)", default=2)
+    option("--dtype", choices=DTYPES, help="of the matrix products (default: %(default)s)", default="float32")
+    option("--device", help="where to train (default: %(default)s)", default="cpu")
+    option("--text", type=Path, help="a file or folder to learn (default: Python's standard library)")
+    option("--out", type=Path, help="a folder; a run found there goes on (default: %(default)s)", default=OUT)
+    option("--seed", type=whole(0), help="of weights and batches (default: %(default)s)", default=0)
+    option("--save-every", type=whole(1), help="steps between checkpoints (default: %(default)s)", default=50)
+    parser.set_defaults(command=demo, parser=parser)
+
+
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Check this installation; exit status 1 when something is broken."
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(command=doctor)
+
+
+def whole(minimum: int) -> Callable[[str], int]:
+    """A parser of whole numbers from `minimum` on."""
+
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"wanted a whole number from {minimum} on, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def demo(options: argparse.Namespace) -> int:
+    if options.top_k > options.experts:
+        options.parser.error(f"argument --top-k: {options.top_k} is more than --experts {options.experts}")
+    missing = [name for name in DEMO_MODULES if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"the demo needs {', '.join(missing)}: pip install 'fastmoe_rs[demo]'", file=sys.stderr)
+        return FAILED
+    from rich.console import Console
+
+    from .demo import BadArgument, Config, DemoError
+    from .demo.run import run
+
+    config = Config(
+        steps=options.steps,
+        experts=options.experts,
+        top_k=options.top_k,
+        dtype=options.dtype,
+        device=options.device,
+        seed=options.seed,
+    )
+    try:
+        run(config, options.out, options.text, options.save_every, Console())
+    except BadArgument as error:
+        options.parser.error(str(error))
+    except DemoError as error:
+        print(f"{options.parser.prog}: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from the last checkpoint in {options.out}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from .doctor import examine, show
+
+    return show(examine(), as_json=options.json)

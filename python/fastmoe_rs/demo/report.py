@@ -1,0 +1,111 @@
+"""The picture of a run: loss, speed beside transformers, and the load of every expert over time."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .compare import OURS, Comparison
+from .config import Config
+
+MAX_COLUMNS = 120  # of the heatmap; more steps than that are averaged
+SMOOTHED_SHARE = 25  # a point of the smooth loss curve averages one part in so many of all steps
+INK, MUTED, ACCENT, PEER = "#1f2933", "#7b8794", "#d9480f", "#adb5bd"
+STYLE = {
+    "font.family": "sans-serif",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+}
+
+
+def draw(path: Path, config: Config, records: list[dict[str, Any]], comparison: Comparison | None) -> None:
+    """Write the PNG of a run, given the records of metrics.jsonl."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 8), dpi=130, layout="constrained")
+        figure.suptitle(
+            f"A language model of {config.layers} layers × {config.experts} experts, {config.top_k} a token, "
+            f"trained with fastmoe_rs in {config.dtype}",
+            fontsize=13,
+            fontweight="bold",
+        )
+        top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+        if comparison:
+            loss_axes, speed_axes = top.subplots(1, 2, width_ratios=(2.4, 1))
+            draw_speed(speed_axes, comparison)
+        else:
+            loss_axes = top.subplots()
+        draw_loss(loss_axes, records)
+        draw_load(bottom.subplots(), config, records)
+        figure.savefig(path)
+
+
+def draw_loss(axes: Axes, records: list[dict[str, Any]]) -> None:
+    steps = [record["step"] for record in records]
+    losses = [record["loss"] for record in records]
+    validated = [(entry["step"], entry["validation_loss"]) for entry in records if "validation_loss" in entry]
+    axes.plot(steps, losses, color=ACCENT, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, smoothed(losses), color=ACCENT, linewidth=2, label="training")
+    axes.plot(*zip(*validated, strict=True), "o", color=INK, markersize=4.5, label="validation")
+    last_loss = validated[-1][1]
+    axes.annotate(
+        f"{last_loss:.2f}", validated[-1], (0, 9), textcoords="offset points", ha="center", weight="bold"
+    )
+    axes.set(title="Loss, nats a byte", xlabel="step", xlim=(0, steps[-1] * 1.03), ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color=PEER, alpha=0.4)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_speed(axes: Axes, comparison: Comparison) -> None:
+    slowest_first = sorted(comparison.milliseconds.items(), key=lambda item: -item[1])
+    names, milliseconds = zip(*slowest_first, strict=True)
+    colors = [ACCENT if name == OURS else PEER for name in names]
+    bars = axes.barh(names, milliseconds, height=0.6, color=colors)
+    axes.bar_label(bars, fmt="%.0f ms", padding=4)
+    axes.set(
+        title=f"Training step, {comparison.speed_ratio:.2f}× as fast",
+        xlim=(0, max(milliseconds) * 1.2),
+        xlabel=f"transformers {comparison.peer_version}; medians",
+        xticks=[],
+    )
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.spines[:].set_visible(False)
+
+
+def draw_load(axes: Axes, config: Config, records: list[dict[str, Any]]) -> None:
+    rows, experts = config.layers * config.experts, config.experts
+    load = np.array([record["load"] for record in records]).reshape(len(records), rows) * experts
+    parts = np.array_split(load, min(MAX_COLUMNS, len(load)))
+    columns = np.stack([part.mean(axis=0) for part in parts], axis=1)
+    extent = (0, len(records), rows, 0)
+    image = axes.imshow(
+        columns, "RdBu_r", aspect="auto", vmin=0, vmax=2, interpolation="nearest", extent=extent
+    )
+    for layer in range(1, config.layers):
+        axes.axhline(layer * experts, color=INK, linewidth=1.2)
+    axes.set_yticks([(layer + 0.5) * experts for layer in range(config.layers)])
+    axes.set_yticklabels([f"layer {layer}" for layer in range(config.layers)])
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(title="Load of every expert, one row each", xlabel="step")
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.01, extend="max", ticks=(0, 1, 2))
+    bar.ax.set_yticklabels(["idle", "even", "2×"])
+    bar.outline.set_visible(False)
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """The mean of every value and its neighbours."""
+    reach = len(values) // SMOOTHED_SHARE // 2
+    return [statistics.fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]

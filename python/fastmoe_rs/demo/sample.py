@@ -1,0 +1,27 @@
+"""Text that the model writes."""
+
+from __future__ import annotations
+
+import torch
+
+from .trainer import Trainer
+
+
+@torch.inference_mode()
+def continue_text(trainer: Trainer, prompt: bytes, length: int, temperature: float = 0.6) -> bytes:
+    """`length` more bytes after `prompt`, drawn at `temperature`; the same ones every time."""
+    generator = torch.Generator().manual_seed(trainer.config.seed)
+    written = torch.tensor([list(prompt)])
+    for _ in range(length):
+        with trainer.autocast():
+            logits = trainer.model(written[:, -trainer.config.context :]).logits[:, -1].float()
+        following = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        written = torch.cat((written, following), dim=1)
+    return bytes(written[0, len(prompt) :].tolist())
+
+
+def readable(text: bytes) -> str:
+    """Text without what a terminal would act on, whatever the bytes are."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else "·" for letter in text.decode(errors="replace")
+    )
