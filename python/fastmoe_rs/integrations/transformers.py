@@ -83,10 +83,11 @@ def fastmoe_experts(
     plan = RoutingPlan.from_ids(top_k_index, w1.shape[0], out_of_range=out_of_range)
     activation = fused_activation(self)
     if activation is None:
-        h_RI = functional.permute(x_TH, plan)
-        h_RI = functional.grouped_mm(h_RI, w1, plan.offsets, bias=b1, transposed=self.is_transposed)
+        if self.is_transposed:
+            w1, w2 = w1.transpose(1, 2), w2.transpose(1, 2)
+        h_RI = functional.grouped_mm(functional.permute(x_TH, plan), w1, plan.offsets, bias=b1)
         h_RI = self._apply_gate(h_RI) if has_gate else self.act_fn(h_RI)
-        y_RH = functional.grouped_mm(h_RI, w2, plan.offsets, bias=b2, transposed=self.is_transposed)
+        y_RH = functional.grouped_mm(h_RI, w2, plan.offsets, bias=b2)
         if getattr(self, "has_post_expert_norm", False):
             y_RH = self.post_expert_norm(y_RH)
         out_TH = functional.unpermute(y_RH, plan, top_k_weights)

@@ -1,0 +1,141 @@
+"""Tiny random transformers models and experts modules, and how their numbers are compared."""
+
+import importlib
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+# Each family takes those of these sizes that its configuration has.
+SIZES = {
+    "hidden_size": 32,
+    "moe_hidden_size": 32,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "index_topk": 4,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "sliding_window": 8,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "num_local_experts": 8,
+    "num_experts": 8,
+    "n_routed_experts": 8,
+    "moe_num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+OVERRIDES = {
+    "bailing_hybrid": {"n_group": 2, "topk_group": 2},
+    "beam": {"mlp_layer_types": ["sparse", "sparse"]},
+    "flint": {"mlp_only_layers": []},
+    "gemma4_text": {
+        "enable_moe_block": True,
+        "top_k_experts": 2,
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 64,
+        "num_kv_shared_layers": 0,
+    },
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["attention", "attention"]},
+    "hunyuan_v1_moe": {"moe_topk": 2},
+    "lfm2_moe": {"layer_types": ["full_attention", "full_attention"]},
+    "mistral4": {"head_dim": 16},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
+def config(family, **overrides):
+    """The configuration of a family, shrunk."""
+    known = AutoConfig.for_model(family).to_dict()
+    sizes = {name: size for name, size in SIZES.items() if name in known}
+    if "kv_lora_rank" in known:  # multi-head latent attention has no groups of queries
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    return AutoConfig.for_model(family, **sizes | OVERRIDES.get(family, {}) | overrides)
+
+
+def randomise(module, scale=0.3):
+    """Every parameter and selection bias drawn anew: many start as zeros, which would hide an error."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = dict(module.named_parameters()) | {n: b for n, b in module.named_buffers() if "bias" in n}
+    with torch.no_grad():
+        for tensor in tensors.values():
+            tensor.copy_(torch.empty(tensor.shape).uniform_(-scale, scale, generator=generator))
+    return module
+
+
+def build(family, implementation="eager", *, scale=0.3, **overrides):
+    """A model in evaluation mode, for causal language modelling where the family does that."""
+    shrunk = config(family, **overrides)
+    causal = type(shrunk) in AutoModelForCausalLM._model_mapping
+    auto = AutoModelForCausalLM if causal else AutoModel
+    return randomise(auto.from_config(shrunk, experts_implementation=implementation), scale).eval()
+
+
+def build_experts(family, **overrides):
+    """The experts module of a family alone."""
+    shrunk = config(family, **overrides)
+    modeling = importlib.import_module(type(shrunk).__module__.replace("configuration_", "modeling_"))
+    experts = next(
+        c for n, c in vars(modeling).items() if n.endswith("Experts") and hasattr(c, "_apply_gate")
+    )
+    return randomise(experts(shrunk))
+
+
+def tokens(shape=(2, 9)):
+    """Token ids, none of them a special one."""
+    return torch.randint(3, 64, shape, generator=torch.Generator().manual_seed(1))
+
+
+def routed(experts, T=40, K=3, ids_below=None):
+    """Hidden states, expert ids (repeated in some rows) and routing weights for an experts module."""
+    generator = torch.Generator().manual_seed(2)
+    H = experts.down_proj.shape[2 if experts.is_transposed else 1]
+    x_TH = torch.randn(T, H, generator=generator)
+    ids_TK = torch.randint(0, ids_below or experts.num_experts, (T, K), generator=generator)
+    return x_TH, ids_TK, torch.rand(T, K, generator=generator)
+
+
+def run(experts, implementation, x_TH, ids_TK, weights_TK):
+    """Output of one experts call, and its gradients by name."""
+    experts.config._experts_implementation = implementation
+    x_TH, weights_TK = x_TH.clone().requires_grad_(), weights_TK.clone().requires_grad_()
+    out_TH = experts(x_TH, ids_TK, weights_TK)
+    upstream_TH = torch.randn(out_TH.shape, generator=torch.Generator().manual_seed(3)).to(out_TH.dtype)
+    grads = gradients((out_TH * upstream_TH).sum(), experts)
+    return out_TH.detach(), grads | {"hidden_states": x_TH.grad, "top_k_weights": weights_TK.grad}
+
+
+def gradients(loss, module):
+    """Gradient of `loss` in every trainable parameter."""
+    module.zero_grad()
+    loss.backward()
+    return {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+
+
+def relative(actual, expected):
+    """Largest difference in units of the largest expected value."""
+    return ((actual.double() - expected.double()).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+
+
+def assert_gradients(actual, expected, bound):
+    """Every gradient that is expected is there, within `bound` of the largest expected value."""
+    assert actual.keys() == expected.keys()
+    errors = {name: relative(actual[name], grad) for name, grad in expected.items() if grad is not None}
+    assert max(errors.values()) <= bound, {name: error for name, error in errors.items() if error > bound}
