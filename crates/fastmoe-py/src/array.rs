@@ -117,8 +117,7 @@ fn dense_strides(shape: &[i64], bytes: i64) -> Dims {
 /// For tensors on other devices, sparse ones, and those that only pretend (meta and fake tensors).
 fn not_in_memory(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Error> {
     let (kind, device) = (object.get_type().name()?, object.getattr("device")?);
-    let layout = object.getattr("layout").map_or_else(|_| String::new(), |layout| format!(" of {layout}"));
-    Ok(Error::Value(format!(
-        "{name}: expected a dense tensor in CPU memory, got a {kind} on {device}{layout}"
-    )))
+    let layout = object.getattr("layout")?.str()?;
+    let given = format!("a {layout} {kind} on device {device}");
+    Ok(Error::Value(format!("{name}: expected a dense tensor in CPU memory, got {given}")))
 }

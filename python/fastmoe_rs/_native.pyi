@@ -1,0 +1,219 @@
+"""The native module: every function computes into tensors that its caller allocated.
+
+T tokens, H hidden, I intermediate, E experts, K experts per token, R = T*K routed rows, C capacity.
+
+Tensors are torch CPU tensors or NumPy arrays, C-contiguous; outputs are writable, do not require grad, and share
+no memory with any other argument. float means float32, float64, bfloat16 or float16; wide means float64 where the
+other tensors are float64, else float32. `gather` has R entries, or E*C in a padded plan. `threads` >= 1 is the most
+threads to use. The GIL is released during the work.
+
+Every function raises TypeError for an object or dtype that it does not take, ValueError for a wrong shape, value or
+place in memory, both naming the argument, what was wanted and what was given, and ValueError when FASTMOE_CPU_ISA
+names no instruction set of this machine.
+"""
+
+from typing import Any, Final, Literal, TypeAlias, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+_Tensor: TypeAlias = torch.Tensor | npt.NDArray[np.generic[Any]]
+_Drop: TypeAlias = Literal["position", "score"]
+_Order: TypeAlias = Literal["score_topk", "topk_score"]
+_OutOfRange: TypeAlias = Literal["error", "drop"]
+_Score: TypeAlias = Literal["softmax", "sigmoid"]
+_DType: TypeAlias = Literal["float32", "float64", "bfloat16", "float16"]
+
+class _CpuInfo(TypedDict):
+    arch: str
+    features: list[str]
+    isa: str
+    available: list[str]
+    kernels: dict[str, str]
+    threads_pool: Literal["openmp", "rayon"]
+
+class _MemoryStats(TypedDict):
+    cached_bytes: int
+    used_bytes: int
+    hits: int
+    misses: int
+
+__all__ = [
+    "__version__",
+    "cpu_info",
+    "empty",
+    "empty_cache",
+    "grouped_mm",
+    "grouped_mm_grad_weight",
+    "memory_stats",
+    "mlp_backward",
+    "mlp_forward",
+    "permute",
+    "plan",
+    "route",
+    "unpermute",
+    "unpermute_backward",
+]
+
+__version__: Final[str]
+
+def route(
+    logits: _Tensor,
+    bias: _Tensor | None,
+    ids: _Tensor,
+    weights: _Tensor,
+    scores: _Tensor,
+    *,
+    score: _Score,
+    order: _Order,
+    renormalize: bool,
+    scale: float,
+    threads: int,
+) -> None:
+    """From float logits [T, E] and wide bias [E]: ids int64 [T, K], wide weights [T, K], wide scores [T, E].
+
+    Experts of a token come in falling order of score (plus bias, which enters the selection only), ties by rising
+    id, NaN last.
+    """
+
+def plan(
+    ids: _Tensor,
+    weights: _Tensor | None,
+    counts: _Tensor,
+    offsets: _Tensor,
+    gather: _Tensor,
+    inverse: _Tensor,
+    sorted_weights: _Tensor | None,
+    *,
+    num_experts: int,
+    capacity: int | None,
+    drop: _Drop,
+    pad: bool,
+    out_of_range: _OutOfRange,
+    threads: int,
+) -> None:
+    """Stable sort of the routed rows by expert, from ids [T, K] int64 or int32.
+
+    counts [E], offsets [E+1], gather [R or E*C] (token of each sorted row, -1 where unused) and inverse [T, K]
+    (sorted row of each token and slot, -1 where dropped) are int32. weights [T, K] are float32 or float64, and
+    sorted_weights, as long as gather, is like them.
+    """
+
+def mlp_forward(
+    x: _Tensor,
+    w1: _Tensor,
+    b1: _Tensor | None,
+    w2: _Tensor,
+    b2: _Tensor | None,
+    weights: _Tensor,
+    offsets: _Tensor,
+    gather: _Tensor,
+    inverse: _Tensor,
+    out: _Tensor,
+    hidden: _Tensor | None,
+    *,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+    threads: int,
+) -> None:
+    """out[t] = sum over k of weights[t, k] * (act(x[t] @ w1[e].T + b1[e]) @ w2[e].T + b2[e]), e the expert of (t, k).
+
+    x and out [T, H], w1 [E, 2I, H] (gate rows, then up rows; alternating when interleaved; [E, I, H] where the
+    activation is ungated), b1 [E, 2I], w2 [E, H, I], b2 [E, H], all of one float type; transposed: w1 [E, H, 2I] and
+    w2 [E, I, H]. weights [T, K] wide. hidden [len(gather), 2I] receives the pre-activation for mlp_backward.
+    """
+
+def mlp_backward(
+    grad_out: _Tensor,
+    x: _Tensor,
+    w1: _Tensor,
+    b1: _Tensor | None,
+    w2: _Tensor,
+    b2: _Tensor | None,
+    weights: _Tensor,
+    hidden: _Tensor,
+    offsets: _Tensor,
+    gather: _Tensor,
+    inverse: _Tensor,
+    grad_x: _Tensor | None,
+    grad_weights: _Tensor | None,
+    grad_w1: _Tensor | None,
+    grad_b1: _Tensor | None,
+    grad_w2: _Tensor | None,
+    grad_b2: _Tensor | None,
+    *,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+    threads: int,
+) -> None:
+    """Gradients of mlp_forward; each is like its tensor, and None where it is not wanted and not computed."""
+
+def grouped_mm(
+    x: _Tensor,
+    w: _Tensor,
+    offsets: _Tensor,
+    bias: _Tensor | None,
+    out: _Tensor,
+    *,
+    transposed: bool,
+    threads: int,
+) -> None:
+    """out[r] = x[r] @ w[e].T + bias[e] for the rows r from offsets[e] to offsets[e+1], 0 for rows after the last.
+
+    x [R, K], w [E, N, K] (transposed: [E, K, N]), offsets int32 [E+1], bias [E, N], out [R, N].
+    """
+
+def grouped_mm_grad_weight(
+    grad_out: _Tensor,
+    x: _Tensor,
+    offsets: _Tensor,
+    grad_w: _Tensor,
+    grad_bias: _Tensor | None,
+    *,
+    transposed: bool,
+    threads: int,
+) -> None:
+    """grad_w[e] = grad_out[rows of e].T @ x[rows of e], and grad_bias[e] the sum of those rows of grad_out.
+
+    grad_out [R, N], x [R, K], grad_w [E, N, K] (transposed: [E, K, N]), grad_bias [E, N].
+    """
+
+def permute(x: _Tensor, gather: _Tensor, out: _Tensor, *, threads: int) -> None:
+    """out[r] = x[gather[r]], and 0 where gather is -1; x [T, H], gather int32 [R], out [R, H]."""
+
+def unpermute(y: _Tensor, inverse: _Tensor, weights: _Tensor | None, out: _Tensor, *, threads: int) -> None:
+    """out[t] = sum over k of weights[t, k] * y[inverse[t, k]], dropped slots left out; weights None means ones.
+
+    y [R, H], inverse int32 [T, K], weights wide [T, K], out [T, H].
+    """
+
+def unpermute_backward(
+    grad_out: _Tensor,
+    y: _Tensor,
+    weights: _Tensor | None,
+    gather: _Tensor,
+    inverse: _Tensor,
+    grad_y: _Tensor | None,
+    grad_weights: _Tensor | None,
+    *,
+    threads: int,
+) -> None:
+    """Gradients of unpermute: grad_y [R, H], 0 in unused rows, and grad_weights wide [T, K], 0 where dropped."""
+
+def empty(shape: tuple[int, ...] | list[int], dtype: _DType) -> torch.Tensor:
+    """An uninitialised tensor from a pool that takes the memory back when torch lets go of it.
+
+    Without a DLPack exchange table in torch it is a plain torch.empty. ImportError without torch.
+    """
+
+def empty_cache() -> None:
+    """Gives the pool's waiting memory back to the system."""
+
+def memory_stats() -> _MemoryStats:
+    """The pool's counters: bytes waiting, bytes in use, requests served from the pool, requests that were not."""
+
+def cpu_info() -> _CpuInfo:
+    """Architecture, the features that matter, the instruction set in use, those that may be forced, the kernels."""
