@@ -1,0 +1,56 @@
+"""What arguments must look like. Every message names the argument, what was given and what was wanted."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+DEVICES = ("cpu", "meta")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def wanted(name: str, given: object, what: str, error: type[Exception] = ValueError) -> NoReturn:
+    raise error(f"{name}: got {given}, wanted {what}")
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        wanted(name, repr(value), "one of " + ", ".join(map(repr, choices)))
+
+
+def tensor(name: str, value: Tensor, rank: str) -> None:
+    """A tensor on a device that has kernels; `rank` spells its dimensions, as in "[T, H]"."""
+    if not isinstance(value, Tensor):
+        wanted(name, type(value).__name__, f"a torch tensor {rank}", TypeError)
+    if value.device.type not in DEVICES:
+        wanted(name, f"a tensor on {value.device}", "one on a device with kernels: cpu")
+    if value.ndim != rank.count(",") + 1:
+        wanted(name, f"shape {tuple(value.shape)}", rank)
+    if value.layout != torch.strided:
+        wanted(name, f"layout {value.layout}", "a strided tensor", TypeError)
+
+
+def floating(name: str, value: Tensor, rank: str) -> None:
+    tensor(name, value, rank)
+    if value.dtype not in DTYPES:
+        wanted(name, f"dtype {value.dtype}", "float32, bfloat16, float16 or float64", TypeError)
+
+
+def shape(name: str, value: Tensor, rank: str, sizes: tuple[int, ...]) -> None:
+    if value.shape != sizes:
+        wanted(name, f"shape {tuple(value.shape)}", f"{rank} = {tuple(sizes)}")
+
+
+def like(name: str, value: Tensor, first_name: str, first: Tensor, *, dtype: bool = True) -> None:
+    """The same device and, unless told otherwise, dtype as another argument."""
+    if value.device != first.device:
+        wanted(name, f"a tensor on {value.device}", f"one on {first.device}, where {first_name} is")
+    if dtype and value.dtype != first.dtype:
+        wanted(
+            name,
+            f"dtype {value.dtype}",
+            f"{first.dtype}, that of {first_name} (or torch.autocast)",
+            TypeError,
+        )

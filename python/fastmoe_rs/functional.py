@@ -1,0 +1,312 @@
+"""The functions of the Mixture-of-Experts layer: route, moe_mlp, and the pieces that moe_mlp fuses.
+
+Legend: T tokens, H hidden size, I intermediate size, E experts, K experts per token, R = T*K routed rows,
+N output columns. Float tensors are float32, bfloat16, float16 or float64, on the CPU (or on "meta", for
+shapes only). Sums run in float32, in float64 for float64. All functions are differentiable, repeatable to the
+bit, and work under torch.compile, autocast, inference_mode and activation checkpointing. Wrong arguments
+raise ValueError, wrong types and dtypes TypeError; the message names the argument, what was given and what
+was wanted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _check, ops
+from .kernels import wide
+from .plan import RoutingPlan
+from .reference import GATED, UNGATED, Routing, activate
+from .reference import route_weights as _route_weights
+
+__all__ = ["Routing", "activate", "grouped_mm", "moe_mlp", "permute", "route", "route_weights", "unpermute"]
+
+
+def route(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    score: str = "softmax",
+    order: str = "score_topk",
+    renormalize: bool = False,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+) -> Routing:
+    """Pick K experts for every token and weigh them.
+
+    The experts of a token come highest key first, then by expert id, NaN last. The key is the logit, with
+    which the score grows; with a bias it is what the bias is added to, plus the bias. As in torch, one NaN
+    logit makes a whole softmax NaN, and so the weights (and keys) made of it.
+
+    Args:
+        logits_TE: [T, E].
+        top_k: K, 1 to E.
+        score: "softmax" over the experts, or "sigmoid" of each.
+        order: "score_topk" scores all experts and picks the K best (Mixtral, DeepSeek-V3); "topk_score" picks
+            the K best logits and scores them among themselves (gpt-oss, Granite).
+        renormalize: divide the K weights of a token by their sum + 1e-20.
+        scale: factor of the weights, applied last.
+        bias: [E], added for the choice only, never in the weights: to the scores ("score_topk", as the
+            correction bias of DeepSeek-V3, arXiv:2412.19437 eq. 16) or to the logits ("topk_score"). It gets
+            no gradient.
+
+    Returns:
+        ids int64 [T, K]; weights [T, K] and scores [T, E] in float32 (float64 for float64 logits). The scores
+        are those of all logits. Weights and scores are differentiable in the logits, twice.
+    """
+    _check.floating("logits", logits_TE, "[T, E]")
+    experts = logits_TE.shape[1]
+    _check_routing(top_k, experts, score, order)
+    if bias is not None:
+        _check.tensor("bias", bias, "[E]")
+        _check.shape("bias", bias, "[E]", (experts,))
+        _check.like("bias", bias, "logits", logits_TE, dtype=False)
+        bias = bias.detach().to(wide(logits_TE.dtype)).contiguous()
+    return Routing(*ops.route(logits_TE.contiguous(), bias, top_k, score, order, renormalize, float(scale)))
+
+
+def route_weights(
+    logits_TE: Tensor,
+    ids_TK: Tensor,
+    *,
+    score: str = "softmax",
+    order: str = "score_topk",
+    renormalize: bool = False,
+    scale: float = 1.0,
+) -> Tensor:
+    """Routing weights of experts that were picked before: the replay of a recorded routing on live logits.
+
+    Args:
+        logits_TE: [T, E].
+        ids_TK: int64 or int32 [T, K], the recorded expert ids.
+        score, order, renormalize, scale: as in `route`.
+
+    Returns:
+        float32 [T, K] (float64 for float64 logits), differentiable in the logits.
+    """
+    _check.floating("logits", logits_TE, "[T, E]")
+    _check.tensor("ids", ids_TK, "[T, K]")
+    _check_routing(ids_TK.shape[1], logits_TE.shape[1], score, order)
+    _check.shape("ids", ids_TK, "[T, K]", (logits_TE.shape[0], ids_TK.shape[1]))
+    return _route_weights(
+        logits_TE, ids_TK.long(), score=score, order=order, renormalize=renormalize, scale=scale
+    )
+
+
+def _check_routing(top_k: int, experts: int, score: str, order: str) -> None:
+    if not 1 <= top_k <= experts:
+        _check.wanted("top_k", top_k, f"1 to {experts}, the number of experts")
+    _check.one_of("score", score, ("softmax", "sigmoid"))
+    _check.one_of("order", order, ("score_topk", "topk_score"))
+
+
+def moe_mlp(
+    x_TH: Tensor,
+    ids_TK: Tensor | None,
+    weights_TK: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    *,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    activation: str = "swiglu",
+    transposed: bool = False,
+    interleaved: bool = False,
+    plan: RoutingPlan | None = None,
+) -> Tensor:
+    """The expert MLP, y[t] = sum over k of weights[t, k] * (w2[e] @ act(w1[e] @ x[t] + b1[e]) + b2[e]).
+
+    There e = ids[t, k]. Saves for the backward only x and the pre-activation [R, 2I]. Computes only the
+    gradients that are asked for; an expert without tokens gets a gradient of zeros. A second derivative
+    raises RuntimeError.
+
+    Args:
+        x_TH: [T, H].
+        ids_TK: int64 or int32 [T, K] expert ids in [0, E); may be None when `plan` is given.
+        weights_TK: [T, K] in any float dtype; used in float32 (float64 beside a float64 x).
+        w1: [E, 2I, H], gate rows then up rows; [E, I, H] when the activation has no gate. dtype of x.
+        w2: [E, H, I]. dtype of x.
+        b1: [E, 2I] ([E, I]) in the order of the rows of w1, or None.
+        b2: [E, H], or None.
+        activation: "swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai" (gated), "silu", "gelu",
+            "gelu_tanh", "relu", "relu2" (not gated); `activate` has the formulas.
+        transposed: w1 is [E, H, 2I] ([E, H, I]) and w2 is [E, I, H].
+        interleaved: the rows of w1 alternate, gate 0, up 0, gate 1, up 1, ...
+        plan: the plan to follow, for a capacity or a recorded routing; made from the ids when None. Rows that
+            it drops add nothing.
+
+    Returns:
+        [T, H] in the dtype of x.
+    """
+    x_TH, w1, w2, b1, b2 = _autocast(x_TH, w1, w2, b1, b2)
+    _check_mlp(x_TH, w1, w2, b1, b2, activation, transposed, interleaved)
+    experts = w1.shape[0]
+    if plan is None:
+        if ids_TK is None:
+            _check.wanted("ids", None, "expert ids [T, K], or a plan")
+        plan = RoutingPlan.from_ids(ids_TK, experts)
+    elif plan.num_experts != experts:
+        _check.wanted("plan", f"a plan for {plan.num_experts} experts", f"one for the {experts} of w1")
+    _check_plan("x", x_TH, plan)
+    weights_TK = _weights(weights_TK, x_TH, plan)
+    if _is_transposed(w1) and _is_transposed(w2):
+        transposed, w1, w2 = not transposed, w1.transpose(1, 2), w2.transpose(1, 2)
+    x_TH, w1, w2 = x_TH.contiguous(), w1.contiguous(), w2.contiguous()
+    b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
+    save_hidden = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x_TH, weights_TK, w1, w2, b1, b2)
+    )
+    index = plan.offsets, plan.gather, plan.inverse
+    out, _ = ops.mlp(
+        x_TH, weights_TK, w1, w2, b1, b2, *index, activation, transposed, interleaved, save_hidden
+    )
+    return out
+
+
+def grouped_mm(x_RK: Tensor, w_ENK: Tensor, offsets_E1: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """One matrix product an expert: y[r] = w[e] @ x[r] + bias[e] for offsets[e] <= r < offsets[e + 1].
+
+    Args:
+        x_RK: [R, K] rows sorted by expert. (K is the number of columns here.)
+        w_ENK: [E, N, K], dtype of x. A transposed view of a contiguous [E, K, N] is used as it is, without a
+            copy.
+        offsets_E1: int32 or int64 [E + 1], not decreasing, from 0 to at most R.
+        bias: [E, N], dtype of x, or None.
+
+    Returns:
+        [R, N] in the dtype of x; rows past offsets[E] are 0. Differentiable in x, w and bias, any number of
+        times.
+    """
+    x_RK, w_ENK, bias = _autocast(x_RK, w_ENK, bias)
+    _check.floating("x", x_RK, "[R, K]")
+    _check.floating("w", w_ENK, "[E, N, K]")
+    experts, columns, _ = w_ENK.shape
+    _check.shape("w", w_ENK, "[E, N, K]", (experts, columns, x_RK.shape[1]))
+    _check.like("w", w_ENK, "x", x_RK)
+    _check.tensor("offsets", offsets_E1, "[E + 1]")
+    _check.shape("offsets", offsets_E1, "[E + 1]", (experts + 1,))
+    _check.like("offsets", offsets_E1, "x", x_RK, dtype=False)
+    if offsets_E1.dtype not in (torch.int32, torch.int64):
+        _check.wanted("offsets", f"dtype {offsets_E1.dtype}", "int32 or int64", TypeError)
+    if bias is not None:
+        _check.floating("bias", bias, "[E, N]")
+        _check.shape("bias", bias, "[E, N]", (experts, columns))
+        _check.like("bias", bias, "x", x_RK)
+        bias = bias.contiguous()
+    transposed = _is_transposed(w_ENK)
+    w = w_ENK.transpose(1, 2) if transposed else w_ENK.contiguous()
+    return ops.grouped_mm(x_RK.contiguous(), w, bias, offsets_E1.int().contiguous(), transposed)
+
+
+def permute(x_TH: Tensor, plan: RoutingPlan) -> Tensor:
+    """Rows in the order of the plan: out[r] = x[plan.gather[r]], zeros in unused rows.
+
+    Args:
+        x_TH: [T, H].
+        plan: a plan of T tokens.
+
+    Returns:
+        [R, H] ([E * C, H] for a padded plan) in the dtype of x. Differentiable in x, any number of times.
+    """
+    _check.floating("x", x_TH, "[T, H]")
+    _check_plan("x", x_TH, plan)
+    return ops.permute(x_TH.contiguous(), plan.gather, plan.inverse)
+
+
+def unpermute(y_RH: Tensor, plan: RoutingPlan, weights_TK: Tensor | None = None) -> Tensor:
+    """Back to tokens: out[t] = sum over k of weights[t, k] * y[plan.inverse[t, k]], without the dropped rows.
+
+    Args:
+        y_RH: [R, H] ([E * C, H] for a padded plan), rows in the order of the plan.
+        plan: the plan that sorted them.
+        weights_TK: [T, K] in any float dtype; used in float32 (float64 beside a float64 y). None sums
+            unweighted.
+
+    Returns:
+        [T, H] in the dtype of y. Differentiable in y and weights; a second derivative needs weights None,
+        else it raises RuntimeError.
+    """
+    _check.floating("y", y_RH, "[R, H]")
+    _check_plan_device("y", y_RH, plan)
+    _check.shape("y", y_RH, "[R, H]", (plan.gather.shape[0], y_RH.shape[1]))
+    weights = None if weights_TK is None else _weights(weights_TK, y_RH, plan)
+    return ops.unpermute(y_RH.contiguous(), weights, plan.gather, plan.inverse)
+
+
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors as torch.autocast, where it is on, casts the arguments of a matrix product."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def _check_mlp(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+) -> None:
+    _check.floating("x", x, "[T, H]")
+    _check.one_of("activation", activation, GATED + UNGATED)
+    gated = activation in GATED
+    if interleaved and not gated:
+        _check.wanted("interleaved", True, f"False, because {activation!r} has no gate to interleave")
+    rows = "2I" if gated else "I"
+    rank1, rank2 = (f"[E, H, {rows}]", "[E, I, H]") if transposed else (f"[E, {rows}, H]", "[E, H, I]")
+    _check.floating("w1", w1, rank1)
+    _check.floating("w2", w2, rank2)
+    experts, hidden, width = w1.shape[0], x.shape[1], w1.shape[2 if transposed else 1]
+    if gated and width % 2:
+        _check.wanted(
+            "w1", f"shape {tuple(w1.shape)}", f"{rank1}, an even number of rows for the gated {activation!r}"
+        )
+    middle = width // 2 if gated else width
+    _check.shape("w1", w1, rank1, (experts, hidden, width) if transposed else (experts, width, hidden))
+    _check.shape("w2", w2, rank2, (experts, middle, hidden) if transposed else (experts, hidden, middle))
+    for name, bias, rank, size in (("b1", b1, f"[E, {rows}]", width), ("b2", b2, "[E, H]", hidden)):
+        if bias is not None:
+            _check.floating(name, bias, rank)
+            _check.shape(name, bias, rank, (experts, size))
+            _check.like(name, bias, "x", x)
+    _check.like("w1", w1, "x", x)
+    _check.like("w2", w2, "x", x)
+
+
+def _check_plan(name: str, x: Tensor, plan: RoutingPlan) -> None:
+    _check_plan_device(name, x, plan)
+    if x.shape[0] != plan.tokens:
+        _check.wanted(name, f"shape {tuple(x.shape)}", f"the {plan.tokens} tokens of the plan (or of ids)")
+
+
+def _check_plan_device(name: str, x: Tensor, plan: RoutingPlan) -> None:
+    if not isinstance(plan, RoutingPlan):
+        _check.wanted("plan", type(plan).__name__, "a RoutingPlan", TypeError)
+    if not isinstance(plan.inverse, Tensor):
+        _check.wanted("plan", "a plan of NumPy arrays", "one of torch tensors: plan.to('cpu')", TypeError)
+    if plan.inverse.device != x.device:
+        _check.wanted(
+            "plan", f"a plan (or ids) on {plan.inverse.device}", f"one on {x.device}, where {name} is"
+        )
+
+
+def _weights(weights: Tensor, beside: Tensor, plan: RoutingPlan) -> Tensor:
+    _check.floating("weights", weights, "[T, K]")
+    _check.shape("weights", weights, "[T, K]", (plan.tokens, plan.top_k))
+    _check.like("weights", weights, "x", beside, dtype=False)
+    return weights.to(wide(beside.dtype)).contiguous()
+
+
+def _is_transposed(w: Tensor) -> bool:
+    """Whether w [E, N, K] is a view of a contiguous [E, K, N], which the kernels read in place."""
+    return not w.is_contiguous() and w.transpose(1, 2).is_contiguous()

@@ -1,0 +1,230 @@
+"""The native kernels as functions that allocate what they return.
+
+Nothing here knows autograd or checks arguments: `ops` makes these differentiable, `functional` checks, and
+the native module checks once more whatever memory safety needs. Tensors must be contiguous. A gradient that
+is not needed is None. On fake and meta tensors, which only have shapes, the allocation is all that happens.
+
+Legend: T tokens, H hidden size, I intermediate size, E experts, K experts per token, R routed rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import _native
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of routing weights and sums beside tensors of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, Parameter) and not tensor.is_meta
+
+
+def _run(name: str, first: Tensor, *args: Tensor | None, **options: object) -> None:
+    """Launch a native kernel where its tensors are."""
+    if _has_memory(first):
+        getattr(_native, name)(first, *args, **options, threads=torch.get_num_threads())
+
+
+def _empty_weight(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Memory for the gradient of a weight: recycled, because such gradients are large and come every step."""
+    if _has_memory(like):
+        dtype: Any = str(like.dtype).removeprefix("torch.")
+        return _native.empty(tuple(shape), dtype)
+    return like.new_empty(shape)
+
+
+def route(
+    logits: Tensor, bias: Tensor | None, top_k: int, score: str, order: str, renormalize: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, experts = logits.shape
+    ids = logits.new_empty((tokens, top_k), dtype=torch.int64)
+    weights = logits.new_empty((tokens, top_k), dtype=wide(logits.dtype))
+    scores = logits.new_empty((tokens, experts), dtype=wide(logits.dtype))
+    _run(
+        "route",
+        logits,
+        bias,
+        ids,
+        weights,
+        scores,
+        score=score,
+        order=order,
+        renormalize=renormalize,
+        scale=scale,
+    )
+    return ids, weights, scores
+
+
+def plan(
+    ids: Tensor,
+    weights: Tensor | None,
+    num_experts: int,
+    capacity: int | None,
+    drop: str,
+    pad: bool,
+    out_of_range: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    rows = num_experts * capacity if pad and capacity is not None else ids.numel()
+    counts = ids.new_empty(num_experts, dtype=torch.int32)
+    offsets = ids.new_empty(num_experts + 1, dtype=torch.int32)
+    gather = ids.new_empty(rows, dtype=torch.int32)
+    inverse = ids.new_empty(ids.shape, dtype=torch.int32)
+    sorted_weights = None if weights is None else weights.new_empty(rows)
+    _run(
+        "plan",
+        ids,
+        weights,
+        counts,
+        offsets,
+        gather,
+        inverse,
+        sorted_weights,
+        num_experts=num_experts,
+        capacity=capacity,
+        drop=drop,
+        pad=pad,
+        out_of_range=out_of_range,
+    )
+    return counts, offsets, gather, inverse, sorted_weights
+
+
+def mlp(
+    x: Tensor,
+    weights: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    offsets: Tensor,
+    gather: Tensor,
+    inverse: Tensor,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+    save_hidden: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The output [T, H] and, to be saved for the backward, the pre-activation [R, 2I]."""
+    out = torch.empty_like(x)
+    hidden = x.new_empty(gather.shape[0], w1.shape[2 if transposed else 1]) if save_hidden else None
+    _run(
+        "mlp_forward",
+        x,
+        w1,
+        b1,
+        w2,
+        b2,
+        weights,
+        offsets,
+        gather,
+        inverse,
+        out,
+        hidden,
+        activation=activation,
+        transposed=transposed,
+        interleaved=interleaved,
+    )
+    return out, hidden
+
+
+def mlp_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    offsets: Tensor,
+    gather: Tensor,
+    inverse: Tensor,
+    hidden: Tensor,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weights, w1, w2, b1 and b2, each where `needs` says so."""
+    x_need, weights_need, w1_need, w2_need, b1_need, b2_need = needs
+    grad_x = torch.empty_like(x) if x_need else None
+    grad_weights = torch.empty_like(weights) if weights_need else None
+    grad_w1 = _empty_weight(w1, w1.shape) if w1_need else None
+    grad_w2 = _empty_weight(w2, w2.shape) if w2_need else None
+    grad_b1 = torch.empty_like(b1) if b1 is not None and b1_need else None
+    grad_b2 = torch.empty_like(b2) if b2 is not None and b2_need else None
+    _run(
+        "mlp_backward",
+        grad_out,
+        x,
+        w1,
+        b1,
+        w2,
+        b2,
+        weights,
+        hidden,
+        offsets,
+        gather,
+        inverse,
+        grad_x,
+        grad_weights,
+        grad_w1,
+        grad_b1,
+        grad_w2,
+        grad_b2,
+        activation=activation,
+        transposed=transposed,
+        interleaved=interleaved,
+    )
+    return grad_x, grad_weights, grad_w1, grad_w2, grad_b1, grad_b2
+
+
+def grouped_mm(x: Tensor, w: Tensor, bias: Tensor | None, offsets: Tensor, transposed: bool) -> Tensor:
+    out = x.new_empty(x.shape[0], w.shape[2 if transposed else 1])
+    _run("grouped_mm", x, w, offsets, bias, out, transposed=transposed)
+    return out
+
+
+def weight_shape(y: Tensor, x: Tensor, offsets: Tensor, transposed: bool) -> tuple[int, int, int]:
+    """The shape of the weight of y = grouped_mm(x, weight)."""
+    experts, n, k = offsets.shape[0] - 1, y.shape[1], x.shape[1]
+    return (experts, k, n) if transposed else (experts, n, k)
+
+
+def grouped_mm_grad_weight(
+    grad_out: Tensor, x: Tensor, offsets: Tensor, transposed: bool, with_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of w and, if asked for, of the bias."""
+    grad_w = _empty_weight(x, weight_shape(grad_out, x, offsets, transposed))
+    grad_bias = x.new_empty(offsets.shape[0] - 1, grad_out.shape[1]) if with_bias else None
+    _run("grouped_mm_grad_weight", grad_out, x, offsets, grad_w, grad_bias, transposed=transposed)
+    return grad_w, grad_bias
+
+
+def permute(x: Tensor, gather: Tensor, inverse: Tensor) -> Tensor:
+    out = x.new_empty(gather.shape[0], x.shape[1])
+    _run("permute", x, gather, out)
+    return out
+
+
+def unpermute(y: Tensor, weights: Tensor | None, gather: Tensor, inverse: Tensor) -> Tensor:
+    out = y.new_empty(inverse.shape[0], y.shape[1])
+    _run("unpermute", y, inverse, weights, out)
+    return out
+
+
+def unpermute_backward(
+    grad_out: Tensor, y: Tensor, weights: Tensor, gather: Tensor, inverse: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of y and weights, each where `needs` says so."""
+    grad_y = torch.empty_like(y) if needs[0] else None
+    grad_weights = torch.empty_like(weights) if needs[1] else None
+    _run("unpermute_backward", grad_out, y, weights, gather, inverse, grad_y, grad_weights)
+    return grad_y, grad_weights

@@ -1,0 +1,271 @@
+"""The kernels as differentiable operators.
+
+Each operator exists twice with one meaning. Eager code runs an `autograd.Function` around the kernel, the
+shortest way there. Whatever has to see operators (torch.compile, dispatch modes, tensor subclasses, function
+transforms, devices without memory) gets `torch.ops.fastmoe_rs`, with fake kernels. Both share the two
+functions that say what to save and how to differentiate.
+
+Legend: T tokens, E experts, K experts per token, R routed rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import kernels
+
+_LIBRARY = torch.library.Library("fastmoe_rs", "DEF")
+_PLAIN = frozenset({Tensor, Parameter, type(None), bool, int, float, str, tuple, list})
+
+Setup = Callable[[Any, tuple[Any, ...], Any], None]
+Backward = Callable[..., tuple[Any, ...]]
+
+
+def _operator(
+    schema: str, setup: Setup | None = None, backward: Backward | None = None
+) -> Callable[..., Any]:
+    """Define `torch.ops.fastmoe_rs.<name>` for the kernel of that name and return the function to call."""
+    name = schema.partition("(")[0]
+    kernel = getattr(kernels, name)
+
+    def implementation(*args: Any) -> Any:
+        result = kernel(*args)
+        if isinstance(result, tuple):  # operators cannot return None
+            return tuple(args[0].new_empty(0) if tensor is None else tensor for tensor in result)
+        return result
+
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, implementation, "CPU")
+    torch.library.register_fake(f"fastmoe_rs::{name}", implementation, lib=_LIBRARY)
+    operator = getattr(torch.ops.fastmoe_rs, name).default
+    if setup is None or backward is None:
+        eager = kernel
+    else:
+        torch.library.register_autograd(f"fastmoe_rs::{name}", backward, setup_context=setup, lib=_LIBRARY)
+        eager = _function(name, kernel, setup, backward).apply
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or _is_watched(args):
+            return operator(*args)
+        return eager(*args) if torch.is_grad_enabled() else kernel(*args)
+
+    return call
+
+
+def _is_watched(args: tuple[Any, ...]) -> bool:
+    """Whether something must see the operator, or a tensor has no memory that a kernel could read."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or any(type(arg) not in _PLAIN for arg in args)
+        or args[0].device.type == "meta"
+    )
+
+
+def _function(
+    name: str, kernel: Callable[..., Any], setup: Setup, backward: Backward
+) -> type[torch.autograd.Function]:
+    def forward(ctx: Any, *args: Any) -> Any:
+        result = kernel(*args)
+        setup(ctx, args, result)
+        return result
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"fastmoe_rs_{name}", (torch.autograd.Function,), members)
+
+
+def _only(needed: tuple[bool, ...], grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """One gradient per input: those computed, None for the others."""
+    computed = [grad if need else None for need, grad in zip(needed, grads, strict=False)]
+    return (*computed, *[None] * (len(needed) - len(grads)))
+
+
+def _once(name: str) -> tuple[Setup, Backward]:
+    """Setup and backward of an operator that is itself a gradient and cannot be differentiated again."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError(
+            f"fastmoe_rs: the gradient of {name} cannot be differentiated again (double backward); "
+            f"fastmoe_rs.reference.{name} can"
+        )
+
+    return setup, backward
+
+
+def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, _, _, *ctx.options = inputs
+    ids, _, scores = output
+    ctx.mark_non_differentiable(ids)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, ids, scores)
+
+
+def _route_backward(
+    ctx: Any, _: None, grad_weights: Tensor | None, grad_scores: Tensor | None
+) -> tuple[Any, ...]:
+    """d logits; made of differentiable torch functions, so it can be differentiated again."""
+    logits, ids, scores = ctx.saved_tensors
+    score, order, renormalize, scale = ctx.options
+    softmax_of_picked = order == "topk_score" and score == "softmax"
+    grad_logits = torch.zeros_like(scores)
+    if grad_weights is not None:
+        picked = (
+            logits.gather(1, ids).to(scores.dtype).softmax(1) if softmax_of_picked else scores.gather(1, ids)
+        )
+        grad = grad_weights * scale
+        if renormalize:
+            total = picked.sum(1, keepdim=True) + 1e-20
+            grad = (grad - (grad * picked).sum(1, keepdim=True) / total) / total
+        if softmax_of_picked:
+            grad_logits = grad_logits.scatter(1, ids, _softmax_backward(grad, picked))
+        else:
+            grad = grad_logits.scatter(1, ids, grad)
+            grad_scores = grad if grad_scores is None else grad_scores + grad
+    if grad_scores is not None:
+        by_score = _softmax_backward if score == "softmax" else _sigmoid_backward
+        grad_logits = grad_logits + by_score(grad_scores, scores)
+    return grad_logits.to(logits.dtype), *[None] * 6
+
+
+def _softmax_backward(grad: Tensor, softmax: Tensor) -> Tensor:
+    return softmax * (grad - (grad * softmax).sum(1, keepdim=True))
+
+
+def _sigmoid_backward(grad: Tensor, sigmoid: Tensor) -> Tensor:
+    return grad * sigmoid * (1 - sigmoid)
+
+
+def _mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
+    *tensors, activation, transposed, interleaved, save_hidden = inputs
+    _, hidden = output
+    if save_hidden:
+        ctx.mark_non_differentiable(hidden)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, hidden)
+        ctx.options = activation, transposed, interleaved
+
+
+def _mlp_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ...]:
+    needs = ctx.needs_input_grad
+    if grad_out is None:
+        return (None,) * len(needs)
+    grads = mlp_backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.options, needs[:6])
+    return _only(needs, grads)
+
+
+def _grouped_mm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, w, _, offsets, ctx.transposed = inputs
+    ctx.save_for_backward(x, w, offsets)
+
+
+def _grouped_mm_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+    x, w, offsets = ctx.saved_tensors
+    grad_out = grad_out.contiguous()
+    needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
+    grad_x = grad_w = grad_bias = None
+    if needs_x:
+        grad_x = grouped_mm(grad_out, w, None, offsets, not ctx.transposed)
+    if needs_w or needs_bias:
+        grad_w, grad_bias = grouped_mm_grad_weight(grad_out, x, offsets, ctx.transposed, needs_bias)
+    return _only(ctx.needs_input_grad, (grad_x, grad_w, grad_bias))
+
+
+def _grad_weight_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
+    grad_out, x, offsets, ctx.transposed, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad_out, x, offsets)
+
+
+def _grad_weight_backward(ctx: Any, grad_w: Tensor | None, grad_bias: Tensor | None) -> tuple[Any, ...]:
+    grad_out, x, offsets = ctx.saved_tensors
+    if grad_w is None:
+        grad_w = x.new_zeros(kernels.weight_shape(grad_out, x, offsets, ctx.transposed))
+    grad_w = grad_w.contiguous()
+    to_grad_out = to_x = None
+    if ctx.needs_input_grad[0]:
+        to_grad_out = grouped_mm(x, grad_w, grad_bias, offsets, ctx.transposed)
+    if ctx.needs_input_grad[1]:
+        to_x = grouped_mm(grad_out, grad_w, None, offsets, not ctx.transposed)
+    return _only(ctx.needs_input_grad, (to_grad_out, to_x))
+
+
+def _permute_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _permute_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+    gather, inverse = ctx.saved_tensors
+    return unpermute(grad_out.contiguous(), None, gather, inverse), None, None
+
+
+def _unpermute_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, weights, gather, inverse = inputs
+    ctx.save_for_backward(None if weights is None else y, weights, gather, inverse)
+
+
+def _unpermute_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+    y, weights, gather, inverse = ctx.saved_tensors
+    grad_out = grad_out.contiguous()
+    if weights is None:
+        return permute(grad_out, gather, inverse), None, None, None
+    needs = ctx.needs_input_grad
+    return _only(needs, unpermute_backward(grad_out, y, weights, gather, inverse, needs[:2]))
+
+
+plan = _operator(
+    "plan(Tensor ids, Tensor? weights, SymInt num_experts, SymInt? capacity, str drop, bool pad,"
+    " str out_of_range)"
+    " -> (Tensor counts, Tensor offsets, Tensor gather, Tensor inverse, Tensor sorted_weights)"
+)
+route = _operator(
+    "route(Tensor logits, Tensor? bias, SymInt top_k, str score, str order, bool renormalize, float scale)"
+    " -> (Tensor ids, Tensor weights, Tensor scores)",
+    _route_setup,
+    _route_backward,
+)
+mlp = _operator(
+    "mlp(Tensor x, Tensor weights, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2, Tensor offsets,"
+    " Tensor gather, Tensor inverse, str activation, bool transposed, bool interleaved, bool save_hidden)"
+    " -> (Tensor out, Tensor hidden)",
+    _mlp_setup,
+    _mlp_backward,
+)
+mlp_backward = _operator(
+    "mlp_backward(Tensor grad_out, Tensor x, Tensor weights, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2,"
+    " Tensor offsets, Tensor gather, Tensor inverse, Tensor hidden, str activation, bool transposed,"
+    " bool interleaved, bool[] needs)"
+    " -> (Tensor x, Tensor weights, Tensor w1, Tensor w2, Tensor b1, Tensor b2)",
+    *_once("moe_mlp"),
+)
+grouped_mm = _operator(
+    "grouped_mm(Tensor x, Tensor w, Tensor? bias, Tensor offsets, bool transposed) -> Tensor",
+    _grouped_mm_setup,
+    _grouped_mm_backward,
+)
+grouped_mm_grad_weight = _operator(
+    "grouped_mm_grad_weight(Tensor grad_out, Tensor x, Tensor offsets, bool transposed, bool with_bias)"
+    " -> (Tensor w, Tensor bias)",
+    _grad_weight_setup,
+    _grad_weight_backward,
+)
+permute = _operator(
+    "permute(Tensor x, Tensor gather, Tensor inverse) -> Tensor", _permute_setup, _permute_backward
+)
+unpermute = _operator(
+    "unpermute(Tensor y, Tensor? weights, Tensor gather, Tensor inverse) -> Tensor",
+    _unpermute_setup,
+    _unpermute_backward,
+)
+unpermute_backward = _operator(
+    "unpermute_backward(Tensor grad_out, Tensor y, Tensor weights, Tensor gather, Tensor inverse,"
+    " bool[] needs) -> (Tensor y, Tensor weights)",
+    *_once("unpermute"),
+)

@@ -1,0 +1,240 @@
+"""RoutingPlan: which row of which expert every routed token goes to.
+
+Legend: T tokens, E experts, K experts per token, R = T*K routed rows, C capacity of an expert.
+Row i = t*K + k of the flat order becomes row `inverse[t, k]` of the sorted order, grouped by expert.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from . import _native
+
+Array: TypeAlias = Any  # a torch.Tensor or a numpy.ndarray, the same throughout a plan
+
+_TENSORS = ("ids", "counts", "offsets", "gather", "inverse", "weights")
+_NUMBERS = ("num_experts", "capacity")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RoutingPlan:
+    """The routed rows of a batch, sorted by expert; made by `RoutingPlan.from_ids`.
+
+    Its arrays are torch tensors or NumPy arrays, as the ids were. A plan is a torch pytree, can be pickled,
+    copied and moved, and can be kept to route a later forward the same way (`nn.MoE(...)(x, plan=plan)`):
+    gradients then flow through the live logits, only the choice of experts is the recorded one.
+
+    Attributes:
+        ids: [T, K] the expert ids that the plan was made of.
+        counts: int32 [E], rows kept per expert.
+        offsets: int32 [E + 1]; expert e owns the sorted rows offsets[e] to offsets[e + 1].
+        gather: int32 [R] (padded: [E * C]); the token that feeds each sorted row, -1 where a row is unused.
+        inverse: int32 [T, K]; the sorted row of routed row (t, k), -1 where it was dropped.
+        weights: float32 or float64, as long as `gather`: the routing weights in sorted order, detached, 0 in
+            unused rows. None when none were given.
+        num_experts: E.
+        capacity: C, or None when no expert drops a row.
+    """
+
+    ids: Array
+    counts: Array
+    offsets: Array
+    gather: Array
+    inverse: Array
+    weights: Array | None
+    num_experts: int
+    capacity: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return int(self.inverse.shape[0])
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return int(self.inverse.shape[1])
+
+    @staticmethod
+    def from_ids(
+        ids_TK: Array,
+        num_experts: int,
+        *,
+        weights: Array | None = None,
+        capacity: int | None = None,
+        drop: str = "position",
+        pad: bool = False,
+        out_of_range: str = "error",
+    ) -> RoutingPlan:
+        """Sort routed rows by expert, stably: the rows of an expert stay in the order of their tokens.
+
+        Args:
+            ids_TK: int64 or int32 [T, K] expert ids, torch or NumPy. An id may occur twice in a row.
+            num_experts: E.
+            weights: float [T, K] routing weights, sorted along with the rows.
+            capacity: most rows that an expert takes; the others are dropped. None takes all.
+            drop: which rows a full expert keeps: "position" the first ones, "score" those of highest weight
+                (ties: the first ones). Kept rows stay in the order of their tokens.
+            pad: every expert owns exactly `capacity` rows, the last of them unused when it has fewer.
+            out_of_range: what an id outside [0, E) does: "error" raises, "drop" drops its row.
+
+        Raises:
+            ValueError: a wrong shape, an id out of range, a negative capacity, an unknown option, or an
+                option without what it needs (drop="score" without weights, pad without capacity).
+            TypeError: a wrong dtype or type.
+        """
+        ids_TK, weights = _checked(ids_TK, num_experts, weights, capacity, drop, pad, out_of_range)
+        if _is_numpy(ids_TK):
+            return _plan_numpy(ids_TK, num_experts, weights, capacity, drop, pad, out_of_range)
+        from . import ops
+
+        sorted_ = ops.plan(ids_TK, weights, num_experts, capacity, drop, pad, out_of_range)
+        counts, offsets, gather, inverse, sorted_weights = sorted_
+        if weights is None:
+            sorted_weights = None
+        return RoutingPlan(ids_TK, counts, offsets, gather, inverse, sorted_weights, num_experts, capacity)
+
+    def to(self, *args: Any, **kwargs: Any) -> RoutingPlan:
+        """The plan with its tensors moved as by `torch.Tensor.to`; dtypes stay."""
+        moved: dict[str, Any] = {name: _move(getattr(self, name), args, kwargs) for name in _TENSORS}
+        return dataclasses.replace(self, **moved)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers by name, to save the plan; `from_state_dict` makes it again."""
+        return {name: getattr(self, name) for name in (*_TENSORS, *_NUMBERS)}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> RoutingPlan:
+        """The plan of which `state` is the `state_dict`.
+
+        Raises:
+            ValueError: an entry is missing or unknown.
+        """
+        if state.keys() != {*_TENSORS, *_NUMBERS}:
+            raise ValueError(f"state: got entries {sorted(state)}, wanted {sorted((*_TENSORS, *_NUMBERS))}")
+        return cls(**state)
+
+    def __repr__(self) -> str:
+        return (
+            f"RoutingPlan(tokens={self.tokens}, top_k={self.top_k}, num_experts={self.num_experts}, "
+            f"capacity={self.capacity})"
+        )
+
+
+def _is_numpy(array: object) -> bool:
+    return type(array).__module__ == "numpy"
+
+
+def _dtype(array: Array) -> str:
+    return str(array.dtype).removeprefix("torch.")
+
+
+def _checked(
+    ids: Array,
+    num_experts: int,
+    weights: Array | None,
+    capacity: int | None,
+    drop: str,
+    pad: bool,
+    out_of_range: str,
+) -> tuple[Array, Array | None]:
+    """ids and weights as the kernels want them, once every argument makes sense."""
+    for name, array in (("ids", ids), ("weights", weights)):
+        if array is not None and not hasattr(array, "dtype"):
+            raise TypeError(f"{name}: got {type(array).__name__}, wanted a torch tensor or a NumPy array")
+    if _dtype(ids) not in ("int64", "int32"):
+        raise TypeError(f"ids: got dtype {_dtype(ids)}, wanted int64 or int32")
+    if ids.ndim != 2 or ids.shape[1] == 0:
+        raise ValueError(f"ids: got shape {tuple(ids.shape)}, wanted [T, K] with K >= 1")
+    if num_experts < 1:
+        raise ValueError(f"num_experts: got {num_experts}, wanted at least 1")
+    if capacity is not None and capacity < 0:
+        raise ValueError(f"capacity: got {capacity}, wanted None or at least 0")
+    if drop not in ("position", "score"):
+        raise ValueError(f"drop: got {drop!r}, wanted 'position' or 'score'")
+    if out_of_range not in ("error", "drop"):
+        raise ValueError(f"out_of_range: got {out_of_range!r}, wanted 'error' or 'drop'")
+    if drop == "score" and weights is None:
+        raise ValueError("weights: got None, wanted the routing weights [T, K] that drop='score' compares")
+    if pad and capacity is None:
+        raise ValueError("capacity: got None, wanted the rows per expert that pad=True fills up to")
+    if weights is None:
+        return _dense(ids, None), None
+    if weights.shape != ids.shape:
+        raise ValueError(f"weights: got shape {tuple(weights.shape)}, wanted that of ids, {tuple(ids.shape)}")
+    if _is_numpy(ids) != _is_numpy(weights):
+        raise TypeError(
+            "weights: got a torch tensor and a NumPy array for ids and weights, wanted the same kind"
+        )
+    if "float" not in _dtype(weights):
+        raise TypeError(f"weights: got dtype {_dtype(weights)}, wanted a float dtype")
+    return _dense(ids, None), _dense(weights, "float64" if _dtype(weights) == "float64" else "float32")
+
+
+def _dense(array: Array, dtype: str | None) -> Array:
+    """The array in row-major order, detached, in `dtype` when one is named."""
+    if _is_numpy(array):
+        import numpy as np
+
+        return np.ascontiguousarray(array, dtype=dtype)
+    import torch
+
+    return array.detach().to(getattr(torch, dtype) if dtype else array.dtype).contiguous()
+
+
+def _plan_numpy(
+    ids: Array,
+    num_experts: int,
+    weights: Array | None,
+    capacity: int | None,
+    drop: str,
+    pad: bool,
+    out_of_range: str,
+) -> RoutingPlan:
+    import numpy as np
+
+    counts = np.empty(num_experts, np.int32)
+    offsets = np.empty(num_experts + 1, np.int32)
+    gather = np.empty(num_experts * capacity if pad and capacity is not None else ids.size, np.int32)
+    inverse = np.empty(ids.shape, np.int32)
+    sorted_weights = None if weights is None else np.empty(gather.shape, weights.dtype)
+    torch = sys.modules.get("torch")
+    options: dict[str, Any] = {
+        "num_experts": num_experts,
+        "capacity": capacity,
+        "drop": drop,
+        "pad": pad,
+        "out_of_range": out_of_range,
+        "threads": torch.get_num_threads() if torch else os.cpu_count() or 1,
+    }
+    _native.plan(ids, weights, counts, offsets, gather, inverse, sorted_weights, **options)
+    return RoutingPlan(ids, counts, offsets, gather, inverse, sorted_weights, num_experts, capacity)
+
+
+def _move(array: Array | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array | None:
+    if array is None:
+        return None
+    import torch
+
+    return torch.as_tensor(array).to(*args, **kwargs).to(getattr(torch, _dtype(array)))
+
+
+def _flatten(plan: RoutingPlan) -> tuple[list[Any], tuple[Any, ...]]:
+    return [getattr(plan, name) for name in _TENSORS], tuple(getattr(plan, name) for name in _NUMBERS)
+
+
+def _unflatten(tensors: Any, numbers: tuple[Any, ...]) -> RoutingPlan:
+    return RoutingPlan(*tensors, *numbers)
+
+
+if importlib.util.find_spec("torch"):
+    from torch.utils import _pytree
+
+    _pytree.register_pytree_node(
+        RoutingPlan, _flatten, _unflatten, serialized_type_name="fastmoe_rs.RoutingPlan"
+    )
