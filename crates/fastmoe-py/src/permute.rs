@@ -1,6 +1,7 @@
 //! `permute` and `unpermute`: token rows to expert order and back.
 
 use fastmoe_core::{validate_gather, validate_inverse, validate_plan};
+use fastmoe_cpu::Unpermute;
 use pyo3::prelude::*;
 
 use crate::call::{compute, optional_input, optional_output, threads};
@@ -27,10 +28,10 @@ pub fn permute(
     out.expect(dtype, &[rows, cols], "R, H")?;
     disjoint([Some(&out)], [&x, &gather].map(Some))?;
     compute(py, || {
-        let gather = gather.slice()?;
+        let (size, gather) = (x.element().bytes(), gather.slice()?);
         validate_gather(gather, tokens)?;
         // SAFETY: dtypes, shapes, separate memory and every index were checked.
-        unsafe { fastmoe_cpu::permute(dtype, cols, x.ptr(), gather, out.ptr_mut(), threads.0) }
+        unsafe { fastmoe_cpu::permute(size, cols, x.ptr(), gather, out.ptr_mut(), threads.0) }
         Ok(())
     })
 }
@@ -61,10 +62,10 @@ pub fn unpermute(
     compute(py, || {
         let inverse = inverse.slice()?;
         validate_inverse(inverse, top_k, rows)?;
-        let (y, out) = (y.ptr(), out.ptr_mut());
         let weights = weights.as_ref().map(Tensor::ptr);
+        let problem = Unpermute { cols, top_k, y: y.ptr(), inverse, weights, threads: threads.0 };
         // SAFETY: dtypes, shapes, separate memory and every index were checked.
-        unsafe { fastmoe_cpu::unpermute(dtype, cols, top_k, y, inverse, weights, out, threads.0) }
+        unsafe { fastmoe_cpu::unpermute(dtype, &problem, out.ptr_mut()) }
         Ok(())
     })
 }
@@ -113,24 +114,12 @@ pub fn unpermute_backward(
     compute(py, || {
         let (gather, inverse) = (gather.slice()?, inverse.slice()?);
         validate_plan(tokens, top_k, 1, &[0, rows as i32], gather, inverse)?;
-        let (grad_out, y, weights) = (grad_out.ptr(), y.ptr(), weights.as_ref().map(Tensor::ptr));
-        let (grad_y, grad_weights) =
-            (grad_y.as_ref().map(Tensor::ptr_mut), grad_weights.as_ref().map(Tensor::ptr_mut));
+        let weights = weights.as_ref().map(Tensor::ptr);
+        let problem = Unpermute { cols, top_k, y: y.ptr(), inverse, weights, threads: threads.0 };
+        let [grad_y, grad_weights] = [&grad_y, &grad_weights].map(|grad| grad.as_ref().map(Tensor::ptr_mut));
         // SAFETY: dtypes, shapes, separate memory and every index were checked.
         unsafe {
-            fastmoe_cpu::unpermute_backward(
-                dtype,
-                cols,
-                top_k,
-                grad_out,
-                y,
-                weights,
-                gather,
-                inverse,
-                grad_y,
-                grad_weights,
-                threads.0,
-            );
+            fastmoe_cpu::unpermute_backward(dtype, &problem, grad_out.ptr(), gather, grad_y, grad_weights);
         }
         Ok(())
     })

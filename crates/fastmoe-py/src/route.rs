@@ -1,6 +1,7 @@
 //! `route`: from logits to expert ids and weights.
 
 use fastmoe_core::Router;
+use fastmoe_cpu::Route;
 use pyo3::prelude::*;
 
 use crate::call::{compute, optional_input, threads};
@@ -33,7 +34,7 @@ pub fn route(
     if let Some(bias) = &bias {
         bias.expect(wide, &[experts], "E")?;
     }
-    let mut ids = Tensor::output("ids", ids)?;
+    let ids = Tensor::output("ids", ids)?;
     let [_, top_k] = ids.dims("T, K")?;
     ids.expect(Element::I64, &[tokens, top_k], "T, K")?;
     let weights = Tensor::output("weights", weights)?;
@@ -44,15 +45,19 @@ pub fn route(
     let router = Router { top_k, score: score.parse()?, order: order.parse()?, renormalize, scale };
     router.check(experts)?;
     compute(py, || {
-        let (weights, scores) = (weights.ptr_mut(), scores.ptr_mut());
-        let (bias, ids) = (bias.as_ref().map(Tensor::ptr), ids.slice_mut()?);
+        let problem = Route {
+            router: &router,
+            tokens,
+            experts,
+            logits: logits.ptr(),
+            bias: bias.as_ref().map(Tensor::ptr),
+            ids: ids.ptr_mut().cast(),
+            weights: weights.ptr_mut(),
+            scores: scores.ptr_mut(),
+            threads: threads.0,
+        };
         // SAFETY: dtypes, shapes and separate memory were checked above.
-        unsafe {
-            let logits = logits.ptr();
-            fastmoe_cpu::route(
-                &router, dtype, tokens, experts, logits, bias, ids, weights, scores, threads.0,
-            );
-        }
+        unsafe { fastmoe_cpu::route(dtype, &problem) }
         Ok(())
     })
 }
