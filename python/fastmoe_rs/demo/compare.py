@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..nn import MoE
+from ..nn import Experts, MoE
 from .trainer import Trainer
 
 PATHS = ("grouped_mm", "batched_mm", "eager")
@@ -107,13 +107,13 @@ def use_transformers(model: nn.Module, path: str) -> None:
     """Run the experts of `model` through transformers' experts path of that name, on the same parameters."""
     for module in model.modules():
         if isinstance(module, MoE):
-            module.experts = TransformersExperts(module.experts, path)
+            module.register_module("experts", TransformersExperts(module.experts, path))
 
 
 class TransformersExperts(nn.Module):
     """Mixtral's experts, which transformers runs by any of its paths, on w1 [E, 2I, H] and w2 [E, H, I]."""
 
-    def __init__(self, experts: nn.Module, path: str) -> None:
+    def __init__(self, experts: Experts, path: str) -> None:
         super().__init__()
         from transformers import MixtralConfig
         from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -128,7 +128,7 @@ class TransformersExperts(nn.Module):
             self._call = partial(functional_call, MixtralExperts(config))
 
     def forward(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, plan: object = None) -> Tensor:
-        weights = {"gate_up_proj": self.w1, "down_proj": self.w2}
+        weights: dict[str, Tensor] = {"gate_up_proj": self.w1, "down_proj": self.w2}
         if torch.is_autocast_enabled(x_TH.device.type):
             # Not all of transformers' paths know autocast; without this one they would be timed in float32.
             dtype = torch.get_autocast_dtype(x_TH.device.type)

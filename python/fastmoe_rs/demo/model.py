@@ -69,13 +69,13 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(BYTES, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        blocks = [Block(config) for _ in range(config.layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.hidden_size)
         self.head = nn.Linear(config.hidden_size, BYTES, bias=False)
         # A branch that starts at zero leaves the residual path clean; equal logits start at the loss ln 256.
-        for block in self.blocks:
-            nn.init.zeros_(block.attention.out.weight)
-        nn.init.zeros_(self.head.weight)
+        for parameter in (*(block.attention.out.weight for block in blocks), self.head.weight):
+            nn.init.zeros_(parameter)
 
     def forward(self, bytes_BS: Tensor) -> Output:
         x_BSH = F.rms_norm(self.embedding(bytes_BS), (self.config.hidden_size,))

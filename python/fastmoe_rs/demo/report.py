@@ -17,7 +17,7 @@ from .config import Config
 MAX_COLUMNS = 120  # of the heatmap; more steps than that are averaged
 SMOOTHED_SHARE = 25  # a point of the smooth loss curve averages one part in so many of all steps
 INK, MUTED, ACCENT, PEER = "#1f2933", "#7b8794", "#d9480f", "#adb5bd"
-STYLE = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -39,14 +39,12 @@ def draw(path: Path, config: Config, records: list[dict[str, Any]], comparison: 
             fontsize=13,
             fontweight="bold",
         )
-        top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+        halves = figure.add_gridspec(2, 1, height_ratios=(1, 1.2))
+        upper = halves[0].subgridspec(1, 2, width_ratios=(2.4, 1))
         if comparison:
-            loss_axes, speed_axes = top.subplots(1, 2, width_ratios=(2.4, 1))
-            draw_speed(speed_axes, comparison)
-        else:
-            loss_axes = top.subplots()
-        draw_loss(loss_axes, records)
-        draw_load(bottom.subplots(), config, records)
+            draw_speed(figure.add_subplot(upper[1]), comparison)
+        draw_loss(figure.add_subplot(upper[0] if comparison else upper[:]), records)
+        draw_load(figure.add_subplot(halves[1]), config, records)
         figure.savefig(path)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import data
 from .config import Config, DemoError
-from .model import Model
+from .model import Model, Output
 
 WARMUP_STEPS = 20
 FINAL_LEARNING_RATE = 0.1  # of the peak
@@ -59,7 +59,8 @@ class Trainer:
         self.step += 1
         return StepResult(loss.item(), output.balance_loss.item(), output.load.tolist())
 
-    def forward(self, batch: Tensor):
+    def forward(self, batch: Tensor) -> tuple[Output, Tensor]:
+        """What the model gives for `batch` [B, S + 1], and the mean loss of its bytes."""
         with self.autocast():
             output = self.model(batch[:, :-1])
             loss = F.cross_entropy(output.logits.float().flatten(0, 1), batch[:, 1:].flatten())

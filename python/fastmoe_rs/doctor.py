@@ -1,0 +1,221 @@
+"""What works on this machine: `python -m fastmoe_rs doctor`.
+
+Every check gives a row: green when all is well, yellow for what is slower or less than it could be, red for what
+is broken; yellow and red rows say what to do about it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from . import __version__, _native
+
+GREEN, YELLOW, RED = "green", "yellow", "red"
+COLOR_CODES = {GREEN: 32, YELLOW: 33, RED: 31}
+MIN_TORCH, MIN_TRANSFORMERS = (2, 6), (5,)
+ISA_VARIABLE = "FASTMOE_CPU_ISA"
+REPORT = "please report it with the output of `python -m fastmoe_rs doctor --json`"
+# Largest error of an output or gradient against the reference in float64, relative to its largest element.
+TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the diagnosis; `remedy` is what to do unless the status is green."""
+
+    name: str
+    status: str
+    value: str
+    remedy: str = ""
+
+
+def examine() -> list[Row]:
+    """Run all checks; never raises."""
+    checks: dict[str, Callable[[str], Row]] = {
+        "version": check_version,
+        "wheel": check_wheel,
+        "torch": check_torch,
+        "cpu features": check_features,
+        "cpu kernels": check_kernels,
+        "threads": check_threads,
+        "dlpack table": check_dlpack,
+        "cuda": check_cuda,
+        "transformers": check_transformers,
+        **{f"self-test {dtype}": check_results for dtype in TOLERANCES},
+    }
+    return [guarded(check, name) for name, check in checks.items()]
+
+
+def show(rows: list[Row], *, as_json: bool) -> int:
+    """Print the rows; the exit status is 1 when one of them is red."""
+    broken = any(row.status == RED for row in rows)
+    if as_json:
+        print(json.dumps({"ok": not broken, "rows": [asdict(row) for row in rows]}, indent=2))
+        return int(broken)
+    colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    width = max(len(row.name) for row in rows)
+    for row in rows:
+        status = f"{row.status:<6}"
+        if colored:
+            status = f"\033[{COLOR_CODES[row.status]}m{status}\033[0m"
+        print(f"{status}  {row.name:<{width}}  {row.value}")
+        if row.remedy:
+            print(f"{'':<{width + 10}}-> {row.remedy}")
+    return int(broken)
+
+
+def guarded(check: Callable[[str], Row], name: str) -> Row:
+    """The row of a check. One that another check's failure keeps from running is yellow: the other one is red."""
+    try:
+        return check(name)
+    except Exception as error:
+        if importlib.util.find_spec("torch") is None:
+            return Row(name, YELLOW, "not checked", "see the row of torch")
+        if ISA_VARIABLE in str(error):
+            return Row(name, YELLOW, "not checked", "see the row of the cpu kernels")
+        return Row(name, RED, f"{type(error).__name__}: {error}", REPORT)
+
+
+def check_version(name: str) -> Row:
+    value = f"fastmoe_rs {__version__}, Python {platform.python_version()}, {platform.platform()}"
+    return Row(name, GREEN, value)
+
+
+def check_wheel(name: str) -> Row:
+    reinstall = "pip install --force-reinstall fastmoe_rs"
+    try:
+        distribution = importlib.metadata.distribution("fastmoe_rs")
+    except importlib.metadata.PackageNotFoundError:
+        return Row(name, YELLOW, "not installed, run from its source folder", reinstall)
+    tags = [
+        line[5:] for line in (distribution.read_text("WHEEL") or "").splitlines() if line.startswith("Tag: ")
+    ]
+    if distribution.version != __version__:
+        return Row(name, RED, f"{distribution.version}, with a native module {__version__}", reinstall)
+    return Row(name, GREEN, ", ".join(tags) or "no tag")
+
+
+def check_torch(name: str) -> Row:
+    wanted = ".".join(map(str, MIN_TORCH))
+    if importlib.util.find_spec("torch") is None:
+        return Row(name, RED, "not installed", f"pip install 'torch>={wanted}'")
+    try:
+        import torch
+    except Exception as error:
+        return Row(name, RED, f"does not import: {error}", f"reinstall it: pip install 'torch>={wanted}'")
+    if release(torch.__version__) < MIN_TORCH:
+        return Row(name, RED, f"{torch.__version__} is too old", f"pip install 'torch>={wanted}'")
+    return Row(name, GREEN, torch.__version__)
+
+
+def check_features(name: str) -> Row:
+    info = _native.cpu_info()
+    return Row(name, GREEN, f"{info['arch']}: {' '.join(info['features']) or 'nothing special'}")
+
+
+def check_kernels(name: str) -> Row:
+    try:
+        info = _native.cpu_info()
+    except ValueError as error:
+        return Row(name, RED, str(error), f"unset {ISA_VARIABLE}, or set it to one that is available")
+    value = f"{info['isa']} ({', '.join(f'{dtype} {kernel}' for dtype, kernel in info['kernels'].items())})"
+    if ISA_VARIABLE in os.environ:
+        return Row(name, YELLOW, f"{value}, forced", f"unset {ISA_VARIABLE} to get the fastest ones")
+    if info["isa"] == "portable":
+        return Row(name, YELLOW, value, "right but slow: there are no vector kernels for this processor")
+    return Row(name, GREEN, value)
+
+
+def check_threads(name: str) -> Row:
+    import torch
+
+    threads, cpus = torch.get_num_threads(), usable_cpus()
+    value = f"{threads} on {cpus} processors, pool: {_native.cpu_info()['threads_pool']}"
+    if threads > cpus:
+        return Row(name, YELLOW, value, f"OMP_NUM_THREADS={cpus} or torch.set_num_threads({cpus})")
+    return Row(name, GREEN, value)
+
+
+def check_dlpack(name: str) -> Row:
+    import torch
+
+    if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        return Row(name, GREEN, "there")
+    return Row(name, YELLOW, "missing; tensors cross by data_ptr(), a little slower", "a newer torch has it")
+
+
+def check_cuda(name: str) -> Row:
+    import torch
+
+    backend = "CUDA backend: not in this build"
+    if not torch.cuda.is_available():
+        return Row(name, GREEN, f"no device; {backend}")
+    device = torch.cuda.get_device_name()
+    return Row(name, YELLOW, f"{device}; {backend}", "run the layers of fastmoe_rs on the cpu")
+
+
+def check_transformers(name: str) -> Row:
+    install = "only for Hugging Face models: pip install 'fastmoe_rs[transformers]'"
+    try:
+        version = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return Row(name, YELLOW, "not installed", install)
+    if release(version) < MIN_TRANSFORMERS:
+        return Row(name, YELLOW, f"{version} has no exchangeable experts", install)
+    return Row(name, GREEN, version)
+
+
+def check_results(name: str) -> Row:
+    """A small layer forward and backward, against the reference in float64."""
+    import torch
+
+    from . import functional, reference
+
+    dtype_name = name.rpartition(" ")[2]
+    dtype, tolerance = getattr(torch, dtype_name), TOLERANCES[dtype_name]
+    tokens, hidden, intermediate, experts, top_k = 96, 64, 80, 8, 2
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+
+    x, w1, w2 = (
+        tensor.to(dtype)
+        for tensor in (
+            draw(tokens, hidden),
+            draw(experts, 2 * intermediate, hidden),
+            draw(experts, hidden, intermediate),
+        )
+    )
+    ids, weights, _ = reference.route(draw(tokens, experts), top_k)
+
+    def run(mlp: Callable[..., torch.Tensor], wide: bool) -> list[torch.Tensor]:
+        inputs = [tensor.double() if wide else tensor for tensor in (x, weights, w1, w2)]
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+        out = mlp(leaves[0], ids, *leaves[1:])
+        return [out.detach(), *torch.autograd.grad(out.double().square().sum(), leaves)]
+
+    results, truths = run(functional.moe_mlp, wide=False), run(reference.moe_mlp, wide=True)
+    errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(results, truths, strict=True)]
+    value = f"largest error {max(errors):.0e} of output and gradients, at most {tolerance:.0e} wanted"
+    if max(errors) <= tolerance:
+        return Row(name, GREEN, value)
+    return Row(name, RED, value, f"set {ISA_VARIABLE}=portable to get right results, and {REPORT}")
+
+
+def usable_cpus() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers at the start of a version: "2.15.0+cpu" is (2, 15)."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
