@@ -1,4 +1,9 @@
-//! The tensor element types of the backend.
+//! The tensor element types of the backend, and how numbers enter and leave them.
+
+use crate::math::Real;
+use crate::simd::Vector;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 
 /// Element type of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,4 +16,114 @@ pub enum DType {
     Bf16,
     /// IEEE half precision.
     F16,
+}
+
+impl DType {
+    /// Bytes of an element.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F64 => 8,
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+        }
+    }
+}
+
+/// A number stored in a tensor; sums are kept in `Acc`.
+pub trait Element: Copy + Default + Send + Sync + 'static {
+    /// The type of sums over this element.
+    type Acc: Real;
+    /// The element is itself the type of sums.
+    const WIDE: bool = false;
+
+    /// Converts a slice to the type of sums; both slices have one length.
+    fn widen(src: &[Self], dst: &mut [Self::Acc]);
+    /// Rounds a slice of sums to nearest even; both slices have one length.
+    fn narrow(src: &[Self::Acc], dst: &mut [Self]);
+
+    /// One register of units: numbers widened to the lane, or bf16 pairs as they are.
+    ///
+    /// # Safety
+    /// `p` is valid for the elements of a register, and the instruction set is that of `V`.
+    unsafe fn load<V: Vector, const PAIRS: bool>(p: *const Self) -> V;
+
+    /// `load` of the first `n` elements, zeros after them.
+    ///
+    /// # Safety
+    /// As `load`, with `p` valid for `n` elements.
+    #[inline(always)]
+    unsafe fn load_some<V: Vector, const PAIRS: bool>(p: *const Self, n: usize) -> V {
+        let mut buffer = [Self::default(); 32];
+        // SAFETY: n is below a register's elements, of which no register has more than 32.
+        unsafe {
+            std::ptr::copy_nonoverlapping(p, buffer.as_mut_ptr(), n);
+            Self::load::<V, PAIRS>(buffer.as_ptr())
+        }
+    }
+}
+
+macro_rules! native_element {
+    ($float:ty) => {
+        impl Element for $float {
+            type Acc = $float;
+            const WIDE: bool = true;
+            #[inline(always)]
+            fn widen(src: &[Self], dst: &mut [Self]) {
+                dst.copy_from_slice(src);
+            }
+            #[inline(always)]
+            fn narrow(src: &[Self], dst: &mut [Self]) {
+                dst.copy_from_slice(src);
+            }
+            #[inline(always)]
+            unsafe fn load<V: Vector, const PAIRS: bool>(p: *const Self) -> V {
+                // SAFETY: as promised by the caller; the lanes of V are of this type.
+                unsafe { V::load(p.cast()) }
+            }
+        }
+    };
+}
+native_element!(f32);
+native_element!(f64);
+
+impl Element for bf16 {
+    type Acc = f32;
+    #[inline(always)]
+    fn widen(src: &[Self], dst: &mut [f32]) {
+        for (d, s) in dst.iter_mut().zip(src) {
+            *d = f32::from_bits(u32::from(s.to_bits()) << 16);
+        }
+    }
+    #[inline(always)]
+    fn narrow(src: &[f32], dst: &mut [Self]) {
+        for (d, s) in dst.iter_mut().zip(src) {
+            let bits = s.to_bits();
+            let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+            let quiet_nan = bits | 0x0040_0000;
+            // Branch-free, so that the loop becomes vector code.
+            *d = Self::from_bits(((if s.is_nan() { quiet_nan } else { rounded }) >> 16) as u16);
+        }
+    }
+    #[inline(always)]
+    unsafe fn load<V: Vector, const PAIRS: bool>(p: *const Self) -> V {
+        // SAFETY: as promised by the caller.
+        unsafe { if PAIRS { V::load(p.cast()) } else { V::widen_bf16(p) } }
+    }
+}
+
+impl Element for f16 {
+    type Acc = f32;
+    #[inline(always)]
+    fn widen(src: &[Self], dst: &mut [f32]) {
+        src.convert_to_f32_slice(dst);
+    }
+    #[inline(always)]
+    fn narrow(src: &[f32], dst: &mut [Self]) {
+        dst.convert_from_f32_slice(src);
+    }
+    #[inline(always)]
+    unsafe fn load<V: Vector, const PAIRS: bool>(p: *const Self) -> V {
+        // SAFETY: as promised by the caller.
+        unsafe { V::widen_f16(p) }
+    }
 }

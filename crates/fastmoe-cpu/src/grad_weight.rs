@@ -1,0 +1,337 @@
+//! Gradients of weights: `dW_e = A_e^T B_e` over the rows of an expert, each element written once.
+
+use crate::dtype::Element;
+use crate::gemm::{padded_cols, row_groups};
+use crate::layer::{PackedRows, Work};
+use crate::machine::{Machine, Op, Tile};
+use crate::memory::Scratch;
+use crate::pack::{Rows, pack_panels_kn, pack_transposed, row_stride, units};
+use crate::prefetch::Prefetch;
+use crate::threads::Threads;
+use fastmoe_core::Float;
+use std::ops::Range;
+
+/// Rows and columns of a task's part of dW.
+const TASK_ROWS: usize = 128;
+const TASK_COLS: usize = 512;
+/// Units of the contraction that a tile goes through at a time.
+const DEPTH: usize = 512;
+/// Features that one packing task transposes.
+const PACK_COLS: usize = 512;
+
+/// A matrix with one row for each sorted row.
+#[derive(Clone, Copy)]
+pub enum Matrix<'a, M: Machine, E> {
+    /// Rows of a tensor and their length.
+    Gathered(Rows<'a, E>, usize),
+    /// Packed rows and their length.
+    Packed(&'a PackedRows<M>, usize),
+}
+
+// SAFETY: tasks only read it.
+unsafe impl<M: Machine, E> Sync for Matrix<'_, M, E> {}
+
+impl<'a, M: Machine, E: Element<Acc = M::Acc>> Matrix<'a, M, E> {
+    fn cols(&self) -> usize {
+        match *self {
+            Self::Gathered(_, cols) | Self::Packed(_, cols) => cols,
+        }
+    }
+
+    fn cells(packed: &PackedRows<M>) -> Rows<'a, M::Cell> {
+        Rows::dense(packed.row(0).cast(), packed.stride * M::UNIT)
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(&self, rows: &Range<usize>, cols: &Range<usize>, dst: *mut M::Acc, stride: usize) {
+        let (n, start) = (rows.len(), cols.start);
+        // SAFETY: as promised by the caller of `GradWeight::matrix`.
+        unsafe {
+            match *self {
+                Self::Gathered(src, _) => {
+                    pack_transposed::<M, E>(&src.skip(rows.start).column(start), n, cols.len(), dst, stride);
+                }
+                Self::Packed(src, _) => {
+                    let src = Self::cells(src).skip(rows.start).column(start);
+                    pack_transposed::<M, M::Cell>(&src, n, cols.len(), dst, stride);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn panels(&self, rows: &Range<usize>, cols: &Range<usize>, dst: *mut M::Acc) {
+        let (n, start) = (rows.len(), cols.start);
+        // SAFETY: as promised by the caller of `GradWeight::matrix`.
+        unsafe {
+            match *self {
+                Self::Gathered(src, _) => {
+                    pack_panels_kn::<M, E>(&src.skip(rows.start).column(start), n, cols.len(), dst);
+                }
+                Self::Packed(src, _) => {
+                    let src = Self::cells(src).skip(rows.start).column(start);
+                    pack_panels_kn::<M, M::Cell>(&src, n, cols.len(), dst);
+                }
+            }
+        }
+    }
+
+    /// Row `r` as sums.
+    #[inline(always)]
+    unsafe fn widen(&self, r: usize, out: &mut [M::Acc]) {
+        // SAFETY: as promised by the caller of `GradWeight::bias`.
+        unsafe {
+            match *self {
+                Self::Gathered(src, cols) => match src.row(r) {
+                    Some(row) => E::widen(std::slice::from_raw_parts(row, cols), out),
+                    None => out.fill(M::Acc::ZERO),
+                },
+                Self::Packed(src, cols) => {
+                    M::Cell::widen(std::slice::from_raw_parts(src.row(r).cast(), cols), out);
+                }
+            }
+        }
+    }
+}
+
+/// The experts whose gradients are wanted.
+pub struct GradWeight<'a> {
+    /// `[E+1]` first row of each expert.
+    pub offsets: &'a [i32],
+    /// The experts with rows.
+    pub work: &'a [Work],
+    /// Worker threads.
+    pub threads: Threads,
+}
+
+impl GradWeight<'_> {
+    fn experts(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    fn rows(&self, expert: usize) -> Range<usize> {
+        self.offsets[expert] as usize..self.offsets[expert + 1] as usize
+    }
+
+    /// `out[e] = rows_e^T cols_e`, zeros for an expert without rows.
+    ///
+    /// # Safety
+    /// The machine has the instruction set; the matrices are valid for the sorted rows, `out` for all experts.
+    pub unsafe fn matrix<M: Machine, E: Element<Acc = M::Acc>>(
+        &self,
+        rows: Matrix<'_, M, E>,
+        cols: Matrix<'_, M, E>,
+        out: *mut E,
+    ) {
+        // Where each expert's packed rows start, in units of the contraction.
+        let mut starts = vec![0; self.experts() + 1];
+        for e in 0..self.experts() {
+            starts[e + 1] = starts[e] + row_stride::<M>(self.rows(e).len());
+        }
+        let total = starts[self.experts()];
+        let longest = self.work.iter().map(|w| row_stride::<M>(w.rows.len())).max().unwrap_or(0);
+        let (m, n) = (rows.cols(), cols.cols());
+        let job = Outer {
+            a: Scratch::new(total * m + longest * M::ROWS),
+            b: Scratch::new(total * padded_cols::<M>(n)),
+            of: self,
+            starts,
+            rows,
+            cols,
+            out,
+        };
+        let (left, right) = (m.div_ceil(PACK_COLS), n.div_ceil(PACK_COLS));
+        self.threads.for_each(self.work.len() * (left + right), |task| {
+            let (work, i) = (&self.work[task / (left + right)], task % (left + right));
+            // SAFETY: as promised by the caller; every task packs its own columns.
+            unsafe {
+                M::call(PackTask {
+                    job: &job,
+                    work,
+                    left: i < left,
+                    index: if i < left { i } else { i - left },
+                })
+            }
+        });
+        let (down, across) = (m.div_ceil(TASK_ROWS), n.div_ceil(TASK_COLS));
+        self.threads.for_each(self.experts() * down * across, |task| {
+            let (expert, i) = (task / (down * across), task % (down * across));
+            M::begin();
+            // SAFETY: as promised by the caller; every task writes its own part of dW.
+            unsafe {
+                M::call(OuterTask {
+                    job: &job,
+                    expert,
+                    row: i / across * TASK_ROWS,
+                    col: i % across * TASK_COLS,
+                })
+            }
+            M::end();
+        });
+    }
+
+    /// `out[e] = sum of scale[r] * row[r]` over the rows of each expert.
+    ///
+    /// # Safety
+    /// As `matrix`.
+    pub unsafe fn bias<M: Machine, E: Element<Acc = M::Acc>>(
+        &self,
+        rows: Matrix<'_, M, E>,
+        scale: Option<&[M::Acc]>,
+        out: *mut E,
+    ) {
+        let job = Bias { of: self, rows, scale, out };
+        self.threads.for_each(self.experts(), |expert| {
+            // SAFETY: as promised by the caller; every task writes its own expert's row.
+            unsafe { M::call(BiasTask { job: &job, expert }) }
+        });
+    }
+}
+
+struct Outer<'a, M: Machine, E> {
+    of: &'a GradWeight<'a>,
+    starts: Vec<usize>,
+    rows: Matrix<'a, M, E>,
+    cols: Matrix<'a, M, E>,
+    a: Scratch<M::Acc>,
+    b: Scratch<M::Acc>,
+    out: *mut E,
+}
+
+// SAFETY: tasks write disjoint parts of `a`, `b` and `out`.
+unsafe impl<M: Machine, E> Sync for Outer<'_, M, E> {}
+
+impl<M: Machine, E: Element<Acc = M::Acc>> Outer<'_, M, E> {
+    /// Row `c` of an expert's packed A, and the distance to the next.
+    #[inline(always)]
+    fn a(&self, expert: usize, c: usize) -> (*mut M::Acc, usize) {
+        let stride = row_stride::<M>(self.of.rows(expert).len());
+        (self.a.ptr().wrapping_add(self.starts[expert] * self.rows.cols() + c * stride), stride)
+    }
+
+    /// Panel of an expert's packed B that starts with column `c`, and the units of a panel.
+    #[inline(always)]
+    fn b(&self, expert: usize, c: usize) -> (*mut M::Acc, usize) {
+        let units = units::<M>(self.of.rows(expert).len());
+        (
+            self.b.ptr().wrapping_add(self.starts[expert] * padded_cols::<M>(self.cols.cols()) + c * units),
+            units,
+        )
+    }
+}
+
+struct PackTask<'a, M: Machine, E> {
+    job: &'a Outer<'a, M, E>,
+    work: &'a Work,
+    left: bool,
+    index: usize,
+}
+
+impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for PackTask<'_, M, E> {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run(self) {
+        let Self { job, work, left, index } = self;
+        let side = if left { &job.rows } else { &job.cols };
+        let cols = index * PACK_COLS..side.cols().min((index + 1) * PACK_COLS);
+        // SAFETY: as promised by the caller of `matrix`.
+        unsafe {
+            if left {
+                let (dst, stride) = job.a(work.expert, cols.start);
+                side.transpose(&work.rows, &cols, dst, stride);
+            } else {
+                side.panels(&work.rows, &cols, job.b(work.expert, cols.start).0);
+            }
+        }
+    }
+}
+
+struct OuterTask<'a, M: Machine, E> {
+    job: &'a Outer<'a, M, E>,
+    expert: usize,
+    row: usize,
+    col: usize,
+}
+
+impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run(self) {
+        let Self { job, expert, row, col } = self;
+        let (m, n) = (job.rows.cols(), job.cols.cols());
+        let (rows, cols) = (TASK_ROWS.min(m - row), TASK_COLS.min(n - col));
+        let out = job.out.wrapping_add((expert * m + row) * n + col);
+        let out_row = |r: usize| {
+            // SAFETY: the row lies in this task's part of dW.
+            unsafe { std::slice::from_raw_parts_mut(out.add(r * n), cols) }
+        };
+        if job.of.rows(expert).is_empty() {
+            (0..rows).for_each(|r| out_row(r).fill(E::default()));
+            return;
+        }
+        let stride = padded_cols::<M>(cols);
+        let sums = Scratch::<M::Acc>::new(rows.next_multiple_of(M::ROWS) * stride);
+        let (a, a_stride) = job.a(expert, row);
+        let mut ahead = Prefetch::NONE;
+        for panel in (0..stride).step_by(M::COLS) {
+            let (b, all) = job.b(expert, col + panel);
+            for k in (0..all).step_by(DEPTH) {
+                for (start, end) in row_groups::<M>(rows) {
+                    // SAFETY: as promised by the caller of `matrix`; both operands are packed.
+                    unsafe {
+                        M::tile(Tile {
+                            a: a.add(start * a_stride + k),
+                            a_stride,
+                            rows: end - start,
+                            b: b.add(k * M::COLS),
+                            units: DEPTH.min(all - k),
+                            c: sums.ptr().add(start * stride + panel),
+                            c_stride: stride,
+                            accumulate: k > 0,
+                            ahead: &mut ahead,
+                        });
+                    }
+                }
+            }
+        }
+        for r in 0..rows {
+            E::narrow(&sums[r * stride..][..cols], out_row(r));
+        }
+    }
+}
+
+struct Bias<'a, M: Machine, E> {
+    of: &'a GradWeight<'a>,
+    rows: Matrix<'a, M, E>,
+    scale: Option<&'a [M::Acc]>,
+    out: *mut E,
+}
+
+// SAFETY: tasks write disjoint rows of `out`.
+unsafe impl<M: Machine, E> Sync for Bias<'_, M, E> {}
+
+struct BiasTask<'a, M: Machine, E> {
+    job: &'a Bias<'a, M, E>,
+    expert: usize,
+}
+
+impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for BiasTask<'_, M, E> {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run(self) {
+        let Bias { of, rows, scale, out } = *self.job;
+        let cols = rows.cols();
+        let mut total = vec![M::Acc::ZERO; cols];
+        let mut row = total.clone();
+        for r in of.rows(self.expert) {
+            // SAFETY: as promised by the caller of `bias`.
+            unsafe { rows.widen(r, &mut row) };
+            let scale = scale.map_or(M::Acc::ONE, |s| s[r]);
+            for (t, &x) in total.iter_mut().zip(&row) {
+                *t += x * scale;
+            }
+        }
+        // SAFETY: this row of `out` is this task's.
+        E::narrow(&total, unsafe { std::slice::from_raw_parts_mut(out.add(self.expert * cols), cols) });
+    }
+}

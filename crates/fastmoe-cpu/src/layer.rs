@@ -1,0 +1,214 @@
+//! What forward and backward share: the typed view of an expert MLP, its experts at work, packed rows.
+
+use crate::dtype::Element;
+use crate::gemm::Factor;
+use crate::machine::{Machine, Op};
+use crate::memory::Scratch;
+use crate::pack::{Rows, pack_row, row_stride};
+use crate::problem::{Mlp, Ptr};
+use crate::threads::Threads;
+use std::ops::Range;
+
+/// Hidden units of a task.
+pub const BLOCK_COLS: usize = 128;
+/// Rows of an expert that a task takes at a time, so that their sums stay in the cache.
+pub const CHUNK_ROWS: usize = 512;
+
+/// An expert that has rows, and which.
+#[derive(Clone)]
+pub struct Work {
+    pub expert: usize,
+    pub rows: Range<usize>,
+}
+
+impl Work {
+    /// The rows in chunks of `CHUNK_ROWS`.
+    pub fn chunks(&self) -> impl Iterator<Item = Range<usize>> {
+        let end = self.rows.end;
+        self.rows.clone().step_by(CHUNK_ROWS).map(move |start| start..end.min(start + CHUNK_ROWS))
+    }
+}
+
+/// The experts with rows, in order.
+pub fn work(offsets: &[i32]) -> Vec<Work> {
+    let ranges = offsets.windows(2).map(|o| o[0] as usize..o[1] as usize).enumerate();
+    ranges.filter(|(_, rows)| !rows.is_empty()).map(|(expert, rows)| Work { expert, rows }).collect()
+}
+
+/// Sorted rows packed as A.
+pub struct PackedRows<M: Machine> {
+    data: Scratch<M::Acc>,
+    /// Units from one row to the next.
+    pub stride: usize,
+}
+
+impl<M: Machine> PackedRows<M> {
+    /// Room for `rows` rows of `cols` numbers, and for the rows that whole tiles read beyond the last.
+    pub fn new(rows: usize, cols: usize) -> Self {
+        let stride = row_stride::<M>(cols);
+        Self { data: Scratch::new((rows + M::ROWS) * stride), stride }
+    }
+
+    /// Packs rows of a tensor.
+    ///
+    /// # Safety
+    /// The machine has the instruction set; `src` is valid for `rows x cols` numbers.
+    pub unsafe fn pack<E: Element<Acc = M::Acc>>(
+        src: Rows<'_, E>,
+        rows: usize,
+        cols: usize,
+        threads: Threads,
+    ) -> Self {
+        const AT_ONCE: usize = 32;
+        let packed = Self::new(rows, cols);
+        let job = PackJob { src, cols, packed: &packed };
+        threads.for_each(rows.div_ceil(AT_ONCE), |i| {
+            let rows = i * AT_ONCE..rows.min((i + 1) * AT_ONCE);
+            // SAFETY: as promised by the caller; each task writes its own rows.
+            unsafe { M::call(PackSome { job: &job, rows }) }
+        });
+        packed
+    }
+
+    /// Row `r`.
+    #[inline(always)]
+    pub fn row(&self, r: usize) -> *mut M::Acc {
+        self.data.ptr().wrapping_add(r * self.stride)
+    }
+}
+
+struct PackJob<'a, M: Machine, E> {
+    src: Rows<'a, E>,
+    cols: usize,
+    packed: &'a PackedRows<M>,
+}
+
+// SAFETY: tasks read the source and write disjoint rows.
+unsafe impl<M: Machine, E> Sync for PackJob<'_, M, E> {}
+
+struct PackSome<'a, M: Machine, E> {
+    job: &'a PackJob<'a, M, E>,
+    rows: Range<usize>,
+}
+
+impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for PackSome<'_, M, E> {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run(self) {
+        for r in self.rows {
+            // SAFETY: as promised by the caller of `pack`.
+            unsafe { pack_row::<M, E>(self.job.src.row(r), self.job.cols, self.job.packed.row(r)) }
+        }
+    }
+}
+
+/// An expert MLP with its types.
+pub struct Layer<'a, M: Machine, E> {
+    /// Sizes, flags and plan.
+    pub p: &'a Mlp<'a>,
+    /// The experts with rows.
+    pub work: Vec<Work>,
+    /// `[rows]` routing weights in sorted order, 0 in unused rows.
+    pub scales: Scratch<M::Acc>,
+    /// Worker threads.
+    pub threads: Threads,
+    elements: std::marker::PhantomData<E>,
+}
+
+// SAFETY: the pointers inside are read by all tasks and written by none.
+unsafe impl<M: Machine, E> Sync for Layer<'_, M, E> {}
+
+/// Some columns of W1 that a task computes: where they start in W1's own order, and how many.
+#[derive(Clone, Copy)]
+pub struct Part {
+    pub start: usize,
+    pub len: usize,
+}
+
+impl<'a, M: Machine, E: Element<Acc = M::Acc>> Layer<'a, M, E> {
+    /// The typed view of `p`.
+    ///
+    /// # Safety
+    /// The pointers of `p` are valid for its sizes and its plan has been validated.
+    pub unsafe fn new(p: &'a Mlp<'a>) -> Self {
+        let mut scales = Scratch::zeroed(p.rows.gather.len());
+        for (i, &row) in p.rows.inverse.iter().enumerate() {
+            if let Ok(row) = usize::try_from(row) {
+                // SAFETY: there is a weight for each entry of `inverse`.
+                scales[row] = unsafe { *p.weights.cast::<M::Acc>().add(i) };
+            }
+        }
+        let threads = Threads(p.threads);
+        Self { p, work: work(p.rows.offsets), scales, threads, elements: std::marker::PhantomData }
+    }
+
+    /// Sorted rows.
+    pub fn rows(&self) -> usize {
+        self.p.rows.gather.len()
+    }
+
+    /// Rows of a tensor `[T, cols]` in sorted order, packed.
+    ///
+    /// # Safety
+    /// `x` is valid for the tokens.
+    pub unsafe fn gather(&self, x: Ptr, cols: usize) -> PackedRows<M> {
+        let src = Rows::<E>::gathered(x.cast(), cols, self.p.rows.gather);
+        // SAFETY: as promised by the caller; the plan's rows are tokens.
+        unsafe { PackedRows::pack(src, self.rows(), cols, self.threads) }
+    }
+
+    /// Columns of the up projection: 2I where gated.
+    pub fn up_cols(&self) -> usize {
+        if self.p.activation.gated() { 2 * self.p.intermediate } else { self.p.intermediate }
+    }
+
+    /// Blocks of hidden units.
+    pub fn blocks(&self) -> usize {
+        self.p.intermediate.div_ceil(BLOCK_COLS)
+    }
+
+    /// First hidden unit and number of units of a block.
+    pub fn block(&self, b: usize) -> (usize, usize) {
+        (b * BLOCK_COLS, BLOCK_COLS.min(self.p.intermediate - b * BLOCK_COLS))
+    }
+
+    /// Where the gate and up columns of a block lie: one after the other, or alternating in one part.
+    pub fn parts(&self, b: usize) -> ([Part; 2], usize) {
+        let (start, len) = self.block(b);
+        let first = Part { start, len };
+        match (self.p.activation.gated(), self.p.interleaved) {
+            (true, true) => ([Part { start: 2 * start, len: 2 * len }; 2], 1),
+            (true, false) => ([first, Part { start: self.p.intermediate + start, len }], 2),
+            (false, _) => ([first; 2], 1),
+        }
+    }
+
+    /// W1 of an expert as the factor of the up projection, `[H, 2I]`.
+    pub fn w1(&self, expert: usize) -> Factor<'a, E> {
+        let size = self.up_cols() * self.p.hidden;
+        let start = self.p.w1.cast::<E>().wrapping_add(expert * size);
+        Factor::weight(start, self.p.hidden, self.up_cols(), self.p.transposed)
+    }
+
+    /// W2 of an expert as the factor of the down projection, `[I, H]`.
+    pub fn w2(&self, expert: usize) -> Factor<'a, E> {
+        let size = self.p.intermediate * self.p.hidden;
+        let start = self.p.w2.cast::<E>().wrapping_add(expert * size);
+        Factor::weight(start, self.p.intermediate, self.p.hidden, self.p.transposed)
+    }
+}
+
+/// Splits a row `[gate | up]` (`up_at` apart) or `g0 u0 g1 u1 ..` into the two halves.
+#[inline(always)]
+pub fn split_gate_up<F: Copy>(row: &[F], interleaved: bool, up_at: usize, gate: &mut [F], up: &mut [F]) {
+    let n = gate.len();
+    if interleaved {
+        for i in 0..n {
+            gate[i] = row[2 * i];
+            up[i] = row[2 * i + 1];
+        }
+    } else {
+        gate.copy_from_slice(&row[..n]);
+        up.copy_from_slice(&row[up_at..up_at + n]);
+    }
+}

@@ -1,0 +1,216 @@
+//! Machines: a register type, its tile sizes, and the one door into code compiled for an instruction set.
+//!
+//! `PAIRS` machines multiply bf16 directly: a packed operand is made of 32-bit units, each a pair of bf16
+//! that are neighbours along the contraction. On the others a unit is one number, widened to the type of
+//! sums. Packing, blocking and epilogues are the same for both.
+
+use crate::dtype::Element;
+use crate::math::Real;
+use crate::prefetch::Prefetch;
+use crate::simd::{Array, Vector};
+
+/// Work that is compiled anew for every machine it runs on.
+pub trait Op<M: Machine> {
+    /// What it returns.
+    type Out;
+    /// Does the work.
+    ///
+    /// # Safety
+    /// Implementations are `#[inline(always)]` and are called through `Machine::call` only.
+    unsafe fn run(self) -> Self::Out;
+}
+
+/// An instruction set with its register and tile sizes.
+pub trait Machine: Copy + Send + Sync + 'static {
+    /// Type of sums; also the size of a unit of a packed operand.
+    type Acc: Real;
+    /// A number inside a unit: bf16 where units are pairs, else the type of sums.
+    type Cell: Element<Acc = Self::Acc>;
+    /// The register.
+    type V: Vector<Cell = Self::Acc>;
+    /// Units are pairs of bf16.
+    const PAIRS: bool;
+    /// Rows of the largest tile.
+    const ROWS: usize;
+    /// Registers across a tile.
+    const ACROSS: usize;
+    /// A tile reads and writes all `ROWS` rows, wanted or not.
+    const WHOLE_TILES: bool = false;
+    /// Columns of a tile and of a packed panel.
+    const COLS: usize = Self::ACROSS * Self::V::LANES;
+    /// Numbers along the contraction in a unit.
+    const UNIT: usize = if Self::PAIRS { 2 } else { 1 };
+
+    /// Runs `op` compiled for this instruction set.
+    ///
+    /// # Safety
+    /// The machine has the instruction set, and whatever `op` asks for holds.
+    unsafe fn call<O: Op<Self>>(op: O) -> O::Out;
+
+    /// `C[rows, COLS] (+)= A[rows, units] B[units, COLS]`.
+    ///
+    /// # Safety
+    /// As `call`; see `Tile` for the operands.
+    #[inline(always)]
+    unsafe fn tile(tile: Tile<'_, Self::Acc>) {
+        // SAFETY: as promised by the caller.
+        unsafe { Self::call(tile) }
+    }
+
+    /// Prepares this thread for `tile`.
+    fn begin() {}
+    /// Ends what `begin` began.
+    fn end() {}
+}
+
+/// Operands of one tile product.
+pub struct Tile<'a, F> {
+    /// Rows of A, each contiguous.
+    pub a: *const F,
+    /// Units from one row of A to the next.
+    pub a_stride: usize,
+    /// At most `Machine::ROWS`.
+    pub rows: usize,
+    /// Panel of B: `[units][COLS]`.
+    pub b: *const F,
+    /// Length of the contraction in units; a multiple of `BLOCK`.
+    pub units: usize,
+    /// Where the sums go.
+    pub c: *mut F,
+    /// Numbers from one row of C to the next.
+    pub c_stride: usize,
+    /// Adds to C instead of writing it.
+    pub accumulate: bool,
+    /// Memory that will be wanted soon.
+    pub ahead: &'a mut Prefetch,
+}
+
+/// Packed operands are padded with zeros to a multiple of this many units along the contraction.
+pub const BLOCK: usize = 16;
+
+impl<M: Machine> Op<M> for Tile<'_, M::Acc> {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run(self) {
+        macro_rules! rows {
+            ($($n:literal)*) => {
+                match self.rows {
+                    // SAFETY: as promised by the caller of `tile`.
+                    $($n if $n <= M::ROWS => unsafe { fma_tile::<M, $n>(self) },)*
+                    n => unreachable!("{n} rows in a tile of {}", M::ROWS),
+                }
+            };
+        }
+        rows!(1 2 3 4 5 6 7 8 9 10 11 12)
+    }
+}
+
+/// `sum + a b` over units.
+///
+/// # Safety
+/// Reached only from code compiled for the machine.
+#[inline(always)]
+pub unsafe fn multiply_add<M: Machine>(sum: M::V, a: M::V, b: M::V) -> M::V {
+    // SAFETY: as promised by the caller.
+    unsafe { if M::PAIRS { sum.dot_pairs(a, b) } else { sum.fma(a, b) } }
+}
+
+#[inline(always)]
+unsafe fn fma_tile<M: Machine, const R: usize>(t: Tile<'_, M::Acc>) {
+    // SAFETY: as promised by the caller of `tile`.
+    unsafe {
+        match M::ACROSS {
+            1 => fma_tile_across::<M, R, 1>(t),
+            2 => fma_tile_across::<M, R, 2>(t),
+            _ => fma_tile_across::<M, R, 4>(t),
+        }
+    }
+}
+
+/// Keeps all sums in registers; each block of the contraction starts at zero, which keeps rounding small.
+#[inline(always)]
+unsafe fn fma_tile_across<M: Machine, const R: usize, const N: usize>(t: Tile<'_, M::Acc>) {
+    // SAFETY: as promised by the caller of `tile`: R rows of A, a panel of B, R rows of C.
+    unsafe {
+        let mut sums = [[M::V::zero(); N]; R];
+        for block in (0..t.units).step_by(BLOCK) {
+            t.ahead.step();
+            for k in block..block + BLOCK {
+                let b: [M::V; N] = std::array::from_fn(|n| M::V::load(t.b.add((k * N + n) * M::V::LANES)));
+                for r in 0..R {
+                    let a = M::V::splat(t.a.add(r * t.a_stride + k));
+                    for n in 0..N {
+                        sums[r][n] = multiply_add::<M>(sums[r][n], a, b[n]);
+                    }
+                }
+            }
+        }
+        for r in 0..R {
+            for n in 0..N {
+                let c = t.c.add(r * t.c_stride + n * M::V::LANES);
+                let sum = if t.accumulate { M::V::load(c).add(sums[r][n]) } else { sums[r][n] };
+                sum.store(c);
+            }
+        }
+    }
+}
+
+macro_rules! machine {
+    ($(#[$doc:meta])* $name:ident, $acc:ty, $cell:ty, $vector:ty, $rows:literal x $across:literal, $pairs:literal, $($feature:literal)?) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy)]
+        pub struct $name;
+        impl Machine for $name {
+            type Acc = $acc;
+            type Cell = $cell;
+            type V = $vector;
+            const PAIRS: bool = $pairs;
+            const ROWS: usize = $rows;
+            const ACROSS: usize = $across;
+            unsafe fn call<O: Op<Self>>(op: O) -> O::Out {
+                $(#[target_feature(enable = $feature)])?
+                unsafe fn inside<O: Op<$name>>(op: O) -> O::Out {
+                    // SAFETY: this function is compiled for the machine's instruction set.
+                    unsafe { op.run() }
+                }
+                // SAFETY: the caller has the instruction set.
+                unsafe { inside(op) }
+            }
+        }
+    };
+}
+
+machine!(
+    /// f32 on any machine.
+    Portable, f32, f32, Array<f32, 4>, 4 x 2, false,
+);
+machine!(
+    /// f64 on any machine.
+    Portable64, f64, f64, Array<f64, 4>, 4 x 1, false,
+);
+#[cfg(target_arch = "aarch64")]
+machine!(
+    /// f32 on NEON.
+    Neon, f32, f32, crate::simd::F32x4, 6 x 4, false,
+);
+#[cfg(target_arch = "x86_64")]
+machine!(
+    /// f64 on AVX2, in vectors that the compiler makes.
+    Avx2Double, f64, f64, Array<f64, 4>, 4 x 2, false, "avx2,fma,f16c"
+);
+#[cfg(target_arch = "x86_64")]
+machine!(
+    /// f32 on AVX2 with FMA.
+    Avx2, f32, f32, crate::simd::F32x8, 6 x 2, false, "avx2,fma,f16c"
+);
+#[cfg(target_arch = "x86_64")]
+machine!(
+    /// f32 on AVX-512.
+    Avx512, f32, f32, crate::simd::F32x16, 12 x 2, false, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+);
+#[cfg(target_arch = "x86_64")]
+machine!(
+    /// bf16 by AVX-512 dot products.
+    Avx512Pairs, f32, half::bf16, crate::simd::F32x16, 12 x 2, true,
+    "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+);

@@ -1,0 +1,114 @@
+//! Sixteen lanes of AVX-512, with bf16 dot products where the kernel asks for them.
+
+use super::Vector;
+use half::{bf16, f16};
+use std::arch::x86_64::*;
+
+/// An AVX-512 register of f32, or of bf16 pairs.
+#[derive(Clone, Copy)]
+pub struct F32x16(__m512);
+
+// SAFETY: reached only from functions compiled for AVX-512 F, BW, VL and DQ (and BF16 for `dot_pairs`).
+unsafe impl Vector for F32x16 {
+    type Cell = f32;
+    const LANES: usize = 16;
+
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        // SAFETY: see the impl.
+        Self(unsafe { _mm512_setzero_ps() })
+    }
+    #[inline(always)]
+    unsafe fn splat(p: *const f32) -> Self {
+        // SAFETY: see the impl.
+        Self(unsafe { _mm512_set1_ps(*p) })
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: see the impl.
+        Self(unsafe { _mm512_loadu_ps(p) })
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: see the impl.
+        unsafe { _mm512_storeu_ps(p, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        Self(unsafe { _mm512_add_ps(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn fma(self, a: Self, b: Self) -> Self {
+        // SAFETY: see the impl.
+        Self(unsafe { _mm512_fmadd_ps(a.0, b.0, self.0) })
+    }
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        // SAFETY: see the impl.
+        unsafe { _mm512_reduce_add_ps(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn transpose(rows: &mut [Self]) {
+        // SAFETY: see the impl. Pairs of rows, then 4 x 4 blocks within 128 bits, then the blocks.
+        unsafe {
+            let r: [__m512; 16] = std::array::from_fn(|i| rows[i].0);
+            let mut t = r;
+            for i in 0..8 {
+                t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+                t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+            }
+            let mut u = t;
+            for i in 0..4 {
+                u[4 * i] = _mm512_shuffle_ps::<0x44>(t[4 * i], t[4 * i + 2]);
+                u[4 * i + 1] = _mm512_shuffle_ps::<0xee>(t[4 * i], t[4 * i + 2]);
+                u[4 * i + 2] = _mm512_shuffle_ps::<0x44>(t[4 * i + 1], t[4 * i + 3]);
+                u[4 * i + 3] = _mm512_shuffle_ps::<0xee>(t[4 * i + 1], t[4 * i + 3]);
+            }
+            for i in 0..4 {
+                let a = _mm512_shuffle_f32x4::<0x88>(u[i], u[4 + i]);
+                let b = _mm512_shuffle_f32x4::<0xdd>(u[i], u[4 + i]);
+                let c = _mm512_shuffle_f32x4::<0x88>(u[8 + i], u[12 + i]);
+                let d = _mm512_shuffle_f32x4::<0xdd>(u[8 + i], u[12 + i]);
+                rows[i] = Self(_mm512_shuffle_f32x4::<0x88>(a, c));
+                rows[8 + i] = Self(_mm512_shuffle_f32x4::<0xdd>(a, c));
+                rows[4 + i] = Self(_mm512_shuffle_f32x4::<0x88>(b, d));
+                rows[12 + i] = Self(_mm512_shuffle_f32x4::<0xdd>(b, d));
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_pairs(self, a: Self, b: Self) -> Self {
+        // SAFETY: see the impl; a pair register is 32 bf16 numbers.
+        unsafe {
+            let (a, b) = (_mm512_castps_si512(a.0), _mm512_castps_si512(b.0));
+            Self(_mm512_dpbf16_ps(
+                self.0,
+                std::mem::transmute::<__m512i, __m512bh>(a),
+                std::mem::transmute::<__m512i, __m512bh>(b),
+            ))
+        }
+    }
+    #[inline(always)]
+    unsafe fn zip(a: *const bf16, b: *const bf16) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let lo = _mm512_cvtepu16_epi32(_mm256_loadu_si256(a.cast()));
+            let hi = _mm512_cvtepu16_epi32(_mm256_loadu_si256(b.cast()));
+            Self(_mm512_castsi512_ps(_mm512_or_si512(lo, _mm512_slli_epi32::<16>(hi))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn widen_bf16(p: *const bf16) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+            Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn widen_f16(p: *const f16) -> Self {
+        // SAFETY: see the impl.
+        Self(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) })
+    }
+}

@@ -1,0 +1,87 @@
+//! One SIMD register behind a trait, so that every kernel is written once.
+//!
+//! The functions are `#[inline(always)]` and are only reached from `#[target_feature]` functions of the
+//! instruction set that the register belongs to (see `kernel.rs`).
+
+mod array;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+
+pub use array::Array;
+#[cfg(target_arch = "x86_64")]
+pub use avx2::F32x8;
+#[cfg(target_arch = "x86_64")]
+pub use avx512::F32x16;
+#[cfg(target_arch = "aarch64")]
+pub use neon::F32x4;
+
+use half::{bf16, f16};
+
+/// A register of accumulator lanes.
+///
+/// A lane holds one `Cell`, or, as an operand of `dot_pairs`, two bf16 numbers in its 32 bits.
+///
+/// # Safety
+/// Every function needs the instruction set of the implementing register; pointers must be valid for the
+/// lanes that are read or written.
+#[allow(clippy::missing_safety_doc)]
+pub unsafe trait Vector: Copy {
+    /// The number in a lane.
+    type Cell: Copy;
+    /// Lanes of the register.
+    const LANES: usize;
+
+    unsafe fn zero() -> Self;
+    unsafe fn splat(p: *const Self::Cell) -> Self;
+    unsafe fn load(p: *const Self::Cell) -> Self;
+    unsafe fn store(self, p: *mut Self::Cell);
+    /// `self + other`.
+    unsafe fn add(self, other: Self) -> Self;
+    /// `self + a * b`.
+    unsafe fn fma(self, a: Self, b: Self) -> Self;
+    /// Sum of the lanes in a fixed order.
+    unsafe fn sum(self) -> Self::Cell;
+    /// Transposes the `LANES x LANES` matrix of the first `LANES` registers.
+    unsafe fn transpose(rows: &mut [Self]);
+
+    /// `self + a.lo * b.lo + a.hi * b.hi` for lanes that are pairs of bf16.
+    unsafe fn dot_pairs(self, _a: Self, _b: Self) -> Self {
+        unreachable!("only registers with bf16 dot products multiply pairs")
+    }
+    /// Lane i = the pair `(a[i], b[i])`.
+    unsafe fn zip(_a: *const bf16, _b: *const bf16) -> Self {
+        unreachable!("only registers with bf16 dot products make pairs")
+    }
+    /// Lanes converted from bf16.
+    unsafe fn widen_bf16(p: *const bf16) -> Self;
+    /// Lanes converted from IEEE half.
+    unsafe fn widen_f16(p: *const f16) -> Self;
+}
+
+/// Asks for the cache line at `p` to be brought into L2; any address is allowed.
+#[inline(always)]
+pub fn prefetch_l2(p: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: prefetching never faults, whatever the address.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(p.cast())
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
+/// Asks for the cache line at `p` to be brought into L1; any address is allowed.
+#[inline(always)]
+pub fn prefetch_l1(p: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: prefetching never faults, whatever the address.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p.cast())
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}

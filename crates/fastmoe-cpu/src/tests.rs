@@ -1,0 +1,404 @@
+//! Every machine of this computer against a naive f64 layer, forward and backward.
+
+use crate::backward::backward;
+use crate::dtype::Element;
+use crate::forward::forward;
+use crate::grouped::{grouped, grouped_grad_weight};
+use crate::isa::Isa;
+use crate::machine::*;
+use crate::problem::{GroupedMm, Mlp, MlpGrads, RoutedRows};
+use crate::{Activation, DType};
+use half::{bf16, f16};
+
+/// Numbers in [-1, 1) from a small generator.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> f64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+    }
+    fn numbers(&mut self, n: usize, scale: f64) -> Vec<f64> {
+        (0..n).map(|_| self.next() * scale).collect()
+    }
+}
+
+fn store<E: Element>(x: &[f64]) -> Vec<E> {
+    let wide: Vec<E::Acc> = x.iter().map(|&x| fastmoe_core::Float::from_f64(x)).collect();
+    let mut out = vec![E::default(); x.len()];
+    E::narrow(&wide, &mut out);
+    out
+}
+
+/// What is stored, seen as f64.
+trait Seen {
+    fn seen(self) -> f64;
+}
+impl Seen for f32 {
+    fn seen(self) -> f64 {
+        self.into()
+    }
+}
+impl Seen for f64 {
+    fn seen(self) -> f64 {
+        self
+    }
+}
+impl Seen for bf16 {
+    fn seen(self) -> f64 {
+        self.into()
+    }
+}
+impl Seen for f16 {
+    fn seen(self) -> f64 {
+        self.into()
+    }
+}
+
+fn seen<E: Seen + Copy>(x: &[E]) -> Vec<f64> {
+    x.iter().map(|x| x.seen()).collect()
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    tokens: usize,
+    hidden: usize,
+    intermediate: usize,
+    experts: usize,
+    top_k: usize,
+    activation: Activation,
+    transposed: bool,
+    interleaved: bool,
+    bias: bool,
+    threads: usize,
+}
+
+/// Activation and its derivatives by gate and up, in f64 by central differences.
+fn act(a: Activation, g: f64, u: f64) -> f64 {
+    let mut out = [0.0];
+    a.forward(&[g], &[u], &mut out);
+    out[0]
+}
+
+struct Problem {
+    case: Case,
+    x: Vec<f64>,
+    w1: Vec<f64>,
+    b1: Vec<f64>,
+    w2: Vec<f64>,
+    b2: Vec<f64>,
+    weights: Vec<f64>,
+    grad: Vec<f64>,
+    offsets: Vec<i32>,
+    gather: Vec<i32>,
+    inverse: Vec<i32>,
+}
+
+struct Answer {
+    out: Vec<f64>,
+    x: Vec<f64>,
+    w1: Vec<f64>,
+    b1: Vec<f64>,
+    w2: Vec<f64>,
+    b2: Vec<f64>,
+    weights: Vec<f64>,
+}
+
+impl Problem {
+    fn new<E: Element + Seen>(case: Case, seed: u64) -> Self {
+        let Case { tokens: t, hidden: h, intermediate: i, experts: e, top_k: k, .. } = case;
+        let n = if case.activation.gated() { 2 * i } else { i };
+        let mut r = Random(seed);
+        let mut round = |n, scale| seen(&store::<E>(&r.numbers(n, scale)));
+        let (x, w1, b1) = (round(t * h, 1.0), round(e * n * h, 1.5 / (h as f64).sqrt()), round(e * n, 0.5));
+        let (w2, b2, grad) =
+            (round(e * h * i, 1.5 / (i as f64).sqrt()), round(e * h, 0.5), round(t * h, 1.0));
+        let weights: Vec<f64> = r.numbers(t * k, 1.0).iter().map(|&w| f64::from(w as f32)).collect();
+        // Every fifth route is dropped, expert 1 gets no token where there are others, the rest are skewed.
+        let ids: Vec<i32> = (0..t * k)
+            .map(|j| {
+                let e_of = ((r.next().abs() * r.next().abs()) * e as f64) as i32;
+                if j % 5 == 4 {
+                    -1
+                } else if e_of == 1 && e > 2 {
+                    0
+                } else {
+                    e_of.min(e as i32 - 1)
+                }
+            })
+            .collect();
+        let (mut offsets, mut gather, mut inverse) = (vec![0], vec![], vec![-1; t * k]);
+        for expert in 0..e as i32 {
+            for j in (0..t * k).filter(|&j| ids[j] == expert) {
+                inverse[j] = gather.len() as i32;
+                gather.push((j / k) as i32);
+            }
+            offsets.push(gather.len() as i32);
+        }
+        gather.resize(t * k, -1);
+        Self { case, x, w1, b1, w2, b2, weights, grad, offsets, gather, inverse }
+    }
+
+    fn naive(&self) -> Answer {
+        let Case { tokens: t, hidden: h, intermediate: i, experts: e, top_k: k, activation, .. } = self.case;
+        let n = if activation.gated() { 2 * i } else { i };
+        let at1 = |x: usize, r: usize, c: usize| {
+            if self.case.transposed { (x * h + c) * n + r } else { (x * n + r) * h + c }
+        };
+        let at2 = |x: usize, r: usize, c: usize| {
+            if self.case.transposed { (x * i + c) * h + r } else { (x * h + r) * i + c }
+        };
+        let gate_row = |j: usize| if activation.gated() && self.case.interleaved { 2 * j } else { j };
+        let up_row = |j: usize| if self.case.interleaved { 2 * j + 1 } else { i + j };
+        let mut a = Answer {
+            out: vec![0.0; t * h],
+            x: vec![0.0; t * h],
+            w1: vec![0.0; e * n * h],
+            b1: vec![0.0; e * n],
+            w2: vec![0.0; e * h * i],
+            b2: vec![0.0; e * h],
+            weights: vec![0.0; t * k],
+        };
+        for flat in 0..t * k {
+            let Ok(row) = usize::try_from(self.inverse[flat]) else { continue };
+            let x = (0..e).find(|&x| row < self.offsets[x + 1] as usize).unwrap();
+            let (token, scale) = (flat / k, self.weights[flat]);
+            let hid: Vec<f64> = (0..n)
+                .map(|r| {
+                    let b = if self.case.bias { self.b1[x * n + r] } else { 0.0 };
+                    b + (0..h).map(|c| self.x[token * h + c] * self.w1[at1(x, r, c)]).sum::<f64>()
+                })
+                .collect();
+            let up_of = |j: usize| if activation.gated() { hid[up_row(j)] } else { 0.0 };
+            let acts: Vec<f64> = (0..i).map(|j| act(activation, hid[gate_row(j)], up_of(j))).collect();
+            let mut grad_act = vec![0.0; i];
+            for r in 0..h {
+                let b = if self.case.bias { self.b2[x * h + r] } else { 0.0 };
+                let y = b + (0..i).map(|j| acts[j] * self.w2[at2(x, r, j)]).sum::<f64>();
+                let g = self.grad[token * h + r];
+                a.out[token * h + r] += scale * y;
+                a.weights[flat] += g * y;
+                a.b2[x * h + r] += scale * g;
+                for j in 0..i {
+                    a.w2[at2(x, r, j)] += scale * g * acts[j];
+                    grad_act[j] += scale * g * self.w2[at2(x, r, j)];
+                }
+            }
+            let mut grad_h = vec![0.0; n];
+            for j in 0..i {
+                let (g, u, d) = (hid[gate_row(j)], up_of(j), 1e-6);
+                let slope = |f: &dyn Fn(f64) -> f64| (f(d) - f(-d)) / (2.0 * d);
+                grad_h[gate_row(j)] = grad_act[j] * slope(&|s| act(activation, g + s, u));
+                if activation.gated() {
+                    grad_h[up_row(j)] = grad_act[j] * slope(&|s| act(activation, g, u + s));
+                }
+            }
+            for r in 0..n {
+                a.b1[x * n + r] += grad_h[r];
+                for c in 0..h {
+                    a.w1[at1(x, r, c)] += grad_h[r] * self.x[token * h + c];
+                    a.x[token * h + c] += grad_h[r] * self.w1[at1(x, r, c)];
+                }
+            }
+        }
+        a
+    }
+
+    fn check<M: Machine, E: Element<Acc = M::Acc> + Seen>(&self, dtype: DType, tolerance: f64)
+    where
+        M::Acc: Seen,
+    {
+        let c = self.case;
+        let (x, w1, w2) = (store::<E>(&self.x), store::<E>(&self.w1), store::<E>(&self.w2));
+        let (b1, b2, grad) = (store::<E>(&self.b1), store::<E>(&self.b2), store::<E>(&self.grad));
+        let weights: Vec<M::Acc> = self.weights.iter().map(|&w| fastmoe_core::Float::from_f64(w)).collect();
+        let p = Mlp {
+            dtype,
+            tokens: c.tokens,
+            hidden: c.hidden,
+            intermediate: c.intermediate,
+            experts: c.experts,
+            top_k: c.top_k,
+            activation: c.activation,
+            transposed: c.transposed,
+            interleaved: c.interleaved,
+            x: x.as_ptr().cast(),
+            w1: w1.as_ptr().cast(),
+            b1: c.bias.then_some(b1.as_ptr().cast()),
+            w2: w2.as_ptr().cast(),
+            b2: c.bias.then_some(b2.as_ptr().cast()),
+            weights: weights.as_ptr().cast(),
+            rows: RoutedRows { offsets: &self.offsets, gather: &self.gather, inverse: &self.inverse },
+            threads: c.threads,
+        };
+        let nan = |n: usize| store::<E>(&vec![f64::NAN; n]);
+        let mut out = nan(x.len());
+        let mut hidden = nan(self.gather.len() * b1.len() / c.experts);
+        let (mut dx, mut dw1, mut db1) = (nan(x.len()), nan(w1.len()), nan(b1.len()));
+        let (mut dw2, mut db2) = (nan(w2.len()), nan(b2.len()));
+        let mut dweights = vec![M::Acc::default(); weights.len()];
+        let grads = MlpGrads {
+            x: Some(dx.as_mut_ptr().cast()),
+            weights: Some(dweights.as_mut_ptr().cast()),
+            w1: Some(dw1.as_mut_ptr().cast()),
+            b1: Some(db1.as_mut_ptr().cast()),
+            w2: Some(dw2.as_mut_ptr().cast()),
+            b2: Some(db2.as_mut_ptr().cast()),
+        };
+        // SAFETY: the vectors have the sizes of the case, and only machines that are present are checked.
+        unsafe {
+            forward::<M, E>(&p, out.as_mut_ptr().cast(), Some(hidden.as_mut_ptr().cast()));
+            backward::<M, E>(&p, hidden.as_ptr().cast(), grad.as_ptr().cast(), &grads);
+        }
+        let want = self.naive();
+        let close = |name: &str, got: Vec<f64>, want: &[f64]| {
+            let size = want.iter().fold(1e-3f64, |m, w| m.max(w.abs()));
+            for (i, (g, w)) in got.iter().zip(want).enumerate() {
+                assert!((g - w).abs() <= tolerance * size, "{name}[{i}]: {g} wanted {w}; {c:?} {dtype:?}");
+            }
+        };
+        close("out", seen(&out), &want.out);
+        close("dx", seen(&dx), &want.x);
+        close("dweights", seen(&dweights), &want.weights);
+        close("dw1", seen(&dw1), &want.w1);
+        close("dw2", seen(&dw2), &want.w2);
+        if c.bias {
+            close("db1", seen(&db1), &want.b1);
+            close("db2", seen(&db2), &want.b2);
+        }
+    }
+}
+
+fn cases() -> Vec<Case> {
+    let base = Case {
+        tokens: 37,
+        hidden: 70,
+        intermediate: 45,
+        experts: 4,
+        top_k: 2,
+        activation: Activation::Swiglu,
+        transposed: false,
+        interleaved: false,
+        bias: false,
+        threads: 2,
+    };
+    let mut cases = vec![
+        base,
+        Case { tokens: 1, threads: 1, ..base },
+        Case { tokens: 0, ..base },
+        Case { tokens: 3, hidden: 1, intermediate: 1, experts: 1, top_k: 1, ..base },
+        Case { tokens: 150, hidden: 300, intermediate: 160, experts: 3, bias: true, threads: 3, ..base },
+        Case { tokens: 9, hidden: 640, intermediate: 32, ..base },
+        Case { tokens: 1100, hidden: 24, intermediate: 17, experts: 2, ..base },
+    ];
+    for (_, activation) in Activation::ALL {
+        for (transposed, interleaved) in [(false, false), (true, false), (false, true), (true, true)] {
+            cases.push(Case { activation, transposed, interleaved, bias: true, ..base });
+        }
+    }
+    cases
+}
+
+fn check_all<M: Machine, E: Element<Acc = M::Acc> + Seen>(dtype: DType, tolerance: f64)
+where
+    M::Acc: Seen,
+{
+    for (seed, case) in cases().into_iter().enumerate() {
+        Problem::new::<E>(case, seed as u64).check::<M, E>(dtype, tolerance);
+    }
+    check_grouped::<M, E>(dtype, tolerance);
+}
+
+fn check_grouped<M: Machine, E: Element<Acc = M::Acc> + Seen>(dtype: DType, tolerance: f64) {
+    let (rows, inner, outer) = (50, 33, 41);
+    let offsets = [0, 20, 20, 47];
+    let mut r = Random(7);
+    let [x, w, b, g] =
+        [rows * inner, 3 * inner * outer, 3 * outer, rows * outer].map(|n| store::<E>(&r.numbers(n, 1.0)));
+    for transposed in [false, true] {
+        let p = GroupedMm { dtype, inner, outer, rows, offsets: &offsets, transposed, threads: 2 };
+        let mut out = vec![E::default(); rows * outer];
+        let (mut dw, mut db) = (w.clone(), b.clone());
+        // SAFETY: the vectors have the sizes of `p`.
+        unsafe {
+            grouped::<M, E>(
+                &p,
+                x.as_ptr().cast(),
+                w.as_ptr().cast(),
+                Some(b.as_ptr().cast()),
+                out.as_mut_ptr().cast(),
+            );
+            grouped_grad_weight::<M, E>(
+                &p,
+                g.as_ptr().cast(),
+                x.as_ptr().cast(),
+                dw.as_mut_ptr().cast(),
+                Some(db.as_mut_ptr().cast()),
+            );
+        }
+        let at = |e: usize, n: usize, k: usize| {
+            if transposed { (e * inner + k) * outer + n } else { (e * outer + n) * inner + k }
+        };
+        for e in 0..3 {
+            let range = offsets[e] as usize..offsets[e + 1] as usize;
+            for n in 0..outer {
+                let bias: f64 = range.clone().map(|r| g[r * outer + n].seen()).sum();
+                assert!((db[e * outer + n].seen() - bias).abs() <= tolerance * 20.0);
+                for k in 0..inner {
+                    let want: f64 =
+                        range.clone().map(|r| g[r * outer + n].seen() * x[r * inner + k].seen()).sum();
+                    assert!((dw[at(e, n, k)].seen() - want).abs() <= tolerance * 20.0, "dw {e} {n} {k}");
+                }
+                for r in range.clone() {
+                    let want: f64 = (0..inner).map(|k| x[r * inner + k].seen() * w[at(e, n, k)].seen()).sum();
+                    let want = want + b[e * outer + n].seen();
+                    assert!((out[r * outer + n].seen() - want).abs() <= tolerance * 20.0, "out {r} {n}");
+                }
+            }
+        }
+        assert!(out[47 * outer..].iter().all(|o| o.seen() == 0.0));
+    }
+}
+
+const F32: f64 = 3e-6;
+const BF16: f64 = 2.5e-2;
+const F16: f64 = 2e-3;
+
+#[test]
+fn portable_matches_the_naive_layer() {
+    check_all::<Portable64, f64>(DType::F64, 1e-8);
+    check_all::<Portable, f32>(DType::F32, F32);
+    check_all::<Portable, bf16>(DType::Bf16, BF16);
+    check_all::<Portable, f16>(DType::F16, F16);
+}
+
+#[cfg(target_arch = "aarch64")]
+#[test]
+fn neon_matches_the_naive_layer() {
+    check_all::<Neon, f32>(DType::F32, F32);
+    check_all::<Neon, bf16>(DType::Bf16, BF16);
+    check_all::<Neon, f16>(DType::F16, F16);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn every_x86_machine_matches_the_naive_layer() {
+    let present = Isa::available();
+    if present.contains(&Isa::Avx2) {
+        check_all::<Avx2Double, f64>(DType::F64, 1e-8);
+        check_all::<Avx2, f32>(DType::F32, F32);
+        check_all::<Avx2, bf16>(DType::Bf16, BF16);
+        check_all::<Avx2, f16>(DType::F16, F16);
+    }
+    if present.contains(&Isa::Avx512) {
+        check_all::<Avx512, f32>(DType::F32, F32);
+        check_all::<Avx512, bf16>(DType::Bf16, BF16);
+        check_all::<Avx512, f16>(DType::F16, F16);
+    }
+    if present.contains(&Isa::Avx512Bf16) {
+        check_all::<Avx512Pairs, bf16>(DType::Bf16, BF16);
+    }
+    if present.contains(&Isa::Amx) {
+        check_all::<crate::amx::Amx, bf16>(DType::Bf16, BF16);
+    }
+}

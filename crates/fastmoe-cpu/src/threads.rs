@@ -1,0 +1,143 @@
+//! Who does the work: torch's own OpenMP threads where torch has loaded them, else rayon.
+//!
+//! A second set of threads would fight the spinning workers of torch's pool for the same cores.
+
+use fastmoe_core::Parallel;
+use std::any::Any;
+use std::ffi::c_void;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{LazyLock, Mutex, PoisonError};
+
+/// At most this many threads.
+#[derive(Clone, Copy, Debug)]
+pub struct Threads(pub usize);
+
+impl Parallel for Threads {
+    fn threads(&self) -> usize {
+        self.0
+    }
+    fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.for_each(tasks, task);
+    }
+}
+
+type GompParallel = unsafe extern "C" fn(unsafe extern "C" fn(*mut c_void), *mut c_void, u32, u32);
+
+/// `GOMP_parallel` of the OpenMP library that torch has loaded into this process.
+static GOMP: LazyLock<Option<GompParallel>> = LazyLock::new(find_gomp);
+
+#[cfg(target_os = "linux")]
+fn find_gomp() -> Option<GompParallel> {
+    use libloading::os::unix::{Library, RTLD_LAZY};
+    const RTLD_NOLOAD: i32 = 4;
+    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+    let path = maps.lines().find_map(|l| {
+        let path = &l[l.find('/')?..];
+        path.rsplit('/').next()?.starts_with("libgomp").then_some(path)
+    })?;
+    // SAFETY: the library is already loaded (NOLOAD), so no initialiser runs; it is never unloaded because
+    // the handle is forgotten; GOMP_parallel has had this signature since OpenMP 4.0 support in gcc 4.9.
+    unsafe {
+        let library = Library::open(Some(path), RTLD_LAZY | RTLD_NOLOAD).ok()?;
+        let function = *library.get::<GompParallel>(b"GOMP_parallel\0").ok()?;
+        std::mem::forget(library);
+        Some(function)
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn find_gomp() -> Option<GompParallel> {
+    None
+}
+
+/// Name of the pool in use.
+pub(crate) fn pool_name() -> &'static str {
+    if GOMP.is_some() { "openmp" } else { "rayon" }
+}
+
+impl Threads {
+    /// Calls `task(0..tasks)`, each once, in any order, and returns when all are done.
+    ///
+    /// A panic in a task is raised again here, after the others have ended.
+    pub fn for_each(self, tasks: usize, task: impl Fn(usize) + Sync) {
+        let threads = self.0.min(tasks);
+        if threads <= 1 {
+            (0..tasks).for_each(task);
+            return;
+        }
+        let next = AtomicUsize::new(0);
+        let panic: Mutex<Option<Box<dyn Any + Send>>> = Mutex::new(None);
+        let worker = || {
+            let run = || {
+                loop {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    if i >= tasks {
+                        break;
+                    }
+                    task(i);
+                }
+            };
+            if let Err(cause) = catch_unwind(AssertUnwindSafe(run)) {
+                next.store(tasks, Ordering::Relaxed);
+                *panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(cause);
+            }
+        };
+        match *GOMP {
+            Some(parallel) => run_on_openmp(parallel, threads, &worker),
+            None => rayon_pool(threads).scope(|s| {
+                for _ in 1..threads {
+                    s.spawn(|_| worker());
+                }
+                worker();
+            }),
+        }
+        if let Some(cause) = panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            resume_unwind(cause);
+        }
+    }
+}
+
+fn run_on_openmp(parallel: GompParallel, threads: usize, worker: &(dyn Fn() + Sync)) {
+    unsafe extern "C" fn enter(worker: *mut c_void) {
+        // SAFETY: `worker` points to the fat reference below, which outlives the parallel region.
+        unsafe { (*worker.cast::<&(dyn Fn() + Sync)>())() }
+    }
+    let mut worker = worker;
+    // SAFETY: GOMP_parallel calls `enter` with our pointer on its team and returns when all have ended; the
+    // worker catches panics, so none crosses the C frames.
+    unsafe { parallel(enter, (&raw mut worker).cast(), threads as u32, 0) }
+}
+
+fn rayon_pool(threads: usize) -> &'static rayon::ThreadPool {
+    static POOLS: Mutex<Vec<(usize, &'static rayon::ThreadPool)>> = Mutex::new(Vec::new());
+    let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(&(_, pool)) = pools.iter().find(|(n, _)| *n == threads) {
+        return pool;
+    }
+    let name = |i| format!("fastmoe-{i}");
+    let built = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(name).build();
+    let pool = Box::leak(Box::new(built.expect("the system can start threads")));
+    pools.push((threads, pool));
+    pool
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once() {
+        let seen: Vec<AtomicUsize> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
+        Threads(3).for_each(seen.len(), |i| {
+            seen[i].fetch_add(1, Ordering::Relaxed);
+        });
+        assert!(seen.iter().all(|n| n.load(Ordering::Relaxed) == 1));
+    }
+
+    #[test]
+    #[should_panic(expected = "task 5")]
+    fn a_panic_reaches_the_caller() {
+        Threads(2).for_each(10, |i| assert!(i != 5, "task 5"));
+    }
+}
