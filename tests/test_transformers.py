@@ -7,18 +7,20 @@ import copy
 import sys
 import warnings
 
-import fastmoe_rs
 import pytest
 import torch
 from torch import nn
+
+import fastmoe_rs
 
 transformers = pytest.importorskip(
     "transformers", minversion="5", reason="the integration is for transformers >= 5"
 )
 
+from transformers.integrations.moe import ExpertsInterface  # noqa: E402
+
 from fastmoe_rs.integrations import swap  # noqa: E402
 from fastmoe_rs.integrations.transformers import NAME, fastmoe_experts  # noqa: E402
-from transformers.integrations.moe import ExpertsInterface  # noqa: E402
 from transformers_models import (  # noqa: E402
     assert_gradients,
     build,
@@ -31,6 +33,8 @@ from transformers_models import (  # noqa: E402
 )
 
 FAMILIES = ("mixtral", "olmoe", "qwen3_moe", "deepseek_v3", "gpt_oss")
+# Experts that differ: fused, transposed with biases, without a gate, own gate, own activation, output norm.
+EXPERTS = ("mixtral", "gpt_oss", "nemotron_h", "deepseek_v4", "inkling2_text", "muse_spark_text")
 
 # fp32 rounds to 2**-24 = 6e-8; sums of 20 to 60 terms in another order differ by a few dozen of that.
 FP32_OUTPUT, FP32_GRADIENT = 2e-6, 5e-6
@@ -89,7 +93,7 @@ def test_accelerate_reaches_models_inside_wrappers():
 # The truth is eager in fp64 with the same half-precision weights. The pre-activation, its gradient and the
 # results are rounded to the dtype: each by up to 2**-9 (bf16) or 2**-12 (fp16) of its value.
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2**-6), (torch.float16, 2**-9)], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EXPERTS)
 def test_half_precision_experts_are_close_to_the_truth(family, dtype, bound):
     experts = build_experts(family).to(dtype)
     x_TH, ids_TK, weights_TK = routed(experts)
@@ -103,7 +107,7 @@ def test_half_precision_experts_are_close_to_the_truth(family, dtype, bound):
     assert_gradients(grads, expected_grads, bound)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EXPERTS)
 def test_fp32_experts_serve_bf16_states(family):
     experts = build_experts(family)
     x_TH, ids_TK, weights_TK = routed(experts)
@@ -114,7 +118,7 @@ def test_fp32_experts_serve_bf16_states(family):
     assert relative(out_TH, expected_TH) <= 2**-8  # one rounding, of the result
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v4"])
+@pytest.mark.parametrize("family", EXPERTS)
 def test_no_tokens(family):
     experts = build_experts(family)
     x_TH, ids_TK, weights_TK = routed(experts, T=0)
@@ -123,7 +127,7 @@ def test_no_tokens(family):
     assert all(torch.count_nonzero(grads[name]) == 0 for name, _ in experts.named_parameters())
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "deepseek_v4"])
+@pytest.mark.parametrize("family", EXPERTS)
 def test_routes_to_other_ranks_add_nothing_and_get_no_gradient(family):
     experts = build_experts(family)
     x_TH, ids_TK, weights_TK = routed(experts, ids_below=experts.num_experts + 3)
@@ -191,6 +195,26 @@ def test_block_compiles_to_one_graph_with_inductor():
     actual = torch.compile(block, fullgraph=True)(x)
     assert relative(actual, expected) <= FP32_OUTPUT
     assert_gradients(gradients(actual.square().sum(), block), expected_grads, FP32_GRADIENT)
+
+
+def test_checkpointed_activations_give_the_same_gradients():
+    model, ids = build("mixtral").train(), tokens()
+    expected_grads = gradients(model(ids, labels=ids).loss, model)
+    fastmoe_rs.accelerate(model)
+    model.gradient_checkpointing_enable()
+    actual_grads = gradients(model(ids, labels=ids, use_cache=False).loss, model)
+    assert_gradients(actual_grads, expected_grads, FP32_GRADIENT)
+
+
+def test_autocast_trains_in_bf16():
+    model, ids = build("mixtral"), tokens()
+    expected = model(ids, labels=ids)
+    expected_grads = gradients(expected.loss, model)
+    fastmoe_rs.accelerate(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = model(ids, labels=ids)
+    assert relative(actual.loss, expected.loss) <= 2**-8
+    assert_gradients(gradients(actual.loss, model), expected_grads, 2**-4)
 
 
 def test_auxiliary_loss_keeps_its_value_and_gradient():

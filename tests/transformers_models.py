@@ -2,8 +2,9 @@
 
 import importlib
 
+import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
 # Each family takes those of these sizes that its configuration has.
 SIZES = {
@@ -62,7 +63,9 @@ OVERRIDES = {
 
 
 def config(family, **overrides):
-    """The configuration of a family, shrunk."""
+    """The configuration of a family, shrunk; skips the test where transformers is too old for the family."""
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {family}")
     known = AutoConfig.for_model(family).to_dict()
     sizes = {name: size for name, size in SIZES.items() if name in known}
     if "kv_lora_rank" in known:  # multi-head latent attention has no groups of queries

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -50,16 +50,20 @@ def _switch(model: nn.Module) -> None:
     pretrained = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if pretrained is None:
         raise _CannotServe("it holds no transformers model")
-    # What `use_experts_implementation` leaves on a module in every release 5.
-    experts = [m for m in model.modules() if hasattr(m, "is_transposed") and hasattr(m, "_apply_gate")]
+    experts: list[Any] = [m for m in model.modules() if _is_dispatched(m)]
     if not experts:
         raise _CannotServe(_why_no_experts(pretrained))
     for module in experts:
         _check_parameters(module)
-    # Their forward looks the name up on every call. `set_experts_implementation` would set it too, but refuses
-    # registered names in early releases 5 and skips models whose source code it cannot read.
+    # Their forward looks the name up on every call. `model.set_experts_implementation` would set it too, but
+    # refuses registered names before release 5.7 and skips models whose source code it cannot read.
     for module in experts:
         module.config._experts_implementation = NAME
+
+
+def _is_dispatched(module: nn.Module) -> bool:
+    """Whether transformers' `use_experts_implementation` made it; both are its marks in every release 5."""
+    return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
 
 
 def _check_parameters(experts: nn.Module) -> None:

@@ -12,6 +12,7 @@ Legend: T tokens, H hidden size, I intermediate size, E experts of this rank, K 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,12 +54,11 @@ _CLAMPED_GATES = {
 _GPT_OSS_CLAMP = (1.702, 7.0)
 
 
-def fastmoe_experts(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def fastmoe_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Forward of a decorated transformers experts module; the contract is that of `ExpertsInterface`.
 
     Args:
+        self: the experts module.
         hidden_states: [T, H].
         top_k_index: int64 [T, K]. Ids >= E (routes to other ranks) are dropped when the module is expert
             parallel: they add nothing to the output and get a zero routing-weight gradient.
@@ -108,7 +108,7 @@ def fastmoe_experts(
     return out_TH.to(hidden_states.dtype)
 
 
-def fused_activation(experts: nn.Module) -> str | None:
+def fused_activation(experts: Any) -> str | None:
     """The activation of `functional.moe_mlp` that computes what `experts` does between its two projections.
 
     None when only the module's own Python code knows: an unknown activation, a gate overridden in an unknown
@@ -123,7 +123,7 @@ def fused_activation(experts: nn.Module) -> str | None:
     concatenated = getattr(experts, "is_concatenated", None)
     if gate.__qualname__ == "_default_apply_gate":
         # It splits its input in halves, whatever layout is declared.
-        return _GATED.get(activation) if concatenated is not False else None
+        return _GATED.get(activation or "") if concatenated is not False else None
     # Where no layout is declared, only the gate itself knows it.
     if gate.__module__.startswith("transformers.") and concatenated is not None:
         clamp = tuple(getattr(experts, name) for name in _CLAMPED_GATES.get(gate.__qualname__, ()))
