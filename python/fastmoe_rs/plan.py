@@ -99,9 +99,12 @@ class RoutingPlan:
             sorted_weights = None
         return RoutingPlan(ids_TK, counts, offsets, gather, inverse, sorted_weights, num_experts, capacity)
 
-    def to(self, *args: Any, **kwargs: Any) -> RoutingPlan:
-        """The plan with its tensors moved as by `torch.Tensor.to`; dtypes stay."""
-        moved: dict[str, Any] = {name: _move(getattr(self, name), args, kwargs) for name in _TENSORS}
+    def to(self, device: Any, *, non_blocking: bool = False) -> RoutingPlan:
+        """The plan on a torch device; NumPy arrays become tensors."""
+        moved: dict[str, Any] = {}
+        for name in _TENSORS:
+            array = getattr(self, name)
+            moved[name] = None if array is None else _as_tensor(array).to(device, non_blocking=non_blocking)
         return dataclasses.replace(self, **moved)
 
     def state_dict(self) -> dict[str, Any]:
@@ -216,12 +219,10 @@ def _plan_numpy(
     return RoutingPlan(ids, counts, offsets, gather, inverse, sorted_weights, num_experts, capacity)
 
 
-def _move(array: Array | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array | None:
-    if array is None:
-        return None
+def _as_tensor(array: Array) -> Array:
     import torch
 
-    return torch.as_tensor(array).to(*args, **kwargs).to(getattr(torch, _dtype(array)))
+    return torch.as_tensor(array)
 
 
 def _flatten(plan: RoutingPlan) -> tuple[list[Any], tuple[Any, ...]]:

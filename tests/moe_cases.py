@@ -1,0 +1,87 @@
+"""Random inputs of the expert MLP, and how close to the float64 reference a result must be."""
+
+from __future__ import annotations
+
+import torch
+
+from fastmoe_rs import reference
+
+ACTIVATIONS = reference.GATED + reference.UNGATED
+# Of the largest element: what rounding the inputs of each product to the dtype can cost, with some room.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+DTYPES = tuple(TOLERANCES)
+
+
+def mlp_case(
+    tokens=13,
+    hidden=24,
+    intermediate=20,
+    experts=5,
+    top_k=2,
+    *,
+    dtype=torch.float64,
+    activation="swiglu",
+    bias=False,
+    transposed=False,
+    interleaved=False,
+    requires_grad=True,
+):
+    """(arguments, options) of moe_mlp. Expert 0 gets no token, and the other groups are ragged."""
+    width = 2 * intermediate if activation in reference.GATED else intermediate
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def draw(*shape, dtype=dtype):
+        return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_(requires_grad)
+
+    w1, w2 = (experts, width, hidden), (experts, hidden, intermediate)
+    if transposed:
+        w1, w2 = (experts, hidden, width), (experts, intermediate, hidden)
+    ids = torch.rand(tokens, experts - 1).argsort(dim=1)[:, :top_k] + 1
+    arguments = (draw(tokens, hidden), ids, draw(tokens, top_k, dtype=wide), draw(*w1), draw(*w2))
+    options = {"activation": activation, "transposed": transposed, "interleaved": interleaved}
+    if bias:
+        options |= {"b1": draw(experts, width), "b2": draw(experts, hidden)}
+    return arguments, options
+
+
+def widened(value):
+    """A float64 copy, a leaf of its own, of a float tensor; anything else as it is."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.detach().double().requires_grad_(value.requires_grad)
+    return value
+
+
+def differentiable(arguments, options):
+    """The inputs that require grad, by position or name."""
+    inputs = {**dict(enumerate(arguments)), **options}
+    return {
+        name: value
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor) and value.requires_grad
+    }
+
+
+def assert_near(actual, expected, dtype=None, what=""):
+    """`actual` in the tolerance of its dtype (or of `dtype`) around the float64 `expected`."""
+    assert actual.shape == expected.shape, what
+    if not expected.numel():
+        return
+    error = (actual.double() - expected).abs().max().item()
+    allowed = TOLERANCES[dtype or actual.dtype] * max(expected.abs().max().item(), 1e-3)
+    assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def assert_matches_reference(function, oracle, arguments, options):
+    """`function` gives the output and gradients of `oracle`, which runs on the same numbers in float64."""
+    wide_arguments = [widened(value) for value in arguments]
+    wide_options = {name: widened(value) for name, value in options.items()}
+    out, expected = function(*arguments, **options), oracle(*wide_arguments, **wide_options)
+    assert out.dtype == arguments[0].dtype
+    assert_near(out, expected, what="output")
+    inputs, wide_inputs = differentiable(arguments, options), differentiable(wide_arguments, wide_options)
+    direction = torch.randn(out.shape, dtype=torch.float64).to(out.dtype)
+    grads = torch.autograd.grad(out, inputs.values(), direction)
+    wanted = torch.autograd.grad(expected, wide_inputs.values(), direction.double())
+    for name, grad, want in zip(inputs, grads, wanted, strict=True):
+        assert grad.dtype == inputs[name].dtype
+        assert_near(grad, want, out.dtype, what=f"gradient of {name}")

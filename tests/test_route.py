@@ -1,0 +1,127 @@
+"""route: the choice of the reference, ties and NaN defined, gradients of weights and scores."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastmoe_rs import functional, reference
+from moe_cases import DTYPES, assert_near
+
+CHOICES = [(score, order) for score in ("softmax", "sigmoid") for order in ("score_topk", "topk_score")]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(("score", "order"), CHOICES)
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (64, 8), (37, 5), (128, 16), (40, 40)])
+def test_equals_the_reference(experts, top_k, score, order, renormalize, dtype):
+    logits = torch.randn(33, experts, dtype=dtype)
+    options = {"score": score, "order": order, "renormalize": renormalize, "scale": 2.5}
+    for bias in (None, torch.randn(experts)):
+        actual = functional.route(logits, top_k, **options, bias=bias)
+        expected = reference.route(logits, top_k, **options, bias=bias)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        assert actual.ids.dtype == torch.int64
+        assert actual.weights.dtype == actual.scores.dtype == wide
+        assert torch.equal(actual.ids, expected.ids)
+        assert_near(actual.weights, expected.weights.double(), what="weights")
+        assert_near(actual.scores, expected.scores.double(), what="scores")
+
+
+@given(st.data())
+def test_ties_go_to_the_lower_expert(data):
+    experts = data.draw(st.integers(1, 40))
+    top_k = data.draw(st.integers(1, experts))
+    levels = data.draw(st.lists(st.integers(-2, 2), min_size=3 * experts, max_size=3 * experts))
+    score, order = data.draw(st.sampled_from(CHOICES))
+    logits = torch.tensor(levels, dtype=torch.float32).view(3, experts)
+    ids = functional.route(logits, top_k, score=score, order=order).ids
+    for row, picked in zip(logits.tolist(), ids.tolist(), strict=True):
+        assert picked == sorted(range(experts), key=lambda e: (-row[e], e))[:top_k]
+
+
+@pytest.mark.parametrize(("score", "order"), CHOICES)
+@pytest.mark.parametrize("top_k", [2, 20])
+def test_nan_comes_last(score, order, top_k):
+    logits = torch.randn(4, 30)
+    logits[1, ::2] = torch.nan
+    logits[2] = torch.nan
+    logits[3, :29] = torch.nan
+    ids = functional.route(logits, top_k, score=score, order=order).ids
+    for row, picked in zip(logits, ids.tolist(), strict=True):
+        values = row.tolist()
+        assert picked == sorted(range(30), key=lambda e: (values[e] != values[e], -values[e], e))[:top_k]
+
+
+def test_nan_logit_makes_the_softmax_of_its_row_nan_and_no_other():
+    logits = torch.randn(3, 4)
+    logits[1, 2] = torch.nan
+    weights, scores = functional.route(logits, 2)[1:]
+    assert scores[1].isnan().all()
+    assert weights[1].isnan().all()
+    assert not scores[[0, 2]].isnan().any()
+    sigmoid = functional.route(logits, 2, score="sigmoid")
+    assert not sigmoid.weights.isnan().any()
+    assert sigmoid.scores.isnan().sum() == 1
+
+
+@pytest.mark.parametrize(("score", "order"), CHOICES)
+def test_infinite_logits_are_ordinary_keys(score, order):
+    logits = torch.tensor([[0.0, torch.inf, -torch.inf, 1.0], [-torch.inf, -torch.inf, -torch.inf, 0.0]])
+    ids = functional.route(logits, 3, score=score, order=order).ids
+    assert ids.tolist() == [[1, 3, 0], [3, 0, 1]]
+    weights = functional.route(logits[1:], 2, score=score, order=order).weights
+    torch.testing.assert_close(weights, reference.route(logits[1:], 2, score=score, order=order).weights)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(("score", "order"), CHOICES)
+def test_gradients(score, order, renormalize):
+    logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(5, dtype=torch.float64)
+    options = {"score": score, "order": order, "renormalize": renormalize, "scale": 1.7, "bias": bias}
+
+    def weights_and_scores(logits):
+        return functional.route(logits, 3, **options)[1:]
+
+    assert torch.autograd.gradcheck(weights_and_scores, logits)
+    assert torch.autograd.gradgradcheck(weights_and_scores, logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("score", "order"), CHOICES)
+def test_gradient_in_the_dtype_of_the_logits(score, order, dtype):
+    logits = torch.randn(9, 12, dtype=dtype, requires_grad=True)
+    wide = logits.detach().double().requires_grad_()
+    for tensor, route in ((logits, functional.route), (wide, reference.route)):
+        out = route(tensor, 4, score=score, order=order, renormalize=True)
+        (out.weights.square().sum() + out.scores.square().sum()).backward()
+    assert logits.grad.dtype == dtype
+    assert_near(logits.grad, wide.grad)
+
+
+def test_bias_chooses_but_has_no_gradient():
+    bias = torch.zeros(4, requires_grad=True)
+    logits = torch.randn(3, 4, requires_grad=True)
+    functional.route(logits, 2, bias=bias).weights.sum().backward()
+    assert bias.grad is None
+    assert logits.grad is not None
+
+
+@pytest.mark.parametrize(("score", "order"), CHOICES)
+def test_route_weights_of_the_picked_experts_are_the_weights(score, order):
+    logits = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    options = {"score": score, "order": order, "renormalize": True, "scale": 0.5}
+    ids, weights, _ = functional.route(logits, 3, **options)
+    torch.testing.assert_close(functional.route_weights(logits, ids, **options), weights)
+    other = torch.randint(0, 8, (6, 3), dtype=torch.int32)
+    assert torch.autograd.gradcheck(lambda l: functional.route_weights(l, other, **options), logits)
+
+
+def test_no_tokens():
+    logits = torch.empty(0, 4, requires_grad=True)
+    ids, weights, scores = functional.route(logits, 2)
+    assert (ids.shape, weights.shape, scores.shape) == ((0, 2), (0, 2), (0, 4))
+    (weights.sum() + scores.sum()).backward()
+    assert logits.grad.shape == (0, 4)
