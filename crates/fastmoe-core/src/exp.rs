@@ -30,3 +30,35 @@ pub(crate) fn exp(x: f32) -> f32 {
     let y = if x < UNDERFLOW { 0.0 } else { y };
     if x > OVERFLOW { f32::INFINITY } else { y }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{OVERFLOW, UNDERFLOW, exp};
+
+    #[test]
+    fn within_one_ulp() {
+        let samples = 2_000_000;
+        let worst = (0..samples)
+            .map(|i| UNDERFLOW + (OVERFLOW - UNDERFLOW) * i as f32 / samples as f32)
+            .map(|x| {
+                let wanted = f64::from(x).exp();
+                let ulp = f64::from((wanted as f32).next_up()) - f64::from(wanted as f32);
+                (f64::from(exp(x)) - wanted).abs() / ulp
+            })
+            .fold(0.0, f64::max);
+        assert!(worst < 1.0, "{worst} ulp");
+    }
+
+    #[test]
+    fn at_the_edges() {
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(-0.0), 1.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(-1e30), 0.0);
+        assert_eq!(exp(f32::INFINITY), f32::INFINITY);
+        assert_eq!(exp(1e30), f32::INFINITY);
+        assert!(exp(UNDERFLOW) >= f32::MIN_POSITIVE);
+        assert!(exp(OVERFLOW) < f32::INFINITY);
+        assert!(exp(f32::NAN).is_nan());
+    }
+}

@@ -23,6 +23,8 @@ pub trait Float:
     const ZERO: Self;
     /// 1.
     const ONE: Self;
+    /// Positive infinity.
+    const INFINITY: Self;
     /// Negative infinity.
     const NEG_INFINITY: Self;
     /// A quiet NaN.
@@ -31,11 +33,14 @@ pub trait Float:
     fn from_f64(value: f64) -> Self;
     /// `e^self`.
     fn exp(self) -> Self;
+    /// Whether this is no number.
+    fn is_nan(self) -> bool;
 }
 
 impl Float for f32 {
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
+    const INFINITY: Self = Self::INFINITY;
     const NEG_INFINITY: Self = Self::NEG_INFINITY;
     const NAN: Self = Self::NAN;
 
@@ -48,11 +53,17 @@ impl Float for f32 {
     fn exp(self) -> Self {
         crate::exp::exp(self)
     }
+
+    #[inline(always)]
+    fn is_nan(self) -> bool {
+        self.is_nan()
+    }
 }
 
 impl Float for f64 {
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
+    const INFINITY: Self = Self::INFINITY;
     const NEG_INFINITY: Self = Self::NEG_INFINITY;
     const NAN: Self = Self::NAN;
 
@@ -65,12 +76,16 @@ impl Float for f64 {
     fn exp(self) -> Self {
         Self::exp(self)
     }
+
+    #[inline(always)]
+    fn is_nan(self) -> bool {
+        self.is_nan()
+    }
 }
 
 /// Orders (value, index) pairs by value descending, then index ascending, NaN after every number.
 #[inline(always)]
 pub(crate) fn best_first<F: Float>(a: (F, u32), b: (F, u32)) -> Ordering {
-    let is_nan = |x: F| x.partial_cmp(&x).is_none();
-    let by_value = b.0.partial_cmp(&a.0).unwrap_or_else(|| is_nan(a.0).cmp(&is_nan(b.0)));
+    let by_value = b.0.partial_cmp(&a.0).unwrap_or_else(|| a.0.is_nan().cmp(&b.0.is_nan()));
     by_value.then(a.1.cmp(&b.1))
 }

@@ -52,7 +52,7 @@ fn softmax<F: Float>(row: &mut [F]) {
             *sum += *x;
         }
     });
-    let sum = fold_halves(sums);
+    let sum = fold_halves(sums, |a, b| a + b);
     for x in row {
         *x = *x / sum;
     }
@@ -85,26 +85,26 @@ fn in_lanes<F: Float>(row: &mut [F], mut work: impl FnMut(&mut [F; LANES])) {
 /// The largest number of a row, NaN left out.
 #[inline(always)]
 fn maximum<F: Float>(row: &[F]) -> F {
+    let larger = |x: F, max: F| if x > max { x } else { max };
     let (chunks, rest) = row.as_chunks::<LANES>();
     let mut lanes = [F::NEG_INFINITY; LANES];
     for chunk in chunks {
         for (lane, &x) in lanes.iter_mut().zip(chunk) {
-            *lane = if x > *lane { x } else { *lane };
+            *lane = larger(x, *lane);
         }
     }
-    let mut max = F::NEG_INFINITY;
-    for &x in lanes.iter().chain(rest) {
-        max = if x > max { x } else { max };
+    for (lane, &x) in lanes.iter_mut().zip(rest) {
+        *lane = larger(x, *lane);
     }
-    max
+    fold_halves(lanes, larger)
 }
 
 #[inline(always)]
-fn fold_halves<F: Float>(mut lanes: [F; LANES]) -> F {
+fn fold_halves<F: Float>(mut lanes: [F; LANES], fold: impl Fn(F, F) -> F) -> F {
     let mut half = LANES / 2;
     while half > 0 {
         for i in 0..half {
-            lanes[i] += lanes[i + half];
+            lanes[i] = fold(lanes[i], lanes[i + half]);
         }
         half /= 2;
     }

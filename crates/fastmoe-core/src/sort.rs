@@ -26,7 +26,8 @@ pub(crate) struct Layout {
 
 /// The sorted rows that one chunk fills for one expert.
 struct Run<'a, F> {
-    next: i32,
+    /// The row after the last one.
+    end: i32,
     gather: IterMut<'a, i32>,
     weights: IterMut<'a, F>,
 }
@@ -34,18 +35,20 @@ struct Run<'a, F> {
 struct Chunk<'a, I, F> {
     first_token: usize,
     ids: &'a [I],
+    /// As many as ids, or none.
     weights: &'a [F],
     inverse: &'a mut [i32],
-    counts: Vec<usize>,
+    counts: Vec<u32>,
     runs: Vec<Run<'a, F>>,
     first_bad: Option<usize>,
 }
 
 impl<I: ExpertId, F: Float> Chunk<'_, I, F> {
     fn count(&mut self) {
+        let counts = &mut self.counts[..];
         for (i, id) in self.ids.iter().enumerate() {
-            match id.expert(self.counts.len()) {
-                Some(expert) => self.counts[expert] += 1,
+            match id.expert(counts.len()) {
+                Some(expert) => counts[expert] += 1,
                 None if self.first_bad.is_none() => self.first_bad = Some(i),
                 None => {}
             }
@@ -53,23 +56,28 @@ impl<I: ExpertId, F: Float> Chunk<'_, I, F> {
     }
 
     fn fill(&mut self, top_k: usize) {
+        if self.weights.is_empty() { self.fill_runs::<false>(top_k) } else { self.fill_runs::<true>(top_k) }
+    }
+
+    fn fill_runs<const WEIGHTED: bool>(&mut self, top_k: usize) {
+        let runs = &mut self.runs[..];
+        let mut weights = self.weights.iter();
         let slots = self.ids.chunks_exact(top_k).zip(self.inverse.chunks_exact_mut(top_k));
         for (token, (ids, inverse)) in (self.first_token as i32..).zip(slots) {
             for (id, inverse) in ids.iter().zip(inverse) {
                 *inverse = -1;
-                let Some(expert) = id.expert(self.runs.len()) else { continue };
-                let run = &mut self.runs[expert];
-                if let Some(slot) = run.gather.next() {
-                    *slot = token;
-                    *inverse = run.next;
-                    run.next += 1;
+                let weight = if WEIGHTED { weights.next() } else { None };
+                let Some(expert) = id.expert(runs.len()) else { continue };
+                let run = &mut runs[expert];
+                let left = run.gather.len() as i32;
+                let Some(fed_by) = run.gather.next() else { continue };
+                *fed_by = token;
+                *inverse = run.end - left;
+                if let Some(&weight) = weight
+                    && let Some(sorted) = run.weights.next()
+                {
+                    *sorted = weight;
                 }
-            }
-        }
-        for (id, &weight) in self.ids.iter().zip(self.weights) {
-            let Some(expert) = id.expert(self.runs.len()) else { continue };
-            if let Some(slot) = self.runs[expert].weights.next() {
-                *slot = weight;
             }
         }
     }
@@ -129,13 +137,13 @@ pub(crate) fn sort_by_expert<I: ExpertId, F: Float>(
     for expert in 0..experts {
         let mut kept = 0;
         for chunk in &mut chunks_mut {
-            let rows = chunk.counts[expert].min(limit - kept);
+            let rows = (chunk.counts[expert] as usize).min(limit - kept);
+            kept += rows;
             chunk.runs.push(Run {
-                next: (row + kept) as i32,
+                end: (row + kept) as i32,
                 gather: take(&mut gather, rows).iter_mut(),
                 weights: take(&mut sorted_weights, rows).iter_mut(),
             });
-            kept += rows;
         }
         out.counts[expert] = kept as i32;
         let owned = padded_to.unwrap_or(kept);
