@@ -74,12 +74,15 @@ def config(family, **overrides):
 
 
 def randomise(module, scale=0.3):
-    """Every parameter and selection bias drawn anew: many start as zeros, which would hide an error."""
+    """Every parameter, selection bias and hash table drawn anew: many start as zeros, which hides errors."""
     generator = torch.Generator().manual_seed(0)
-    tensors = dict(module.named_parameters()) | {n: b for n, b in module.named_buffers() if "bias" in n}
+    buffers = dict(module.named_buffers())
+    floats = dict(module.named_parameters()) | {name: b for name, b in buffers.items() if "bias" in name}
     with torch.no_grad():
-        for tensor in tensors.values():
+        for tensor in floats.values():
             tensor.copy_(torch.empty(tensor.shape).uniform_(-scale, scale, generator=generator))
+        for tensor in (b for name, b in buffers.items() if name.endswith("tid2eid")):
+            tensor.copy_(torch.randint(0, SIZES["num_local_experts"], tensor.shape, generator=generator))
     return module
 
 
