@@ -2,14 +2,14 @@
 
 T tokens, H hidden, I intermediate, E experts, K experts per token, R = T*K routed rows, C capacity.
 
-Tensors are torch CPU tensors or NumPy arrays, C-contiguous; outputs are writable, do not require grad, and share
-no memory with any other argument. float means float32, float64, bfloat16 or float16; wide means float64 where the
-other tensors are float64, else float32. `gather` has R entries, or E*C in a padded plan. `threads` >= 1 is the most
-threads to use. The GIL is released during the work.
+Tensors are torch CPU tensors or NumPy arrays, C-contiguous; outputs are writable, do not require grad, and
+share no memory with any other argument. float means float32, float64, bfloat16 or float16; wide means float64
+where the other tensors are float64, else float32. `gather` has R entries, or E*C in a padded plan. `threads`
+>= 1 is the most threads to use. The GIL is released during the work.
 
-Every function raises TypeError for an object or dtype that it does not take, ValueError for a wrong shape, value or
-place in memory, both naming the argument, what was wanted and what was given, and ValueError when FASTMOE_CPU_ISA
-names no instruction set of this machine.
+Every function raises TypeError for an object or dtype that it does not take, and ValueError for a wrong shape,
+value or place in memory, both naming the argument, what was wanted and what was given; and ValueError when
+FASTMOE_CPU_ISA names no instruction set of this machine.
 """
 
 from typing import Any, Final, Literal, TypeAlias, TypedDict
@@ -73,8 +73,8 @@ def route(
 ) -> None:
     """From float logits [T, E] and wide bias [E]: ids int64 [T, K], wide weights [T, K], wide scores [T, E].
 
-    Experts of a token come in falling order of score (plus bias, which enters the selection only), ties by rising
-    id, NaN last.
+    Experts of a token come in falling order of score (plus bias, which enters the selection only), ties by
+    rising id, NaN last.
     """
 
 def plan(
@@ -95,9 +95,9 @@ def plan(
 ) -> None:
     """Stable sort of the routed rows by expert, from ids [T, K] int64 or int32.
 
-    counts [E], offsets [E+1], gather [R or E*C] (token of each sorted row, -1 where unused) and inverse [T, K]
-    (sorted row of each token and slot, -1 where dropped) are int32. weights [T, K] are float32 or float64, and
-    sorted_weights, as long as gather, is like them.
+    counts [E], offsets [E+1], gather [R or E*C] (token of each sorted row, -1 where unused) and inverse
+    [T, K] (sorted row of each token and slot, -1 where dropped) are int32. weights [T, K] are float32 or
+    float64, and sorted_weights, as long as gather, is like them.
     """
 
 def mlp_forward(
@@ -118,11 +118,12 @@ def mlp_forward(
     interleaved: bool,
     threads: int,
 ) -> None:
-    """out[t] = sum over k of weights[t, k] * (act(x[t] @ w1[e].T + b1[e]) @ w2[e].T + b2[e]), e the expert of (t, k).
+    """out[t] = sum of weights[t, k] * (act(x[t] @ w1[e].T + b1[e]) @ w2[e].T + b2[e]), e the expert of t, k.
 
-    x and out [T, H], w1 [E, 2I, H] (gate rows, then up rows; alternating when interleaved; [E, I, H] where the
-    activation is ungated), b1 [E, 2I], w2 [E, H, I], b2 [E, H], all of one float type; transposed: w1 [E, H, 2I] and
-    w2 [E, I, H]. weights [T, K] wide. hidden [len(gather), 2I] receives the pre-activation for mlp_backward.
+    x and out [T, H], w1 [E, 2I, H] (gate rows, then up rows; alternating when interleaved; [E, I, H] where
+    the activation is ungated), b1 [E, 2I], w2 [E, H, I], b2 [E, H], all of one float type; transposed: w1
+    [E, H, 2I] and w2 [E, I, H]. weights [T, K] wide. hidden [len(gather), 2I] receives the pre-activation,
+    for mlp_backward.
     """
 
 def mlp_backward(
@@ -161,7 +162,7 @@ def grouped_mm(
     transposed: bool,
     threads: int,
 ) -> None:
-    """out[r] = x[r] @ w[e].T + bias[e] for the rows r from offsets[e] to offsets[e+1], 0 for rows after the last.
+    """out[r] = x[r] @ w[e].T + bias[e] for rows offsets[e] to offsets[e+1], 0 for rows after the last.
 
     x [R, K], w [E, N, K] (transposed: [E, K, N]), offsets int32 [E+1], bias [E, N], out [R, N].
     """
@@ -185,7 +186,7 @@ def permute(x: _Tensor, gather: _Tensor, out: _Tensor, *, threads: int) -> None:
     """out[r] = x[gather[r]], and 0 where gather is -1; x [T, H], gather int32 [R], out [R, H]."""
 
 def unpermute(y: _Tensor, inverse: _Tensor, weights: _Tensor | None, out: _Tensor, *, threads: int) -> None:
-    """out[t] = sum over k of weights[t, k] * y[inverse[t, k]], dropped slots left out; weights None means ones.
+    """out[t] = sum over k of weights[t, k] * y[inverse[t, k]] without dropped slots; weights None are ones.
 
     y [R, H], inverse int32 [T, K], weights wide [T, K], out [T, H].
     """
@@ -201,7 +202,7 @@ def unpermute_backward(
     *,
     threads: int,
 ) -> None:
-    """Gradients of unpermute: grad_y [R, H], 0 in unused rows, and grad_weights wide [T, K], 0 where dropped."""
+    """Gradients of unpermute: grad_y [R, H], 0 in unused rows; grad_weights wide [T, K], 0 where dropped."""
 
 def empty(shape: tuple[int, ...] | list[int], dtype: _DType) -> torch.Tensor:
     """An uninitialised tensor from a pool that takes the memory back when torch lets go of it.
@@ -213,7 +214,7 @@ def empty_cache() -> None:
     """Gives the pool's waiting memory back to the system."""
 
 def memory_stats() -> _MemoryStats:
-    """The pool's counters: bytes waiting, bytes in use, requests served from the pool, requests that were not."""
+    """The pool's counters: bytes waiting and in use, requests served from it (hits) or not (misses)."""
 
 def cpu_info() -> _CpuInfo:
-    """Architecture, the features that matter, the instruction set in use, those that may be forced, the kernels."""
+    """Architecture, features, the instruction set in use and those that may be forced, kernels."""
