@@ -7,7 +7,7 @@ share no memory with any other argument. float means float32, float64, bfloat16 
 where the other tensors are float64, else float32. `gather` has R entries, or E*C in a padded plan. `threads`
 >= 1 is the most threads to use. The GIL is released during the work.
 
-Every function raises TypeError for an object or dtype that it does not take, and ValueError for a wrong shape,
+Every function raises TypeError for an object or dtype that it does not take, ValueError for a wrong shape,
 value or place in memory, both naming the argument, what was wanted and what was given; and ValueError when
 FASTMOE_CPU_ISA names no instruction set of this machine.
 """
