@@ -1,7 +1,7 @@
 """What works on this machine: `python -m fastmoe_rs doctor`.
 
-Every check gives a row: green when all is well, yellow for what is slower or less than it could be, red for what
-is broken; yellow and red rows say what to do about it.
+Every check gives a row: green when all is well, yellow for what is slower or less than it could be, red for
+what is broken; yellow and red rows say what to do about it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def show(rows: list[Row], *, as_json: bool) -> int:
 
 
 def guarded(check: Callable[[str], Row], name: str) -> Row:
-    """The row of a check. One that another check's failure keeps from running is yellow: the other one is red."""
+    """The row of a check, yellow where the cause of a failure has a red row of its own."""
     try:
         return check(name)
     except Exception as error:

@@ -50,7 +50,8 @@ def load(path: Path | None, context: int) -> Corpus:
     wanted = VALIDATION_EVERY * (context + 1)
     if len(text) < wanted:
         raise BadArgument(f"--text: {name} holds {len(text)} bytes of text, at least {wanted} are needed")
-    blocks = torch.frombuffer(text, dtype=torch.uint8).split(min(BLOCK_BYTES, len(text) // VALIDATION_EVERY))
+    block_size = min(BLOCK_BYTES, len(text) // (10 * VALIDATION_EVERY))
+    blocks = torch.frombuffer(text, dtype=torch.uint8).split(block_size)
     return Corpus(
         name=name,
         train=torch.cat([block for i, block in enumerate(blocks) if i % VALIDATION_EVERY]),

@@ -32,6 +32,9 @@ def run(config: Config, out: Path, text: Path | None, save_every: int, console: 
     corpus = data.load(text, config.context)
     try:
         out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadArgument(f"--out: {out} cannot be made: {error.strerror}") from None
+    try:
         trainer = Trainer(config)
         checkpoint = Checkpoint(out / "checkpoint.safetensors", config, corpus.digest)
         checkpoint.restore(trainer)
