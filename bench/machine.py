@@ -1,0 +1,186 @@
+"""What the machine is and what it can do: identity, versions, and the ceilings that shares are taken of."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from cells import DTYPES
+
+HERE = Path(__file__).parent
+ISA_VARIABLES = ("FASTMOE_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+# Peak instruction of our kernels by instruction set and element type; all others multiply in fp32.
+PEAK_INSTRUCTION = {
+    ("amx", "bfloat16"): "amx_bf16",
+    ("avx512_bf16", "bfloat16"): "avx512_bf16",
+    ("avx2", None): "avx2_fma",
+    ("avx512", None): "avx512_fma",
+    ("avx512_bf16", None): "avx512_fma",
+    ("amx", None): "avx512_fma",
+}
+
+
+@dataclass(frozen=True)
+class GemmRates:
+    """GFLOP/s of torch's mm with 64 rows: x @ w.T (nt), g @ w (nn), g.T @ x (tn)."""
+
+    nt: float
+    nn: float
+    tn: float
+
+
+def best_of(run: Callable[[], object], seconds: float = 0.3, least: int = 3) -> float:
+    """Shortest of several calls, in seconds."""
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < least or time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def gemm_rates(size: int) -> dict[str, GemmRates]:
+    """torch's rates for each element type on [64, size] x [size, size]."""
+    rates = {}
+    for dtype in DTYPES:
+        x = torch.randn(64, size).to(getattr(torch, dtype))
+        w = torch.randn(size, size).to(x.dtype)
+        flops = 2 * x.numel() * size / 1e9
+        products = (lambda x=x, w=w: x @ w.T, lambda x=x, w=w: x @ w, lambda x=x: x.T @ x)
+        rates[dtype] = GemmRates(*(flops / best_of(run, 0.02, 2) for run in products))
+    return rates
+
+
+def read_ceiling(gibibytes: float) -> float:
+    """Bytes a second of the fastest of torch's reductions over a tensor far beyond the caches."""
+    data = torch.randn(1 << 20).repeat(max(1, int(gibibytes * 256)))
+    fastest = min(best_of(run) for run in (data.sum, data.amax, lambda: torch.dot(data, data)))
+    return data.numel() * data.element_size() / fastest
+
+
+def gemm_peaks(size: int) -> dict[str, dict[str, float]]:
+    """GFLOP/s of a square matrix product of torch, and of our grouped_mm on one hot group."""
+    from fastmoe_rs import functional
+
+    peaks = {}
+    for dtype in DTYPES:
+        x = torch.randn(size, size).to(getattr(torch, dtype))
+        w = torch.randn(1, size, size).to(x.dtype)
+        offsets = torch.tensor([0, size], dtype=torch.int32)
+        flops = 2 * size**3 / 1e9
+        with torch.no_grad():
+            peaks[dtype] = {
+                "torch_mm": flops / best_of(lambda x=x, w=w: x @ w[0].T),
+                "fastmoe_grouped_mm": flops
+                / best_of(lambda x=x, w=w, offsets=offsets: functional.grouped_mm(x, w, offsets)),
+            }
+    return peaks
+
+
+def instruction_peaks(threads: int) -> dict[str, float]:
+    """GFLOP/s of back-to-back multiply instructions (peak.c); empty where there is no C compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or platform.machine() != "x86_64":
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "peak")
+        build = [compiler, "-O2", "-pthread", str(HERE / "peak.c"), "-o", str(program)]
+        if subprocess.run(build, capture_output=True).returncode:
+            return {}
+        return json.loads(subprocess.run([program, str(threads)], capture_output=True, check=True).stdout)
+
+
+def peak_of(ceilings: dict, isa: str, dtype: str) -> tuple[float, str]:
+    """GFLOP/s that a kernel of this instruction set can reach in an element type, and where it comes from."""
+    name = PEAK_INSTRUCTION.get((isa, dtype)) or PEAK_INSTRUCTION.get((isa, None), "")
+    if name in ceilings["instructions"]:
+        return ceilings["instructions"][name], name
+    source, rate = max(ceilings["gemm"][dtype].items(), key=lambda item: item[1])
+    return rate, source
+
+
+def ceilings(threads: int, *, smoke: bool) -> dict:
+    """Everything measured before the first cell."""
+    return {
+        "instructions": instruction_peaks(threads),
+        "gemm": gemm_peaks(128 if smoke else 2048),
+        "read_bytes_per_s": read_ceiling(0.01 if smoke else 1.0),
+    }
+
+
+def available_bytes() -> float:
+    """Memory that can be had without swapping; infinity where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())
+
+
+def commit() -> str:
+    """Commit of the working tree, with "+" where it has changes; "unknown" outside a repository."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True
+        ).stdout
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD").strip() + (
+            "+" if git("status", "--porcelain", "-uno") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def identity(threads: int) -> dict:
+    """Machine, instruction set, versions and commit of a run."""
+    from fastmoe_rs import _native
+
+    info = _native.cpu_info()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "isa": info["isa"],
+        "features": info["features"],
+        "kernels": info["kernels"],
+        "pool": info["threads_pool"],
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "limits": {name: os.environ[name] for name in sorted(ISA_VARIABLES) if name in os.environ},
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_at_start": os.getloadavg()[0],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "fastmoe_rs", "numpy")},
+        "commit": commit(),
+        "threads": threads,
+    }
