@@ -4,7 +4,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-RUST := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -o -name Cargo.toml)
+RUST := Cargo.toml Cargo.lock $(shell find crates -name target -prune -o \( -name '*.rs' -o -name Cargo.toml \) -print)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup develop demo test wheel bench lint clean
@@ -27,8 +27,8 @@ wheel: setup ## Build the release wheel into dist/
 	rm -rf dist
 	$(BIN)/maturin build --release --locked --out dist
 
-bench: develop ## Time against torch and transformers, then rewrite the table and chart of the README
-	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-autosave $(ARGS)
+bench: develop ## Time against torch and transformers and fill in the README (ARGS="--quick" is shorter)
+	$(BIN)/python bench/run.py $(ARGS)
 	$(BIN)/python bench/report.py
 
 lint: develop ## Formatting, clippy, ruff, mypy and the check of the native stubs
