@@ -83,7 +83,8 @@ def test_gather_and_inverse_undo_each_other(arguments):
         assert torch.equal(owner, ids[kept].long())
 
 
-def test_large_enough_for_every_thread_equals_the_reference():
+def test_large_enough_for_every_thread_equals_the_reference(set_threads):
+    set_threads(3)
     ids = torch.randint(0, 64, (20_000, 4))
     weights = torch.rand(ids.shape)
     for options in ({}, {"capacity": 900}, {"capacity": 900, "drop": "score", "pad": True}):
