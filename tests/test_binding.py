@@ -4,6 +4,7 @@ T tokens, H hidden, I intermediate, E experts, K experts per token, R = T*K rout
 """
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -301,11 +302,34 @@ def test_bad_options(name, changes, message):
         call(name, **changes)
 
 
-@pytest.mark.parametrize("top_k", [0, E + 1])
-def test_route_top_k(top_k):
-    outputs = {"ids": torch.zeros(T, top_k, dtype=torch.int64), "weights": torch.zeros(T, top_k)}
-    with pytest.raises(ValueError, match=rf"^top_k: .*{top_k}"):
+def test_route_more_experts_than_there_are():
+    outputs = {"ids": torch.zeros(T, E + 1, dtype=torch.int64), "weights": torch.zeros(T, E + 1)}
+    with pytest.raises(ValueError, match=rf"^top_k: .*{E + 1}"):
         call("route", **outputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "shape", "axis"),
+    [
+        ("route", "ids", (T, 0), "K"),
+        ("route", "logits", (T, 0), "E"),
+        ("plan", "ids", (T, 0), "K"),
+        ("mlp_forward", "x", (T, 0), "H"),
+        ("mlp_forward", "weights", (T, 0), "K"),
+        ("mlp_forward", "w1", (0, 2 * I, H), "E"),
+        ("mlp_backward", "w2", (E, H, 0), "I"),
+        ("grouped_mm", "w", (E, 0, H), "N"),
+        ("grouped_mm_grad_weight", "x", (R, 0), "K"),
+        ("permute", "x", (T, 0), "H"),
+        ("unpermute", "inverse", (T, 0), "K"),
+        ("unpermute_backward", "y", (R, 0), "H"),
+    ],
+)
+def test_sizes_that_cannot_be_zero(name, argument, shape, axis):
+    given = torch.zeros(shape, dtype=argument_of(name, argument).dtype)
+    message = rf"^{argument}: expected {axis} >= 1, got shape {re.escape(str(list(shape)))} \("
+    with pytest.raises(ValueError, match=message):
+        call(name, **{argument: given})
 
 
 @pytest.mark.parametrize("bad", [-1, E])

@@ -75,11 +75,19 @@ impl Tensor {
         &self.shape
     }
 
-    /// The sizes of a tensor of N axes; `legend` names them in the error.
+    /// The sizes of a tensor of N axes, which `legend` names; only tokens T and rows R may be none.
     pub fn dims<const N: usize>(&self, legend: &str) -> Result<[usize; N]> {
-        self.shape.as_slice().try_into().map_err(|_| {
+        let sizes: [usize; N] = self.shape.as_slice().try_into().map_err(|_| {
             Error::Value(format!("{}: expected {N} axes ({legend}), got shape {:?}", self.name, self.shape()))
-        })
+        })?;
+        let mut axes = legend.split(", ").zip(sizes);
+        match axes.find(|&(axis, size)| size == 0 && axis != "T" && axis != "R") {
+            None => Ok(sizes),
+            Some((axis, _)) => Err(Error::Value(format!(
+                "{}: expected {axis} >= 1, got shape {sizes:?} ({legend})",
+                self.name
+            ))),
+        }
     }
 
     /// Fails unless the shape is this one.
