@@ -62,10 +62,10 @@ impl Router {
 /// The experts of a token are ordered by key descending, then id ascending; `-0.0` equals `0.0`, and a NaN key comes
 /// after every number. The key is the logit (scores grow with it, so no rounding of scores decides); with a `bias
 /// [E]` it is score + bias for [`Order::ScoreTopk`] and logit + bias for [`Order::TopkScore`]. The bias never enters
-/// weights or scores. NaN scores give NaN weights.
+/// weights or scores. NaN scores give NaN weights. [`Router::renormalize`] sums the weights in the order of the ids.
 ///
-/// Always inlined, and free of calls except for f64 `exp` and K above 16, so that a backend can compile it once per
-/// instruction set; the results have the same bits on all of them.
+/// Always inlined, so that a backend can compile it once per instruction set; in f32 the results have the same bits on
+/// all of them.
 ///
 /// # Panics
 /// When a slice has not the length that its shape says, or K is not in `1..=E` (see [`Router::check`]).

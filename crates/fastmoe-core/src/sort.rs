@@ -29,7 +29,22 @@ struct Run<'a, F> {
     /// The row after the last one.
     end: i32,
     gather: IterMut<'a, i32>,
-    weights: IterMut<'a, F>,
+    /// As many as rows, or none.
+    weights: &'a mut [F],
+}
+
+impl<F: Float> Run<'_, F> {
+    /// The row that now holds the token; `None` when the run is full.
+    #[inline(always)]
+    fn push(&mut self, token: i32, weight: Option<&F>) -> Option<i32> {
+        let left = self.gather.len();
+        *self.gather.next()? = token;
+        if let Some(&weight) = weight {
+            let row = self.weights.len() - left;
+            self.weights[row] = weight;
+        }
+        Some(self.end - left as i32)
+    }
 }
 
 struct Chunk<'a, I, F> {
@@ -65,19 +80,9 @@ impl<I: ExpertId, F: Float> Chunk<'_, I, F> {
         let slots = self.ids.chunks_exact(top_k).zip(self.inverse.chunks_exact_mut(top_k));
         for (token, (ids, inverse)) in (self.first_token as i32..).zip(slots) {
             for (id, inverse) in ids.iter().zip(inverse) {
-                *inverse = -1;
                 let weight = if WEIGHTED { weights.next() } else { None };
-                let Some(expert) = id.expert(runs.len()) else { continue };
-                let run = &mut runs[expert];
-                let left = run.gather.len() as i32;
-                let Some(fed_by) = run.gather.next() else { continue };
-                *fed_by = token;
-                *inverse = run.end - left;
-                if let Some(&weight) = weight
-                    && let Some(sorted) = run.weights.next()
-                {
-                    *sorted = weight;
-                }
+                let run = id.expert(runs.len()).map(|expert| &mut runs[expert]);
+                *inverse = run.and_then(|run| run.push(token, weight)).unwrap_or(-1);
             }
         }
     }
@@ -91,24 +96,24 @@ pub(crate) fn sort_by_expert<I: ExpertId, F: Float>(
     weights: Option<&[F]>,
     out: PlanOut<'_, F>,
 ) -> Result<(), usize> {
-    let Layout { top_k, experts, limit, padded_to, out_of_range } = *layout;
+    let Layout { top_k, experts, out_of_range, .. } = *layout;
     let tokens = ids.len() / top_k;
     let chunks = (ids.len() / ROWS_PER_CHUNK.max(8 * experts)).clamp(1, par.threads().max(1));
     let chunk_rows = tokens.div_ceil(chunks).max(1) * top_k;
-    let mut sorted_weights = out.sorted_weights.unwrap_or_default();
+    let sorted_weights = out.sorted_weights.unwrap_or_default();
     let weights = weights.filter(|_| !sorted_weights.is_empty()).unwrap_or_default();
+    let weights = weights.chunks(chunk_rows).chain(std::iter::repeat(&[][..]));
 
     let mut chunks: Vec<_> = ids
         .chunks(chunk_rows)
         .zip(out.inverse.chunks_mut(chunk_rows))
+        .zip(weights)
         .enumerate()
-        .map(|(i, (ids, inverse))| {
+        .map(|(i, ((ids, inverse), weights))| {
             Mutex::new(Chunk {
                 first_token: i * chunk_rows / top_k,
                 ids,
-                weights: weights
-                    .get(i * chunk_rows..)
-                    .map_or(&[][..], |rest| &rest[..rest.len().min(chunk_rows)]),
+                weights,
                 inverse,
                 counts: vec![0; experts],
                 runs: Vec::with_capacity(experts),
@@ -121,42 +126,50 @@ pub(crate) fn sort_by_expert<I: ExpertId, F: Float>(
     };
 
     run(&chunks, &|chunk| chunk.count());
-    let mut chunks_mut: Vec<_> =
+    let mut counted: Vec<_> =
         chunks.iter_mut().map(|chunk| chunk.get_mut().unwrap_or_else(PoisonError::into_inner)).collect();
-    if out_of_range == OutOfRange::Error {
-        for chunk in &chunks_mut {
-            if let Some(bad) = chunk.first_bad {
-                return Err(chunk.first_token * top_k + bad);
-            }
-        }
+    let mut bad = counted.iter().filter_map(|chunk| Some(chunk.first_token * top_k + chunk.first_bad?));
+    match bad.next() {
+        Some(flat) if out_of_range == OutOfRange::Error => return Err(flat),
+        _ => {}
     }
+    share_rows(layout, &mut counted, out.counts, out.offsets, out.gather, sorted_weights);
 
-    let mut gather = out.gather;
+    run(&chunks, &|chunk| chunk.fill(top_k));
+    Ok(())
+}
+
+/// Cuts the sorted rows into runs, expert by expert and within an expert chunk by chunk.
+fn share_rows<'a, I, F: Float>(
+    layout: &Layout,
+    chunks: &mut [&mut Chunk<'a, I, F>],
+    counts: &mut [i32],
+    offsets: &mut [i32],
+    mut gather: &'a mut [i32],
+    mut sorted_weights: &'a mut [F],
+) {
     let mut row = 0;
-    out.offsets[0] = 0;
-    for expert in 0..experts {
+    offsets[0] = 0;
+    for expert in 0..layout.experts {
         let mut kept = 0;
-        for chunk in &mut chunks_mut {
-            let rows = (chunk.counts[expert] as usize).min(limit - kept);
+        for chunk in &mut *chunks {
+            let rows = (chunk.counts[expert] as usize).min(layout.limit - kept);
             kept += rows;
             chunk.runs.push(Run {
                 end: (row + kept) as i32,
                 gather: take(&mut gather, rows).iter_mut(),
-                weights: take(&mut sorted_weights, rows).iter_mut(),
+                weights: take(&mut sorted_weights, rows),
             });
         }
-        out.counts[expert] = kept as i32;
-        let owned = padded_to.unwrap_or(kept);
+        let owned = layout.padded_to.unwrap_or(kept);
         take(&mut gather, owned - kept).fill(-1);
         take(&mut sorted_weights, owned - kept).fill(F::ZERO);
         row += owned;
-        out.offsets[expert + 1] = row as i32;
+        counts[expert] = kept as i32;
+        offsets[expert + 1] = row as i32;
     }
     gather.fill(-1);
     sorted_weights.fill(F::ZERO);
-
-    run(&chunks, &|chunk| chunk.fill(top_k));
-    Ok(())
 }
 
 /// Cuts the first `n` elements off; nothing where there are none to write.

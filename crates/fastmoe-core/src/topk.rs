@@ -32,8 +32,8 @@ pub(crate) fn top_k<F: Float>(
 /// The K-th largest of L lane maxima is a lower bound of the K-th largest key, and few keys reach it: these are
 /// collected in order of id and ranked.
 ///
-/// False, and nothing written, in rows where less than K lanes hold a finite number or more keys reach the bound than
-/// the buffer takes.
+/// False, and nothing written, in rows where less than K lanes hold a number above `-inf` or more keys reach the bound
+/// than the buffer takes.
 #[inline(always)]
 fn by_filter<F: Float, const L: usize>(values: &[F], bias: Option<&[F]>, ids: &mut [i64]) -> bool {
     let k = ids.len();
@@ -55,6 +55,7 @@ fn by_filter<F: Float, const L: usize>(values: &[F], bias: Option<&[F]>, ids: &m
     for at in (0..values.len()).step_by(LANES) {
         let mut reaching = 0_u32;
         for (i, key) in load::<F, LANES>(values, bias, at).into_iter().enumerate() {
+            // From the top, because a shift by zero would be compiled apart from the others.
             reaching |= u32::from(key >= bound) << (31 - i);
         }
         while reaching != 0 {
