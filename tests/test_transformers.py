@@ -231,10 +231,19 @@ def test_auxiliary_loss_keeps_its_value_and_gradient():
 # ---- models that are left alone
 
 
-def fp8_mixtral():
-    model = build("mixtral")
+def fp8():
+    from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+
+    return replace_with_fp8_linear(build("mixtral"), quantization_config=transformers.FineGrainedFP8Config())
+
+
+def mxfp4():
+    from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+
+    model = build("gpt_oss")
+    model.is_quantized = True
     for layer in model.model.layers:
-        layer.mlp.experts.to(torch.float8_e4m3fn)
+        layer.mlp.experts = Mxfp4GptOssExperts(model.config)
     return model
 
 
@@ -259,7 +268,8 @@ UNSERVED = {
         "Qwen3MoeForCausalLM .*no mixture-of-experts layer",
     ),
     "undecorated": (switch, "SwitchTransformersModel .*does not dispatch the experts of this family"),
-    "fp8": (fp8_mixtral, "MixtralForCausalLM .*MixtralExperts holds torch.float8_e4m3fn"),
+    "fp8": (fp8, "MixtralForCausalLM .*FP8Experts holds torch.float8_e4m3fn"),
+    "mxfp4": (mxfp4, "GptOssForCausalLM .*its experts are quantized"),
 }
 
 
