@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+# Our path as an ordinary training loop meets it, and with gradient memory returned to the system each step.
+OURS, OURS_FRESH = "fastmoe", "fastmoe_fresh"
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPES = tuple(ELEMENT_BYTES)
 PASSES = ("forward", "train")  # train: forward + backward, every gradient asked for

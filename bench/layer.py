@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 from baselines import Peer
-from cells import Cell
+from cells import OURS, OURS_FRESH, Cell
 from machine import GemmRates, available_bytes, peak_of
 from problem import problem
-from solver import BOUNDS, OURS, OURS_FRESH, Solver, applicable, ours, peer, row_error
+from solver import BOUNDS, Solver, applicable, ours, peer, row_error
 from timing import interleave, significant, summary
 from torch import Tensor
 

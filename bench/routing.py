@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 from baselines import PEERS
-from cells import Cell, RoutingCell, Shape
+from cells import OURS, OURS_FRESH, Cell, RoutingCell, Shape
 from problem import problem
-from solver import OURS, OURS_FRESH, ours, peer
+from solver import ours, peer
 from timing import interleave, significant, summary
 from torch import Tensor
 

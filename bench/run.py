@@ -5,8 +5,8 @@
     python bench/run.py --only float32-A     cells (mode-dtype-shape-Ttokens) and sections that contain a text
     python bench/run.py --isa avx2           as a machine without AVX-512, torch held to the same
 
-Every result is written to bench/results/ as soon as it is known; `python bench/report.py` makes the tables
-and the chart.
+Every result is written to bench/results/ as soon as it is known, a page of tables and a chart at the end;
+`python bench/report.py` puts the newest full run into the README.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+import report
 from cells import PASSES, ROUTING, SMOKE_ROUTING, Cell, matrix
 
 RESULTS = Path(__file__).parent / "results"
@@ -128,13 +129,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run the matrix; exit status 1 when a path failed or gave a wrong answer."""
     options = arguments(argv)
     start = time.perf_counter()
-    if options.isa:
-        os.environ.update(LIMITS[options.isa], FASTMOE_CPU_ISA=options.isa)
-    import machine
-    import torch
-    from routing import measure_overhead, measure_routing
-
-    torch.set_num_threads(options.threads)
     smoke = options.matrix == "smoke"
     cells = [cell for cell in matrix(options.matrix) if options.only in cell.name]
     routing = [
@@ -147,6 +141,13 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if options.isa:
+        os.environ.update(LIMITS[options.isa], FASTMOE_CPU_ISA=options.isa)
+    import machine
+    import torch
+    from routing import measure_overhead, measure_routing
+
+    torch.set_num_threads(options.threads)
     run: dict = {
         "format": 1,
         "command": sys.argv[1:] if argv is None else argv,
@@ -174,6 +175,7 @@ def main(argv: list[str] | None = None) -> int:
         print(line(result), flush=True)
     run_layer(run, cells, options, start + 60 * options.budget_minutes, save)
     print(f"{len(run['cells'])} of {len(cells)} cells in {run['seconds']:.0f} s: {path}")
+    report.main([str(path)])
     statuses = [path["status"] for cell in run["cells"] for path in cell["paths"].values()]
     return int(any(status in ("failed", "wrong") for status in statuses))
 

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 
 import torch
 from baselines import PEERS, Call, Peer
-from cells import Cell
+from cells import OURS, OURS_FRESH, Cell
 from problem import Inputs, Problem
 from torch import Tensor
 
 import fastmoe_rs
 from fastmoe_rs import _native
 
-OURS = "fastmoe"
-OURS_FRESH = "fastmoe_fresh"
 # Largest relative error of a row against the longest row, between two correct paths.
 BOUNDS = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 6e-3}
 COMPARED_EXPERTS = 8

@@ -20,7 +20,9 @@ def significant(value: float, digits: int = 4) -> float:
 def summary(samples: Sequence[float]) -> dict:
     """Median, extremes and noise (interquartile range over median) of samples in seconds."""
     median = statistics.median(samples)
-    low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else (median,) * 3
+    low, _, high = (
+        statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else (median,) * 3
+    )
     return {
         "status": "ok",
         "median_s": significant(median),
