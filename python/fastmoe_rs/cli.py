@@ -39,7 +39,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.description = "Train a small byte-level Mixture-of-Experts language model."
     option = parser.add_argument
     option("--steps", type=whole(1), help="training steps (default: %(default)s)", default=400)
-    option("--experts", type=whole(1), help="experts a layer (default: %(default)s)", default=16)
+    option("--experts", type=whole(1), help="experts a layer (default: %(default)s)", default=32)
     option("--top-k", type=whole(1), help="experts a token goes to (default: %(default)s)", default=2)
     option("--dtype", choices=DTYPES, help="of the matrix products (default: %(default)s)", default="float32")
     option("--device", help="where to train (default: %(default)s)", default="cpu")

@@ -25,7 +25,7 @@ PATHS = ("grouped_mm", "batched_mm", "eager")
 WARMUP_STEPS = 2
 OURS = "fastmoe_rs"
 # batched_mm copies the weights of an expert once for every routed row, and keeps the copies for the backward.
-MAX_WEIGHT_COPIES = 2 << 30
+MAX_WEIGHT_COPIES = 256 << 20
 
 
 @dataclass

@@ -22,7 +22,7 @@ class Config:
     """
 
     steps: int = 400
-    experts: int = 16
+    experts: int = 32
     top_k: int = 2
     dtype: str = "float32"
     device: str = "cpu"

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 BARS = " ▁▂▃▄▅▆▇█"
-WIDEST = 32
+WIDEST = 16
 
 
 class TrainingProgress(Progress):

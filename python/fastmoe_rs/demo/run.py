@@ -122,7 +122,7 @@ def compare_paths(trainer: Trainer, corpus: data.Corpus, console: Console) -> co
     for name, why in result.left_out.items():
         console.print(f"  {name:<12}left out: {why}", highlight=False)
     console.print(
-        f"[bold]{result.speed_ratio:.2f} times[/] as fast as {result.best_peer}, the best of them; "
+        f"[bold]{result.speed_ratio:.2f} times[/] as fast as {result.best_peer}; "
         f"losses differ by at most {result.loss_difference:.0e}",
         highlight=False,
     )
