@@ -8,7 +8,7 @@ from fastmoe_rs import reference
 
 ACTIVATIONS = reference.GATED + reference.UNGATED
 # Of the largest element: what rounding the inputs of each product to the dtype can cost, with some room.
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 DTYPES = tuple(TOLERANCES)
 
 
@@ -39,7 +39,13 @@ def mlp_case(
     # Half precision rounds pre-activations across the clamps of swiglu_oai, so keep them below; else reach them.
     scale = hidden**-0.5 if dtype in (torch.bfloat16, torch.float16) else 1.0
     ids = torch.rand(tokens, experts - 1).argsort(dim=1)[:, :top_k] + 1
-    arguments = (draw(tokens, hidden), ids, draw(tokens, top_k, dtype=wide), draw(*w1, scale=scale), draw(*w2))
+    arguments = (
+        draw(tokens, hidden),
+        ids,
+        draw(tokens, top_k, dtype=wide),
+        draw(*w1, scale=scale),
+        draw(*w2),
+    )
     options = {"activation": activation, "transposed": transposed, "interleaved": interleaved}
     if bias:
         options |= {"b1": draw(experts, width), "b2": draw(experts, hidden)}

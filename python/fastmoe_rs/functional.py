@@ -64,7 +64,10 @@ def route(
         _check.shape("bias", bias, "[E]", (experts,))
         _check.like("bias", bias, "logits", logits_TE, dtype=False)
         bias = bias.detach().to(wide(logits_TE.dtype)).contiguous()
-    return Routing(*ops.route(logits_TE.contiguous(), bias, top_k, score, order, renormalize, float(scale)))
+    weights, scores, ids = ops.route(
+        logits_TE.contiguous(), bias, top_k, score, order, renormalize, float(scale)
+    )
+    return Routing(ids, weights, scores)
 
 
 def route_weights(
@@ -147,9 +150,9 @@ def moe_mlp(
         if ids_TK is None:
             _check.wanted("ids", None, "expert ids [T, K], or a plan")
         plan = RoutingPlan.from_ids(ids_TK, experts)
-    elif plan.num_experts != experts:
-        _check.wanted("plan", f"a plan for {plan.num_experts} experts", f"one for the {experts} of w1")
     _check_plan("x", x_TH, plan)
+    if plan.num_experts != experts:
+        _check.wanted("plan", f"a plan for {plan.num_experts} experts", f"one for the {experts} of w1")
     weights_TK = _weights(weights_TK, x_TH, plan)
     if _is_transposed(w1) and _is_transposed(w2):
         transposed, w1, w2 = not transposed, w1.transpose(1, 2), w2.transpose(1, 2)
@@ -195,9 +198,11 @@ def grouped_mm(x_RK: Tensor, w_ENK: Tensor, offsets_E1: Tensor, *, bias: Tensor 
         _check.shape("bias", bias, "[E, N]", (experts, columns))
         _check.like("bias", bias, "x", x_RK)
         bias = bias.contiguous()
+    if offsets_E1.dtype == torch.int64:  # what does not fit stays out of range
+        offsets_E1 = offsets_E1.clamp(-1, 2**31 - 1).int()
     transposed = _is_transposed(w_ENK)
     w = w_ENK.transpose(1, 2) if transposed else w_ENK.contiguous()
-    return ops.grouped_mm(x_RK.contiguous(), w, bias, offsets_E1.int().contiguous(), transposed)
+    return ops.grouped_mm(x_RK.contiguous(), w, bias, offsets_E1.contiguous(), transposed)
 
 
 def permute(x_TH: Tensor, plan: RoutingPlan) -> Tensor:
@@ -268,9 +273,7 @@ def _check_mlp(
     _check.floating("w2", w2, rank2)
     experts, hidden, width = w1.shape[0], x.shape[1], w1.shape[2 if transposed else 1]
     if gated and width % 2:
-        _check.wanted(
-            "w1", f"shape {tuple(w1.shape)}", f"{rank1}, an even number of rows for the gated {activation!r}"
-        )
+        _check.wanted("w1", f"shape {tuple(w1.shape)}", f"{rank1}, with an even {rows} for {activation!r}")
     middle = width // 2 if gated else width
     _check.shape("w1", w1, rank1, (experts, hidden, width) if transposed else (experts, width, hidden))
     _check.shape("w2", w2, rank2, (experts, middle, hidden) if transposed else (experts, hidden, middle))

@@ -61,7 +61,7 @@ def route(
         renormalize=renormalize,
         scale=scale,
     )
-    return ids, weights, scores
+    return weights, scores, ids
 
 
 def plan(

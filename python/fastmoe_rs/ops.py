@@ -1,8 +1,8 @@
 """The kernels as differentiable operators.
 
 Each operator exists twice with one meaning. Eager code runs an `autograd.Function` around the kernel, the
-shortest way there. Whatever has to see operators (torch.compile, dispatch modes, tensor subclasses, function
-transforms, devices without memory) gets `torch.ops.fastmoe_rs`, with fake kernels. Both share the two
+shortest way there. Whatever has to see operators (torch.compile, dispatch modes, tensor subclasses, devices
+without memory) gets `torch.ops.fastmoe_rs`, with fake kernels. Both share the two
 functions that say what to save and how to differentiate.
 
 Legend: T tokens, E experts, K experts per token, R routed rows.
@@ -61,7 +61,6 @@ def _is_watched(args: tuple[Any, ...]) -> bool:
     """Whether something must see the operator, or a tensor has no memory that a kernel could read."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
         or any(type(arg) not in _PLAIN for arg in args)
         or args[0].device.type == "meta"
     )
@@ -102,14 +101,14 @@ def _once(name: str) -> tuple[Setup, Backward]:
 
 def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     logits, _, _, *ctx.options = inputs
-    ids, _, scores = output
+    _, scores, ids = output
     ctx.mark_non_differentiable(ids)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, ids, scores)
 
 
 def _route_backward(
-    ctx: Any, _: None, grad_weights: Tensor | None, grad_scores: Tensor | None
+    ctx: Any, grad_weights: Tensor | None, grad_scores: Tensor | None, _: None
 ) -> tuple[Any, ...]:
     """d logits; made of differentiable torch functions, so it can be differentiated again."""
     logits, ids, scores = ctx.saved_tensors
@@ -189,6 +188,7 @@ def _grad_weight_backward(ctx: Any, grad_w: Tensor | None, grad_bias: Tensor | N
     if grad_w is None:
         grad_w = x.new_zeros(kernels.weight_shape(grad_out, x, offsets, ctx.transposed))
     grad_w = grad_w.contiguous()
+    grad_bias = None if grad_bias is None else grad_bias.contiguous()
     to_grad_out = to_x = None
     if ctx.needs_input_grad[0]:
         to_grad_out = grouped_mm(x, grad_w, grad_bias, offsets, ctx.transposed)
@@ -227,7 +227,7 @@ plan = _operator(
 )
 route = _operator(
     "route(Tensor logits, Tensor? bias, SymInt top_k, str score, str order, bool renormalize, float scale)"
-    " -> (Tensor ids, Tensor weights, Tensor scores)",
+    " -> (Tensor weights, Tensor scores, Tensor ids)",
     _route_setup,
     _route_backward,
 )

@@ -53,12 +53,12 @@ class RoutingPlan:
     @property
     def tokens(self) -> int:
         """T."""
-        return int(self.inverse.shape[0])
+        return self.inverse.shape[0]
 
     @property
     def top_k(self) -> int:
         """K."""
-        return int(self.inverse.shape[1])
+        return self.inverse.shape[1]
 
     @staticmethod
     def from_ids(

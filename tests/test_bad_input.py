@@ -1,0 +1,209 @@
+"""Bad input raises ValueError or TypeError that names the argument, what was given and what was wanted."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from fastmoe_rs import RoutingPlan, functional
+from moe_cases import mlp_case
+
+X, IDS, WEIGHTS = torch.randn(6, 8), torch.zeros(6, 2, dtype=torch.long), torch.rand(6, 2)
+W1, W2 = torch.randn(4, 10, 8), torch.randn(4, 8, 5)
+
+
+def mlp(x=X, ids=IDS, weights=WEIGHTS, w1=W1, w2=W2, **options):
+    return functional.moe_mlp(x, ids, weights, w1, w2, **options)
+
+
+def id_at(t, k, value):
+    ids = IDS.clone()
+    ids[t, k] = value
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": X[0]}, ValueError, "x: got shape (8,), wanted [T, H]"),
+        ({"x": X.int()}, TypeError, "x: got dtype torch.int32, wanted float32"),
+        ({"x": X.numpy()}, TypeError, "x: got ndarray, wanted a torch tensor [T, H]"),
+        ({"x": X.to_sparse()}, TypeError, "x: got layout torch.sparse_coo, wanted a strided tensor"),
+        ({"x": X[:5]}, ValueError, "x: got shape (5, 8), wanted the 6 tokens"),
+        ({"x": X[:, :7]}, ValueError, "w1: got shape (4, 10, 8), wanted [E, 2I, H] = (4, 10, 7)"),
+        ({"x": X.bfloat16()}, TypeError, "w1: got dtype torch.float32, wanted torch.bfloat16, that of x"),
+        ({"w2": W2.double()}, TypeError, "w2: got dtype torch.float64, wanted torch.float32, that of x"),
+        ({"w1": W1[0]}, ValueError, "w1: got shape (10, 8), wanted [E, 2I, H]"),
+        ({"w1": W1[:, :9]}, ValueError, "w1: got shape (4, 9, 8), wanted [E, 2I, H], with an even 2I"),
+        ({"w1": W1.mT}, ValueError, "w1: got shape (4, 8, 10), wanted [E, 2I, H] = (4, 8, 8)"),
+        ({"w2": W2.mT}, ValueError, "w2: got shape (4, 5, 8), wanted [E, H, I] = (4, 8, 5)"),
+        ({"transposed": True}, ValueError, "w1: got shape (4, 10, 8), wanted [E, H, 2I] = (4, 8, 8)"),
+        ({"activation": "silu"}, ValueError, "w2: got shape (4, 8, 5), wanted [E, H, I] = (4, 8, 10)"),
+        ({"activation": "swish"}, ValueError, "activation: got 'swish', wanted one of 'swiglu', 'geglu'"),
+        (
+            {"activation": "silu", "interleaved": True},
+            ValueError,
+            "interleaved: got True, wanted False, because 'silu' has no gate",
+        ),
+        ({"b1": torch.randn(4, 5)}, ValueError, "b1: got shape (4, 5), wanted [E, 2I] = (4, 10)"),
+        ({"b2": torch.randn(4, 5)}, ValueError, "b2: got shape (4, 5), wanted [E, H] = (4, 8)"),
+        ({"b2": torch.randn(4, 8).half()}, TypeError, "b2: got dtype torch.float16, wanted torch.float32"),
+        ({"weights": WEIGHTS[:, :1]}, ValueError, "weights: got shape (6, 1), wanted [T, K] = (6, 2)"),
+        ({"weights": IDS}, TypeError, "weights: got dtype torch.int64, wanted float32"),
+        ({"weights": None}, TypeError, "weights: got NoneType, wanted a torch tensor [T, K]"),
+        ({"ids": None}, ValueError, "ids: got None, wanted expert ids [T, K], or a plan"),
+        ({"ids": IDS[0]}, ValueError, "ids: got shape (2,), wanted [T, K] with K >= 1"),
+        ({"ids": IDS[:, :0]}, ValueError, "ids: got shape (6, 0), wanted [T, K] with K >= 1"),
+        ({"ids": IDS.float()}, TypeError, "ids: got dtype float32, wanted int64 or int32"),
+        ({"ids": IDS.tolist()}, TypeError, "ids: got list, wanted a torch tensor or a NumPy array"),
+        ({"plan": RoutingPlan.from_ids(IDS, 3)}, ValueError, "plan: got a plan for 3 experts, wanted"),
+        ({"plan": (IDS, 4)}, TypeError, "plan: got tuple, wanted a RoutingPlan"),
+        (
+            {"plan": RoutingPlan.from_ids(IDS.numpy(), 4)},
+            TypeError,
+            "plan: got a plan of NumPy arrays, wanted one of torch tensors",
+        ),
+    ],
+)
+def test_mlp(change, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        mlp(**change)
+
+
+@pytest.mark.parametrize("name", ["x", "ids", "weights", "w1", "w2"])
+def test_mix_of_devices(name):
+    tensors = {"x": X, "ids": IDS, "weights": WEIGHTS, "w1": W1, "w2": W2}
+    with pytest.raises(ValueError, match=r"on meta|on cpu"):
+        mlp(**{name: tensors[name].to("meta")})
+
+
+@pytest.mark.parametrize("value", [4, -1, 2**40])
+def test_id_out_of_range_names_the_first(value):
+    with pytest.raises(ValueError, match=rf"ids.*3.*1.*{value}"):
+        mlp(ids=id_at(3, 1, value))
+    with pytest.raises(ValueError, match=rf"ids.*3.*1.*{value}"):
+        RoutingPlan.from_ids(id_at(3, 1, value).numpy(), 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_experts": 0}, ValueError, "num_experts: got 0, wanted at least 1"),
+        ({"capacity": -1}, ValueError, "capacity: got -1, wanted None or at least 0"),
+        ({"drop": "random"}, ValueError, "drop: got 'random', wanted 'position' or 'score'"),
+        ({"drop": "score", "capacity": 1}, ValueError, "weights: got None, wanted the routing weights"),
+        ({"pad": True}, ValueError, "capacity: got None, wanted the rows per expert"),
+        ({"out_of_range": "clamp"}, ValueError, "out_of_range: got 'clamp', wanted 'error' or 'drop'"),
+        ({"weights": WEIGHTS[:3]}, ValueError, "weights: got shape (3, 2), wanted that of ids, (6, 2)"),
+        ({"weights": IDS}, TypeError, "weights: got dtype int64, wanted a float dtype"),
+        ({"weights": WEIGHTS.numpy()}, TypeError, "weights: got a torch tensor and a NumPy array"),
+    ],
+)
+def test_plan(options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        RoutingPlan.from_ids(IDS, **({"num_experts": 4} | options))
+
+
+def test_plan_made_by_hand_cannot_reach_outside():
+    good = RoutingPlan.from_ids(torch.randint(0, 4, (6, 2)), 4).state_dict()
+    for name, index, value in [
+        ("gather", 0, 6),
+        ("gather", 0, -2),
+        ("inverse", (0, 0), 12),
+        ("offsets", 4, 13),
+        ("offsets", 1, -1),
+    ]:
+        tampered = good[name].clone()
+        tampered[index] = value
+        plan = RoutingPlan.from_state_dict(good | {name: tampered})
+        with pytest.raises(ValueError, match=name):
+            mlp(plan=plan)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((X[0], 2), {}, ValueError, "logits: got shape (8,), wanted [T, E]"),
+        ((X.long(), 2), {}, TypeError, "logits: got dtype torch.int64, wanted float32"),
+        ((X, 0), {}, ValueError, "top_k: got 0, wanted 1 to 8, the number of experts"),
+        ((X, 9), {}, ValueError, "top_k: got 9, wanted 1 to 8, the number of experts"),
+        ((X, -1), {}, ValueError, "top_k: got -1, wanted 1 to 8, the number of experts"),
+        ((X[:, :0], 1), {}, ValueError, "top_k: got 1, wanted 1 to 0"),
+        ((X, 2), {"score": "tanh"}, ValueError, "score: got 'tanh', wanted one of 'softmax', 'sigmoid'"),
+        ((X, 2), {"order": "topk"}, ValueError, "order: got 'topk', wanted one of 'score_topk'"),
+        ((X, 2), {"bias": torch.zeros(7)}, ValueError, "bias: got shape (7,), wanted [E] = (8,)"),
+        (
+            (X, 2),
+            {"bias": torch.zeros(8, device="meta")},
+            ValueError,
+            "bias: got a tensor on meta, wanted one",
+        ),
+    ],
+)
+def test_route(arguments, options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        functional.route(*arguments, **options)
+
+
+OFFSETS = torch.tensor([0, 1, 2, 3, 6])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": X[0]}, ValueError, "x: got shape (8,), wanted [R, K]"),
+        ({"w": W1[..., :7]}, ValueError, "w: got shape (4, 10, 7), wanted [E, N, K] = (4, 10, 8)"),
+        ({"w": W1.double()}, TypeError, "w: got dtype torch.float64, wanted torch.float32, that of x"),
+        ({"offsets": OFFSETS[1:]}, ValueError, "offsets: got shape (4,), wanted [E + 1] = (5,)"),
+        ({"offsets": OFFSETS.float()}, TypeError, "offsets: got dtype torch.float32, wanted int32 or int64"),
+        ({"bias": torch.randn(4, 9)}, ValueError, "bias: got shape (4, 9), wanted [E, N] = (4, 10)"),
+        ({"offsets": torch.tensor([0, 1, 2, 3, 7])}, ValueError, "offsets"),
+        ({"offsets": torch.tensor([0, 2, 1, 3, 6])}, ValueError, "offsets"),
+        ({"offsets": torch.tensor([1, 2, 3, 3, 6])}, ValueError, "offsets"),
+        ({"offsets": torch.tensor([0, 2**33, 3, 3, 6])}, ValueError, "offsets"),
+    ],
+)
+def test_grouped_mm(change, error, message):
+    arguments = {"x": X, "w": W1, "offsets": OFFSETS, "bias": None} | change
+    with pytest.raises(error, match=re.escape(message)):
+        functional.grouped_mm(arguments["x"], arguments["w"], arguments["offsets"], bias=arguments["bias"])
+
+
+def test_permute_and_unpermute():
+    plan = RoutingPlan.from_ids(IDS, 4)
+    with pytest.raises(ValueError, match=r"x: got shape \(5, 8\), wanted the 6 tokens"):
+        functional.permute(X[:5], plan)
+    with pytest.raises(ValueError, match=r"y: got shape \(6, 8\), wanted \[R, H\] = \(12, 8\)"):
+        functional.unpermute(X, plan)
+    with pytest.raises(ValueError, match=r"weights: got shape \(2, 6\), wanted \[T, K\] = \(6, 2\)"):
+        functional.unpermute(torch.randn(12, 8), plan, WEIGHTS.T)
+
+
+def test_device_without_kernels():
+    class Elsewhere(torch.Tensor):
+        @property
+        def device(self):
+            return torch.device("cuda", 0)
+
+    with pytest.raises(
+        ValueError, match="x: got a tensor on cuda:0, wanted one on a device with kernels: cpu"
+    ):
+        mlp(x=X.as_subclass(Elsewhere))
+
+
+def test_nan_and_infinite_inputs_stay_in_their_tokens():
+    (x, ids, weights, w1, w2), _ = mlp_case(dtype=torch.float32, requires_grad=False)
+    clean = functional.moe_mlp(x, ids, weights, w1, w2)
+    x[3], x[5, 0] = torch.nan, torch.inf
+    out = functional.moe_mlp(x, ids, weights, w1, w2)
+    others = [t for t in range(13) if t not in (3, 5)]
+    assert torch.equal(out[others], clean[others])
+    assert out[3].isnan().all()
+    assert not out[5].isfinite().any()
+
+
+def test_arrays_in_any_order_make_the_same_plan():
+    ids = np.asfortranarray(np.arange(12).reshape(6, 2) % 4)
+    plan = RoutingPlan.from_ids(ids, 4)
+    assert plan.inverse.tolist() == RoutingPlan.from_ids(ids.copy(order="C"), 4).inverse.tolist()

@@ -1,0 +1,251 @@
+"""Modules: Router, Experts, MoE, their options, statistics, and recorded routings."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from fastmoe_rs import RoutingPlan, functional, losses, nn, record_routing, reference, replay_routing
+
+
+def small_moe(**options):
+    return nn.MoE(16, 12, 6, 2, **options)
+
+
+@pytest.mark.parametrize("shape", [(16,), (5, 16), (2, 5, 16), (2, 0, 16), (2, 2, 3, 16)])
+def test_takes_any_leading_dimensions(shape):
+    moe, x = small_moe(), torch.randn(shape)
+    y = moe(x)
+    assert y.shape == shape
+    torch.testing.assert_close(y.reshape(-1, 16), moe(x.reshape(-1, 16)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"renormalize": True, "score": "sigmoid", "scale": 2.5, "selection_bias": True},
+        {"order": "topk_score", "activation": "swiglu_oai", "bias": True},
+        {"activation": "relu2", "shared_intermediate_size": 10},
+        {"activation": "geglu", "shared_intermediate_size": 10, "capacity_factor": 0.5},
+    ],
+)
+def test_is_route_then_mlp_then_shared(options):
+    moe = small_moe(dtype=torch.float64, **options)
+    with torch.no_grad():
+        for tensor in (*moe.parameters(), *moe.buffers()):
+            tensor.normal_(std=0.3)
+    x = torch.randn(9, 16, dtype=torch.float64)
+    router = {name: options[name] for name in ("score", "order", "renormalize", "scale") if name in options}
+    bias = moe.router.selection_bias
+    ids, weights, _ = reference.route(F.linear(x, moe.router.weight), 2, **router, bias=bias)
+    capacity = math.ceil(0.5 * 9 * 2 / 6) if "capacity_factor" in options else None
+    experts = moe.experts
+    expected = reference.moe_mlp(
+        x,
+        ids,
+        weights,
+        experts.w1,
+        experts.w2,
+        b1=experts.b1,
+        b2=experts.b2,
+        activation=options.get("activation", "swiglu"),
+        plan=reference.plan(ids, 6, capacity=capacity),
+    )
+    if moe.shared is not None:
+        hidden = F.linear(x, moe.shared.w1)
+        expected = expected + F.linear(reference.activate(hidden, options["activation"]), moe.shared.w2)
+    torch.testing.assert_close(moe(x), expected)
+
+
+def test_every_parameter_learns():
+    moe = small_moe(shared_intermediate_size=8, bias=True, jitter=0.1)
+    moe(torch.randn(64, 16)).square().sum().backward()
+    for name, parameter in moe.named_parameters():
+        assert parameter.grad is not None, name
+        assert (parameter.grad != 0).any(), name
+
+
+def test_jitter_moves_the_router_only_and_only_in_training():
+    moe, x = small_moe(jitter=0.4), torch.ones(64, 16)
+    _, noisy = moe(x, return_stats=True)
+    _, noisy_again = moe(x, return_stats=True)
+    assert not torch.equal(noisy.router.logits, noisy_again.router.logits)
+    moe.eval()
+    _, quiet = moe(x, return_stats=True)
+    torch.testing.assert_close(quiet.router.logits, F.linear(x, moe.router.weight))
+    bound = 0.4 * moe.router.weight.abs().sum(1)
+    assert ((noisy.router.logits - quiet.router.logits).abs() <= bound + 1e-5).all()
+
+
+def test_capacity_factor_drops_the_last_tokens():
+    moe = small_moe(capacity_factor=1.0)
+    x = torch.randn(1, 16).repeat(12, 1)  # all tokens choose the same two experts
+    y, stats = moe(x, return_stats=True)
+    assert stats.plan.capacity == math.ceil(12 * 2 / 6) == int(stats.counts.max())
+    assert (y[:4] != 0).any(1).all()
+    assert (y[4:] == 0).all()
+    torch.testing.assert_close(stats.dropped, torch.tensor(16 / 24))
+
+
+def test_statistics():
+    moe = small_moe()
+    _, stats = moe(torch.randn(50, 16), return_stats=True)
+    asked = torch.bincount(stats.router.ids.flatten(), minlength=6)
+    assert torch.equal(stats.counts, asked.int())
+    torch.testing.assert_close(stats.load, asked / 100)
+    torch.testing.assert_close(stats.max_vio, asked.max() / (100 / 6) - 1)
+    share = asked[asked > 0] / 100
+    torch.testing.assert_close(stats.entropy, -(share * share.log()).sum() / math.log(6))
+    assert stats.dropped == 0
+
+
+def test_statistics_of_no_tokens_are_finite():
+    _, stats = small_moe()(torch.empty(0, 16), return_stats=True)
+    for value in (stats.load, stats.entropy, stats.dropped):
+        assert (value == 0).all()
+
+
+def test_router_logits_feed_the_auxiliary_losses():
+    moe = small_moe()
+    _, stats = moe(torch.randn(20, 16), return_stats=True)
+    loss = losses.load_balancing_loss(stats.router.logits, 2) + losses.router_z_loss(stats.router.logits)
+    loss.backward()
+    assert (moe.router.weight.grad != 0).any()
+    assert moe.experts.w1.grad is None
+
+
+def test_initialisation_is_that_of_linear_layers():
+    torch.manual_seed(1)
+    experts = nn.Experts(256, 64, 4, bias=True)
+    assert experts.w1.shape == (4, 128, 256)
+    for weight in (experts.w1, experts.w2, nn.Router(256, 8, 2).weight):
+        bound = weight.shape[-1] ** -0.5
+        assert 0.98 * bound < weight.abs().max() <= bound
+        torch.testing.assert_close(weight.std(), torch.tensor(bound / 3**0.5), rtol=0.05, atol=0)
+    assert (experts.b1 == 0).all()
+    assert (experts.b2 == 0).all()
+
+
+def test_says_what_it_is():
+    text = repr(
+        small_moe(activation="geglu", capacity_factor=1.5, shared_intermediate_size=8, score="sigmoid")
+    )
+    for part in ("capacity_factor=1.5", "16, 6, top_k=2", "score='sigmoid'", "16, 12, 6", "'geglu'", "16, 8"):
+        assert part in text
+
+
+def test_copies_give_the_same_output(tmp_path):
+    moe = small_moe(shared_intermediate_size=8, bias=True, selection_bias=True)
+    x = torch.randn(10, 16)
+    expected = moe(x)
+    loaded = small_moe(shared_intermediate_size=8, bias=True, selection_bias=True)
+    save_file(moe.state_dict(), tmp_path / "moe.safetensors")
+    loaded.load_state_dict(load_file(tmp_path / "moe.safetensors"))
+    for other in (copy.deepcopy(moe), pickle.loads(pickle.dumps(moe)), loaded):
+        assert torch.equal(other(x), expected)
+
+
+def test_state_dict_keys():
+    moe = small_moe(shared_intermediate_size=8, bias=True, selection_bias=True)
+    assert {name: tuple(tensor.shape) for name, tensor in moe.state_dict().items()} == {
+        "router.weight": (6, 16),
+        "router.selection_bias": (6,),
+        "experts.w1": (6, 24, 16),
+        "experts.w2": (6, 16, 12),
+        "experts.b1": (6, 24),
+        "experts.b2": (6, 16),
+        "shared.w1": (16, 16),
+        "shared.w2": (16, 8),
+    }
+
+
+def test_meta_device_then_real():
+    moe = small_moe(shared_intermediate_size=8, bias=True, selection_bias=True, device="meta")
+    y, stats = moe(torch.empty(7, 16, device="meta"), return_stats=True)
+    assert y.is_meta
+    assert y.shape == (7, 16)
+    assert stats.plan.gather.shape == (14,)
+    moe.to_empty(device="cpu")
+    for module in moe.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert moe(torch.randn(7, 16)).isfinite().all()
+
+
+def test_dtype_and_device_arguments():
+    moe = small_moe(shared_intermediate_size=8, dtype=torch.bfloat16, device="cpu")
+    assert {parameter.dtype for parameter in moe.parameters()} == {torch.bfloat16}
+    assert moe(torch.randn(3, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(small_moe(capacity_factor=1.0) for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_recorded_routing_is_followed_with_live_gradients():
+    model, x = Model(), torch.randn(10, 16)
+    with record_routing(model) as recorded:
+        expected = model(x)
+    assert recorded.keys() == {"layers.0", "layers.1"}
+    assert not model.layers[0]._forward_pre_hooks
+    with replay_routing(model, recorded):
+        torch.testing.assert_close(model(x), expected)
+    with torch.no_grad():  # a router that would choose otherwise
+        for layer in model.layers:
+            layer.router.weight.neg_()
+    with record_routing(model) as followed, replay_routing(model, recorded):
+        model(x).square().sum().backward()
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.MoE):
+            assert torch.equal(followed[name].ids, recorded[name].ids)
+            assert torch.equal(followed[name].inverse, recorded[name].inverse)
+            assert (layer.router.weight.grad != 0).any()
+    with record_routing(model) as free:
+        model(x)
+    assert not torch.equal(free["layers.0"].ids, recorded["layers.0"].ids)
+
+
+def test_plan_from_another_layer_weighs_with_live_logits():
+    moe, x = small_moe(renormalize=True), torch.randn(8, 16)
+    ids = torch.randint(0, 6, (8, 2))
+    y, stats = moe(x, plan=RoutingPlan.from_ids(ids, 6), return_stats=True)
+    weights = functional.route_weights(stats.router.logits, ids, renormalize=True)
+    torch.testing.assert_close(y, moe.experts(x, ids, weights))
+
+
+def test_replay_needs_the_same_layers():
+    model = Model()
+    with (
+        pytest.raises(ValueError, match=r"recorded: got layers \[\], wanted those of model"),
+        replay_routing(model, {}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 7}, "top_k: got 7, wanted 1 to 6"),
+        ({"top_k": 0}, "top_k: got 0, wanted 1 to 6"),
+        ({"activation": "tanh"}, "activation: got 'tanh', wanted one of 'swiglu'"),
+        ({"score": "relu"}, "score: got 'relu', wanted one of 'softmax', 'sigmoid'"),
+        ({"order": "first"}, "order: got 'first', wanted one of 'score_topk', 'topk_score'"),
+        ({"jitter": -0.1}, "jitter: got -0.1, wanted at least 0"),
+        ({"capacity_factor": 0.0}, "capacity_factor: got 0.0, wanted None or more than 0"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        nn.MoE(**{"hidden_size": 8, "intermediate_size": 8, "num_experts": 6, "top_k": 2} | options)
