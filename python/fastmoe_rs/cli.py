@@ -7,13 +7,16 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import __version__
+from .demo import BadArgument, Config, DemoError
 
 FAILED, BAD_ARGUMENT, INTERRUPTED = 1, 2, 130
 DTYPES = ("float32", "bfloat16", "float16")
 OUT = Path("out/demo")
+SAVE_EVERY = 50
+DEFAULTS = Config()
 DEMO_MODULES = ("torch", "rich", "matplotlib", "safetensors")
 
 
@@ -37,16 +40,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.description = "Train a small byte-level Mixture-of-Experts language model."
-    option = parser.add_argument
-    option("--steps", type=whole(1), help="training steps (default: %(default)s)", default=400)
-    option("--experts", type=whole(1), help="experts a layer (default: %(default)s)", default=32)
-    option("--top-k", type=whole(1), help="experts a token goes to (default: %(default)s)", default=2)
-    option("--dtype", choices=DTYPES, help="of the matrix products (default: %(default)s)", default="float32")
-    option("--device", help="where to train (default: %(default)s)", default="cpu")
-    option("--text", type=Path, help="a file or folder to learn (default: Python's standard library)")
-    option("--out", type=Path, help="a folder; a run found there goes on (default: %(default)s)", default=OUT)
-    option("--seed", type=whole(0), help="of weights and batches (default: %(default)s)", default=0)
-    option("--save-every", type=whole(1), help="steps between checkpoints (default: %(default)s)", default=50)
+
+    def option(name: str, help: str, default: object = None, **options: Any) -> None:
+        shown = "" if default is None else " (default: %(default)s)"
+        parser.add_argument(name, help=help + shown, default=default, **options)
+
+    option("--steps", "training steps", DEFAULTS.steps, type=whole(1))
+    option("--experts", "experts a layer", DEFAULTS.experts, type=whole(1))
+    option("--top-k", "experts that a token goes to", DEFAULTS.top_k, type=whole(1))
+    option("--dtype", "of the matrix products", DEFAULTS.dtype, choices=DTYPES)
+    option("--device", "where to train", DEFAULTS.device)
+    option("--text", "a file or folder to learn; without it, Python's standard library", type=Path)
+    option("--out", "a folder; an unfinished run found there goes on", OUT, type=Path)
+    option("--seed", "of the weights and batches", DEFAULTS.seed, type=whole(0))
+    option("--save-every", "steps between checkpoints", SAVE_EVERY, type=whole(1))
     parser.set_defaults(command=demo, parser=parser)
 
 
@@ -76,7 +83,6 @@ def demo(options: argparse.Namespace) -> int:
         return FAILED
     from rich.console import Console
 
-    from .demo import BadArgument, Config, DemoError
     from .demo.run import run
 
     config = Config(
