@@ -15,7 +15,8 @@ COLORS = ("#4878d0", "#ee854a", "#6acc64")
 TITLES = {"forward": "forward", "train": "forward + backward"}
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #24292f }
-.small { font-size: 10px } .title { font-size: 15px; font-weight: 600 } .panel { font-weight: 600 }
+.small { font-size: 10px } .value { font-size: 9px }
+.title { font-size: 15px; font-weight: 600 } .panel { font-weight: 600 }
 .grid { stroke: #8c959f; stroke-opacity: .3 } .one { stroke: #57606a; stroke-width: 1.5 }
 @media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .one { stroke: #9198a1 } }
 """
@@ -63,7 +64,7 @@ def panel(
             y, tall = min(height(value), height(1)), abs(height(value) - height(1))
             yield rectangle(x, y, width - 1, tall, order)
             label = y - 3 if value >= 1 else y + tall + 10
-            yield text(x + width / 2, label, times(value), "small")
+            yield text(x + width / 2, label, times(value), "value")
 
 
 def svg(run: dict) -> str:

@@ -20,14 +20,12 @@ from cells import DTYPES
 
 HERE = Path(__file__).parent
 ISA_VARIABLES = ("FASTMOE_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
-# Peak instruction of our kernels by instruction set and element type; all others multiply in fp32.
-PEAK_INSTRUCTION = {
-    ("amx", "bfloat16"): "amx_bf16",
-    ("avx512_bf16", "bfloat16"): "avx512_bf16",
-    ("avx2", None): "avx2_fma",
-    ("avx512", None): "avx512_fma",
-    ("avx512_bf16", None): "avx512_fma",
-    ("amx", None): "avx512_fma",
+# Multiply instructions of an instruction set by element type; types without their own are widened to float32.
+PEAK_INSTRUCTIONS = {
+    "avx2": {"float32": ["avx2_fma"]},
+    "avx512": {"float32": ["avx512_fma"]},
+    "avx512_bf16": {"float32": ["avx512_fma"], "bfloat16": ["avx512_bf16", "avx512_fma"]},
+    "amx": {"float32": ["avx512_fma"], "bfloat16": ["amx_bf16"]},
 }
 
 
@@ -104,10 +102,10 @@ def instruction_peaks(threads: int) -> dict[str, float]:
 
 def peak_of(ceilings: dict, isa: str, dtype: str) -> tuple[float, str]:
     """GFLOP/s that a kernel of this instruction set can reach in an element type, and where it comes from."""
-    name = PEAK_INSTRUCTION.get((isa, dtype)) or PEAK_INSTRUCTION.get((isa, None), "")
-    if name in ceilings["instructions"]:
-        return ceilings["instructions"][name], name
-    source, rate = max(ceilings["gemm"][dtype].items(), key=lambda item: item[1])
+    names = PEAK_INSTRUCTIONS.get(isa, {"float32": []})
+    rates = ceilings["instructions"]
+    known = {name: rates[name] for name in names.get(dtype, names["float32"]) if name in rates}
+    source, rate = max((known or ceilings["gemm"][dtype]).items(), key=lambda item: item[1])
     return rate, source
 
 

@@ -226,9 +226,9 @@ def page(run: dict, picture: str) -> str:
     sections = [
         "# Measurements",
         machine_line(run),
-        f"Shapes: {shapes}. All paths take turns on the same tensors; times are medians in ms; ratios are "
-        "best peer over fastmoe. In training every gradient is computed and then set to None: *fastmoe* finds "
-        "its gradient memory again in the pool, *fastmoe_fresh* gives it back to the system each step.",
+        f"Shapes: {shapes}. All paths take turns on the same tensors; times are medians in ms; ratios "
+        "are best peer over fastmoe. In training every gradient is computed and then set to None: *fastmoe* "
+        "finds its gradient memory again in the pool, *fastmoe_fresh* gives it back to the system each step.",
         f"![ratios]({picture})",
         "## Bars",
         bars_table(run),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 LEAST_ROUNDS = 3
 MOST_ROUNDS = 40
+LONG_ROUND = 10.0  # seconds from which a round needs no other to be believed
 CONTENDER = 1.5  # a peer this much slower than the best one is no longer timed
 CALM = 0.25  # seconds below which a first call says little, as it includes warming up
 
@@ -53,6 +54,7 @@ def interleave(
     gc.disable()
     try:
         for turn in range(MOST_ROUNDS):
+            start = time.perf_counter()
             for position, name in enumerate(live):
                 samples[name].append(timers[name](turn + position))
             if turn + 1 >= LEAST_ROUNDS:
@@ -60,7 +62,8 @@ def interleave(
                     (statistics.median(samples[name]) for name in live if name not in always), default=0
                 )
                 live = [name for name in live if name in always or min(samples[name]) <= CONTENDER * best]
-            if time.perf_counter() > deadline and turn + 1 >= LEAST_ROUNDS:
+            now = time.perf_counter()
+            if now > deadline and (turn + 1 >= LEAST_ROUNDS or now - start > LONG_ROUND):
                 break
     finally:
         gc.enable()
