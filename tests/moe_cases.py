@@ -36,7 +36,7 @@ def mlp_case(
     w1, w2 = (experts, width, hidden), (experts, hidden, intermediate)
     if transposed:
         w1, w2 = (experts, hidden, width), (experts, intermediate, hidden)
-    # Half precision rounds pre-activations across the clamps of swiglu_oai, so keep them below; else reach them.
+    # Half precision rounds pre-activations across the clamps of swiglu_oai: keep them below, else reach them.
     scale = hidden**-0.5 if dtype in (torch.bfloat16, torch.float16) else 1.0
     ids = torch.rand(tokens, experts - 1).argsort(dim=1)[:, :top_k] + 1
     arguments = (

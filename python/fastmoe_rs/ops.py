@@ -52,6 +52,10 @@ def _operator(
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or _is_watched(args):
             return operator(*args)
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"fastmoe_rs.{name}: torch.func transforms (grad, vmap, jvp) are not supported, use torch.autograd"
+            )
         return eager(*args) if torch.is_grad_enabled() else kernel(*args)
 
     return call
