@@ -161,7 +161,7 @@ def test_fake_tensors_have_the_shapes():
 
 def test_function_transforms_are_refused_in_words():
     (x, ids, weights, w1, w2), _ = mlp_case(dtype=torch.float32, requires_grad=False)
-    with pytest.raises(RuntimeError, match=r"torch.func transforms .* are not supported"):
+    with pytest.raises(RuntimeError, match=r"torch.func transforms are not supported"):
         torch.func.grad(lambda x: functional.moe_mlp(x, ids, weights, w1, w2).sum())(x)
 
 

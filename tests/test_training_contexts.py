@@ -140,6 +140,15 @@ def test_gradient_memory_is_reused_without_mixing():
     torch.testing.assert_close(three, 3 * one, rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_are_not_copied_on_their_way_to_the_parameters():
+    moe, computed = small_moe(), {}
+    for name, parameter in moe.experts.named_parameters():
+        parameter.register_hook(lambda grad, name=name: computed.update({name: grad.data_ptr()}))
+    moe(torch.randn(9, 16)).sum().backward()
+    for name, parameter in moe.experts.named_parameters():
+        assert parameter.grad.data_ptr() == computed[name]
+
+
 def test_weights_changed_in_place_before_the_backward_are_noticed():
     (x, ids, weights, w1, w2), _ = mlp_case(dtype=torch.float32)
     out = functional.moe_mlp(x, ids, weights, w1, w2)

@@ -54,7 +54,7 @@ def _operator(
             return operator(*args)
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
-                f"fastmoe_rs.{name}: torch.func transforms (grad, vmap, jvp) are not supported, use torch.autograd"
+                f"fastmoe_rs.{name}: torch.func transforms are not supported (grad, vmap, jvp)"
             )
         return eager(*args) if torch.is_grad_enabled() else kernel(*args)
 
