@@ -237,6 +237,10 @@ def test_replay_needs_the_same_layers():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"hidden_size": 0}, "hidden_size: got 0, wanted at least 1"),
+        ({"intermediate_size": 0}, "intermediate_size: got 0, wanted at least 1"),
+        ({"shared_intermediate_size": 0}, "intermediate_size: got 0, wanted at least 1"),
+        ({"num_experts": 0}, "num_experts: got 0, wanted at least 1"),
         ({"top_k": 7}, "top_k: got 7, wanted 1 to 6"),
         ({"top_k": 0}, "top_k: got 0, wanted 1 to 6"),
         ({"activation": "tanh"}, "activation: got 'tanh', wanted one of 'swiglu'"),

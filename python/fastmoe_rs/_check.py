@@ -20,6 +20,12 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         wanted(name, repr(value), "one of " + ", ".join(map(repr, choices)))
 
 
+def positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            wanted(name, size, "at least 1")
+
+
 def tensor(name: str, value: Tensor, rank: str) -> None:
     """A tensor on a device that has kernels; `rank` spells its dimensions, as in "[T, H]"."""
     if not isinstance(value, Tensor):

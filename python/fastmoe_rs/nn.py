@@ -63,6 +63,7 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check.positive(hidden_size=hidden_size, num_experts=num_experts)
         functional._check_routing(top_k, num_experts, score, order)
         if not 0 <= jitter < 1:
             _check.wanted("jitter", jitter, "at least 0 and less than 1")
@@ -136,6 +137,7 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check.positive(hidden_size=hidden_size, intermediate_size=intermediate_size, num_experts=num_experts)
         width = _width(activation, intermediate_size)
         self.activation = activation
 
@@ -192,6 +194,7 @@ class SharedExpert(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check.positive(hidden_size=hidden_size, intermediate_size=intermediate_size)
         self.activation = activation
         width = _width(activation, intermediate_size)
         self.w1 = nn.Parameter(torch.empty(width, hidden_size, device=device, dtype=dtype))
