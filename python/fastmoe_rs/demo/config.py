@@ -34,7 +34,7 @@ class Config:
     context: int = 128
     batch_size: int = 16
     learning_rate: float = 4e-3
-    balance_weight: float = 0.01
+    balance_weight: float = 0.05
 
     @property
     def tokens_per_step(self) -> int:

@@ -75,6 +75,8 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.hidden_size, bias=False)
         self.head = nn.Linear(config.hidden_size, BYTES, bias=False)
+        # The embeddings are normalised before use: starting them small lets them turn quickly.
+        nn.init.normal_(self.embedding.weight, std=0.02)
         # A branch that starts at zero leaves the residual path clean; equal logits start at the loss ln 256.
         for parameter in (*(block.attention.out.weight for block in blocks), self.head.weight):
             nn.init.zeros_(parameter)

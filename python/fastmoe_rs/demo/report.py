@@ -19,6 +19,9 @@ SMOOTHED_SHARE = 25  # a point of the smooth loss curve averages one part in so 
 INK, MUTED, ACCENT, PEER = "#1f2933", "#7b8794", "#d9480f", "#adb5bd"
 STYLE: Any = {
     "font.family": "sans-serif",
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": MUTED,
@@ -36,7 +39,7 @@ def draw(path: Path, config: Config, records: list[dict[str, Any]], comparison: 
         figure.suptitle(
             f"A language model of {config.layers} layers × {config.experts} experts, {config.top_k} a token, "
             f"trained with fastmoe_rs in {config.dtype}",
-            fontsize=13,
+            fontsize=14,
             fontweight="bold",
         )
         halves = figure.add_gridspec(2, 1, height_ratios=(1, 1.2))
@@ -59,7 +62,7 @@ def draw_loss(axes: Axes, records: list[dict[str, Any]]) -> None:
     axes.annotate(
         f"{last_loss:.2f}", validated[-1], (0, 9), textcoords="offset points", ha="center", weight="bold"
     )
-    axes.set(title="Loss, nats a byte", xlabel="step", xlim=(0, steps[-1] * 1.03), ylim=(0, None))
+    axes.set(title="Loss in nats a byte", xlabel="step", xlim=(0, steps[-1] * 1.03), ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color=PEER, alpha=0.4)
     axes.legend(frameon=False)
@@ -73,9 +76,9 @@ def draw_speed(axes: Axes, comparison: Comparison) -> None:
     bars = axes.barh(names, milliseconds, height=0.6, color=colors)
     axes.bar_label(bars, fmt="%.0f ms", padding=4)
     axes.set(
-        title=f"Training step, {comparison.speed_ratio:.2f}× as fast",
+        title=f"{comparison.speed_ratio:.2f}× the speed of transformers' best",
         xlim=(0, max(milliseconds) * 1.2),
-        xlabel=f"transformers {comparison.peer_version}; medians",
+        xlabel=f"a training step; transformers {comparison.peer_version}",
         xticks=[],
     )
     axes.tick_params(axis="y", length=0, labelcolor=INK)
@@ -97,7 +100,7 @@ def draw_load(axes: Axes, config: Config, records: list[dict[str, Any]]) -> None
     axes.set_yticklabels([f"layer {layer}" for layer in range(config.layers)])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(title="Load of every expert, one row each", xlabel="step")
+    axes.set(title="Load of the experts, a row for each", xlabel="step")
     bar = axes.figure.colorbar(image, ax=axes, pad=0.01, extend="max", ticks=(0, 1, 2))
     bar.ax.set_yticklabels(["idle", "even", "2×"])
     bar.outline.set_visible(False)
