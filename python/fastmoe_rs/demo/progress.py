@@ -16,7 +16,6 @@ class TrainingProgress(Progress):
 
     def __init__(self, console: Console, steps: int, done: int) -> None:
         super().__init__(
-            TextColumn("training"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("loss [bold]{task.fields[loss]}[/]"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -32,9 +33,7 @@ STYLE: Any = {
 
 def draw(path: Path, config: Config, records: list[dict[str, Any]], comparison: Comparison | None) -> None:
     """Write the PNG of a run, given the records of metrics.jsonl."""
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(11, 8), dpi=130, layout="constrained")
         figure.suptitle(
             f"A language model of {config.layers} layers × {config.experts} experts, {config.top_k} a token, "
@@ -76,7 +75,7 @@ def draw_speed(axes: Axes, comparison: Comparison) -> None:
     bars = axes.barh(names, milliseconds, height=0.6, color=colors)
     axes.bar_label(bars, fmt="%.0f ms", padding=4)
     axes.set(
-        title=f"{comparison.speed_ratio:.2f}× the speed of transformers' best",
+        title=f"{comparison.speed_ratio:.2f}× as fast as {comparison.best_peer}",
         xlim=(0, max(milliseconds) * 1.2),
         xlabel=f"a training step; transformers {comparison.peer_version}",
         xticks=[],

@@ -8,7 +8,7 @@ from .trainer import Trainer
 
 
 @torch.inference_mode()
-def continue_text(trainer: Trainer, prompt: bytes, length: int, temperature: float = 0.6) -> bytes:
+def continue_text(trainer: Trainer, prompt: bytes, length: int, temperature: float = 0.7) -> bytes:
     """`length` more bytes after `prompt`, drawn at `temperature`; the same ones every time."""
     generator = torch.Generator().manual_seed(trainer.config.seed)
     written = torch.tensor([list(prompt)])
