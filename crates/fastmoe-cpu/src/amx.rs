@@ -74,6 +74,7 @@ impl Machine for Amx {
     const PAIRS: bool = true;
     const ROWS: usize = 32;
     const ACROSS: usize = 2;
+    const DEPTH: usize = 128;
     const WHOLE_TILES: bool = true;
 
     unsafe fn call<O: Op<Self>>(op: O) -> O::Out {

@@ -1,15 +1,15 @@
 //! One task's product: packed A by a block of B that is packed on the way.
 
+use crate::dots::{Dots, FEW_ROWS};
 use crate::dtype::Element;
 use crate::machine::{BLOCK, Machine, Tile};
 use crate::memory::Scratch;
-use crate::pack::{Rows, dots, pack_panels_kn, pack_panels_nk, units};
+use crate::pack::{Rows, pack_panels_kn, pack_panels_nk, units};
 use crate::prefetch::Prefetch;
 
-/// Units of the contraction in a packed sub-block.
-const DEPTH: usize = 256;
-/// Up to this many rows read B in place, where packing it would cost more than the product.
-const FEW_ROWS: usize = 8;
+/// Most units of the contraction in a packed panel of rows that are contiguous along it: long runs of memory are
+/// what the hardware's own prefetching needs.
+const DEEP: usize = 2048;
 
 /// A matrix `[inner, cols]` as it lies in memory.
 #[derive(Clone, Copy)]
@@ -119,11 +119,13 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
         let width = padded_cols::<M>(self.cols);
         if let (true, Factor::Nk(_)) = (self.rows <= FEW_ROWS, self.parts[0]) {
             for (p, part) in self.parts.iter().enumerate() {
-                let Factor::Nk(w) = part else { unreachable!("the parts of B lie alike") };
+                let Factor::Nk(w) = *part else { unreachable!("the parts of B lie alike") };
+                let (a, a_stride, rows) = (self.a, self.a_stride, self.rows);
+                let c = self.c.wrapping_add(p * width);
                 // SAFETY: as promised by the caller.
                 unsafe {
-                    let c = self.c.add(p * width);
-                    dots::<M, E>(self.rows, self.a, self.a_stride, w, self.inner, self.cols, c, c_stride);
+                    Dots::<M, E> { a, a_stride, rows, w, inner: self.inner, cols: self.cols, c, c_stride }
+                        .compute();
                 }
             }
             return;
@@ -132,59 +134,86 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
             // SAFETY: C has room for all its rows.
             unsafe { std::ptr::write_bytes(self.c, 0, self.rows * c_stride) };
         }
-        let depth = DEPTH * M::UNIT;
-        let packed = Scratch::<M::Acc>::new(DEPTH * width);
-        for from in (0..self.inner).step_by(depth) {
-            let inner = depth.min(self.inner - from);
-            for (p, part) in self.parts.iter().enumerate() {
-                // SAFETY: as promised by the caller; `packed` has room for DEPTH units of the columns.
-                unsafe {
-                    part.row(from).pack::<M>(inner, self.cols, packed.ptr());
-                    let next = if p + 1 < self.parts.len() {
-                        Some(self.parts[p + 1].row(from))
-                    } else if from + depth < self.inner {
-                        Some(self.parts[0].row(from + depth))
-                    } else {
-                        self.next
-                    };
-                    let steps = width / M::COLS * self.rows.div_ceil(M::ROWS) * units::<M>(inner) / BLOCK;
-                    let mut ahead = next.map_or(Prefetch::NONE, |n| n.prefetch(inner, self.cols, steps));
-                    let c = self.c.add(p * width);
-                    self.tiles(packed.ptr(), from, units::<M>(inner), c, &mut ahead);
-                }
+        // The block of B that is packed at a time follows the direction in which its memory is contiguous.
+        let (cols, units_at_once) = match self.parts[0] {
+            Factor::Nk(_) => (M::COLS, DEEP.min(units::<M>(self.inner))),
+            Factor::Kn(_) => (width, M::DEPTH),
+        };
+        let packed = Scratch::<M::Acc>::new(units_at_once * cols);
+        let across = self.cols.div_ceil(cols);
+        let blocks_of_k = self.inner.div_ceil(units_at_once * M::UNIT);
+        let blocks = blocks_of_k * self.parts.len() * across;
+        for i in 0..blocks {
+            let block = self.block(i, across, cols, units_at_once * M::UNIT);
+            // SAFETY: as promised by the caller; `packed` has room for the block.
+            unsafe {
+                block.factor.pack::<M>(block.inner, block.cols, packed.ptr());
+                let steps = padded_cols::<M>(block.cols) / M::COLS
+                    * self.rows.div_ceil(M::ROWS)
+                    * units::<M>(block.inner)
+                    / BLOCK;
+                let mut ahead = if i + 1 < blocks {
+                    let next = self.block(i + 1, across, cols, units_at_once * M::UNIT);
+                    next.factor.prefetch(next.inner, next.cols, steps)
+                } else {
+                    let first = (cols.min(self.cols), self.inner.min(units_at_once * M::UNIT));
+                    self.next.map_or(Prefetch::NONE, |next| next.prefetch(first.1, first.0, steps))
+                };
+                self.tiles(&block, packed.ptr(), &mut ahead);
             }
         }
     }
 
-    /// All tiles of one packed sub-block.
+    /// Block `i` of B: the contraction outermost, then the parts, then the columns.
     #[inline(always)]
-    unsafe fn tiles(
-        &self,
-        packed: *const M::Acc,
-        from: usize,
-        units: usize,
-        c: *mut M::Acc,
-        ahead: &mut Prefetch,
-    ) {
-        for panel in 0..padded_cols::<M>(self.cols) / M::COLS {
-            for (start, end) in row_groups::<M>(self.rows) {
-                // SAFETY: as promised by the caller of `compute`.
-                unsafe {
-                    M::tile(Tile {
-                        a: self.a.add(start * self.a_stride + from / M::UNIT),
-                        a_stride: self.a_stride,
-                        rows: end - start,
-                        b: packed.add(panel * units * M::COLS),
-                        units,
-                        c: c.add(start * self.c_stride() + panel * M::COLS),
-                        c_stride: self.c_stride(),
-                        accumulate: from > 0,
-                        ahead,
-                    });
+    fn block(&self, i: usize, across: usize, cols: usize, inner: usize) -> Block<'_, E> {
+        let (from, part, col) =
+            (i / across / self.parts.len() * inner, i / across % self.parts.len(), i % across * cols);
+        Block {
+            factor: self.parts[part].row(from).column(col),
+            from,
+            inner: inner.min(self.inner - from),
+            cols: cols.min(self.cols - col),
+            c: part * padded_cols::<M>(self.cols) + col,
+        }
+    }
+
+    /// All tiles of one packed block.
+    #[inline(always)]
+    unsafe fn tiles(&self, block: &Block<'_, E>, packed: *const M::Acc, ahead: &mut Prefetch) {
+        let units = units::<M>(block.inner);
+        for panel in 0..padded_cols::<M>(block.cols) / M::COLS {
+            for k in (0..units).step_by(M::DEPTH) {
+                for (start, end) in row_groups::<M>(self.rows) {
+                    // SAFETY: as promised by the caller of `compute`.
+                    unsafe {
+                        M::tile(Tile {
+                            a: self.a.add(start * self.a_stride + block.from / M::UNIT + k),
+                            a_stride: self.a_stride,
+                            rows: end - start,
+                            b: packed.add((panel * units + k) * M::COLS),
+                            units: M::DEPTH.min(units - k),
+                            c: self.c.add(start * self.c_stride() + block.c + panel * M::COLS),
+                            c_stride: self.c_stride(),
+                            accumulate: block.from + k > 0,
+                            ahead,
+                        });
+                    }
                 }
             }
         }
     }
+}
+
+/// A part of B that is packed at a time.
+struct Block<'a, E> {
+    factor: Factor<'a, E>,
+    /// Where it starts along the contraction, and how much of it.
+    from: usize,
+    inner: usize,
+    /// Its columns, and where they start in C.
+    cols: usize,
+    c: usize,
 }
 
 /// Splits rows into tiles: of one size where a tile may have any, else whole ones and a rest.

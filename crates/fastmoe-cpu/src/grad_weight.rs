@@ -14,8 +14,6 @@ use std::ops::Range;
 /// Rows and columns of a task's part of dW.
 const TASK_ROWS: usize = 128;
 const TASK_COLS: usize = 512;
-/// Units of the contraction that a tile goes through at a time.
-const DEPTH: usize = 512;
 /// Features that one packing task transposes.
 const PACK_COLS: usize = 512;
 
@@ -275,7 +273,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
         let mut ahead = Prefetch::NONE;
         for panel in (0..stride).step_by(M::COLS) {
             let (b, all) = job.b(expert, col + panel);
-            for k in (0..all).step_by(DEPTH) {
+            for k in (0..all).step_by(M::DEPTH) {
                 for (start, end) in row_groups::<M>(rows) {
                     // SAFETY: as promised by the caller of `matrix`; both operands are packed.
                     unsafe {
@@ -284,7 +282,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
                             a_stride,
                             rows: end - start,
                             b: b.add(k * M::COLS),
-                            units: DEPTH.min(all - k),
+                            units: M::DEPTH.min(all - k),
                             c: sums.ptr().add(start * stride + panel),
                             c_stride: stride,
                             accumulate: k > 0,

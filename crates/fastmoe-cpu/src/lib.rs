@@ -9,6 +9,7 @@ mod amx;
 mod backward;
 mod combine;
 mod dispatch;
+mod dots;
 mod dtype;
 mod forward;
 mod gemm;

@@ -34,6 +34,10 @@ pub trait Machine: Copy + Send + Sync + 'static {
     const ROWS: usize;
     /// Registers across a tile.
     const ACROSS: usize;
+    /// 32 registers instead of 16.
+    const MANY_REGISTERS: bool = Self::ROWS > 6;
+    /// Units of the contraction that a tile goes through at a time, so that its operands stay in L1.
+    const DEPTH: usize = 256;
     /// A tile reads and writes all `ROWS` rows, wanted or not.
     const WHOLE_TILES: bool = false;
     /// Columns of a tile and of a packed panel.
@@ -136,7 +140,10 @@ unsafe fn fma_tile_across<M: Machine, const R: usize, const N: usize>(t: Tile<'_
         for block in (0..t.units).step_by(BLOCK) {
             t.ahead.step();
             for k in block..block + BLOCK {
-                let b: [M::V; N] = std::array::from_fn(|n| M::V::load(t.b.add((k * N + n) * M::V::LANES)));
+                let mut b = [M::V::zero(); N];
+                for n in 0..N {
+                    b[n] = M::V::load(t.b.add((k * N + n) * M::V::LANES));
+                }
                 for r in 0..R {
                     let a = M::V::splat(t.a.add(r * t.a_stride + k));
                     for n in 0..N {

@@ -4,8 +4,8 @@
 //! multiple of `BLOCK` units.
 
 use crate::dtype::Element;
-use crate::machine::{BLOCK, Machine, multiply_add};
-use crate::simd::{Vector, prefetch_l1};
+use crate::machine::{BLOCK, Machine};
+use crate::simd::Vector;
 
 /// Rows of a matrix in memory, one after the other or picked by an index (-1 is a row of zeros).
 #[derive(Clone, Copy)]
@@ -91,15 +91,21 @@ pub unsafe fn pack_row<M: Machine, E: Element<Acc = M::Acc>>(
 }
 
 /// One register of units from contiguous numbers.
+///
+/// # Safety
+/// Reached only from code compiled for the machine; `p` is valid for the numbers of a register.
 #[inline(always)]
-unsafe fn load<M: Machine, E: Element>(p: *const E) -> M::V {
+pub unsafe fn load<M: Machine, E: Element>(p: *const E) -> M::V {
     // SAFETY: as promised by the caller.
     unsafe { if M::PAIRS { E::load::<M::V, true>(p) } else { E::load::<M::V, false>(p) } }
 }
 
 /// As `load`, of the first `n` numbers.
+///
+/// # Safety
+/// As `load`, with `p` valid for `n` numbers.
 #[inline(always)]
-unsafe fn load_some<M: Machine, E: Element>(p: *const E, n: usize) -> M::V {
+pub unsafe fn load_some<M: Machine, E: Element>(p: *const E, n: usize) -> M::V {
     // SAFETY: as promised by the caller.
     unsafe { if M::PAIRS { E::load_some::<M::V, true>(p, n) } else { E::load_some::<M::V, false>(p, n) } }
 }
@@ -206,105 +212,38 @@ pub unsafe fn pack_panels_nk<M: Machine, E: Element>(
     dst: *mut M::Acc,
 ) {
     let (padded, lanes) = (units::<M>(inner), M::V::LANES);
+    let whole = inner / (lanes * M::UNIT) * lanes;
     for c in (0..cols.next_multiple_of(M::COLS)).step_by(lanes) {
         let panel = dst.wrapping_add(c / M::COLS * padded * M::COLS + c % M::COLS);
-        for k in (0..padded).step_by(lanes) {
-            // SAFETY: as promised by the caller; a row is read up to `inner`.
+        let rows = src.skip(c.min(cols));
+        let count = lanes.min(cols.saturating_sub(c));
+        let (full, rest) = if count == lanes { (whole, whole) } else { (0, 0) };
+        for k in (0..full).step_by(lanes) {
+            // SAFETY: as promised by the caller; LANES rows have LANES units from k on.
             unsafe {
                 let mut block = [M::V::zero(); 16];
-                let (from, count) = (k * M::UNIT, lanes * M::UNIT);
-                for (i, v) in block[..lanes.min(cols.saturating_sub(c))].iter_mut().enumerate() {
-                    if let Some(row) = src.row(c + i).filter(|_| from < inner) {
-                        let p = row.wrapping_add(from);
-                        *v = if from + count <= inner {
-                            load::<M, E>(p)
-                        } else {
-                            load_some::<M, E>(p, inner - from)
-                        };
-                    }
+                for i in 0..lanes {
+                    block[i] = load::<M, E>(rows.start.add(i * rows.stride + k * M::UNIT));
                 }
                 M::V::transpose(&mut block[..lanes]);
-                for (i, v) in block[..lanes].iter().enumerate() {
-                    v.store(panel.add((k + i) * M::COLS));
+                for i in 0..lanes {
+                    block[i].store(panel.add((k + i) * M::COLS));
                 }
             }
         }
-    }
-}
-
-/// How far ahead the rows of W are asked for.
-const DOT_AHEAD: usize = 4096;
-
-/// `C[m, cols] = A[m, units] . W[cols, inner]` for at most eight rows of A, W read in place.
-///
-/// # Safety
-/// A has `m` rows of `units(inner)` units, W `cols` rows of `inner` numbers, C room for `m x cols`.
-#[inline(always)]
-pub unsafe fn dots<M: Machine, E: Element>(
-    m: usize,
-    a: *const M::Acc,
-    a_stride: usize,
-    w: &Rows<'_, E>,
-    inner: usize,
-    cols: usize,
-    c: *mut M::Acc,
-    c_stride: usize,
-) {
-    macro_rules! rows {
-        ($($n:literal x $unroll:literal)*) => {
-            // SAFETY: as promised by the caller.
-            match m { $($n => unsafe { dots_of::<M, E, $n, $unroll>(a, a_stride, w, inner, cols, c, c_stride) },)* _ => unreachable!() }
-        };
-    }
-    rows!(1 x 4 2 x 4 3 x 2 4 x 2 5 x 1 6 x 1 7 x 1 8 x 1)
-}
-
-#[inline(always)]
-unsafe fn dots_of<M: Machine, E: Element, const R: usize, const U: usize>(
-    a: *const M::Acc,
-    a_stride: usize,
-    w: &Rows<'_, E>,
-    inner: usize,
-    cols: usize,
-    c: *mut M::Acc,
-    c_stride: usize,
-) {
-    let lanes = M::V::LANES;
-    let step = lanes * M::UNIT;
-    // SAFETY: as promised by the caller of `dots`.
-    unsafe {
-        for j in 0..cols {
-            let row = w.row(j).expect("weights are not gathered");
-            let mut sums = [[M::V::zero(); U]; R];
-            let mut from = 0;
-            while from + U * step <= inner {
-                for u in 0..U {
-                    let p = row.add(from + u * step);
-                    prefetch_l1(p.cast::<u8>().wrapping_add(DOT_AHEAD));
-                    let weights = load::<M, E>(p);
-                    for r in 0..R {
-                        let x = M::V::load(a.add(r * a_stride + from / M::UNIT + u * lanes));
-                        sums[r][u] = multiply_add::<M>(sums[r][u], weights, x);
-                    }
+        for k in (rest..padded).step_by(lanes) {
+            // SAFETY: as promised by the caller; a row is read up to `inner`.
+            unsafe {
+                let mut block = [M::V::zero(); 16];
+                let left = inner.saturating_sub(k * M::UNIT).min(lanes * M::UNIT);
+                for i in 0..count {
+                    block[i] =
+                        load_some::<M, E>(rows.start.wrapping_add(i * rows.stride + k * M::UNIT), left);
                 }
-                from += U * step;
-            }
-            while from < inner {
-                let p = row.add(from);
-                let weights =
-                    if from + step <= inner { load::<M, E>(p) } else { load_some::<M, E>(p, inner - from) };
-                for r in 0..R {
-                    let x = M::V::load(a.add(r * a_stride + from / M::UNIT));
-                    sums[r][0] = multiply_add::<M>(sums[r][0], weights, x);
+                M::V::transpose(&mut block[..lanes]);
+                for i in 0..lanes {
+                    block[i].store(panel.add((k + i) * M::COLS));
                 }
-                from += step;
-            }
-            for r in 0..R {
-                let mut total = sums[r][0];
-                for u in 1..U {
-                    total = total.add(sums[r][u]);
-                }
-                *c.add(r * c_stride + j) = total.sum();
             }
         }
     }

@@ -56,7 +56,10 @@ unsafe impl Vector for F32x8 {
     unsafe fn transpose(rows: &mut [Self]) {
         // SAFETY: see the impl. Pairs of rows, then 4 x 4 blocks within 128 bits, then the halves.
         unsafe {
-            let r: [__m256; 8] = std::array::from_fn(|i| rows[i].0);
+            let mut r = [_mm256_setzero_ps(); 8];
+            for i in 0..8 {
+                r[i] = rows[i].0;
+            }
             let mut t = r;
             for i in 0..4 {
                 t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);

@@ -52,7 +52,10 @@ unsafe impl Vector for F32x16 {
     unsafe fn transpose(rows: &mut [Self]) {
         // SAFETY: see the impl. Pairs of rows, then 4 x 4 blocks within 128 bits, then the blocks.
         unsafe {
-            let r: [__m512; 16] = std::array::from_fn(|i| rows[i].0);
+            let mut r = [_mm512_setzero_ps(); 16];
+            for i in 0..16 {
+                r[i] = rows[i].0;
+            }
             let mut t = r;
             for i in 0..8 {
                 t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);

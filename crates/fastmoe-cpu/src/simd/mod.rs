@@ -1,7 +1,8 @@
 //! One SIMD register behind a trait, so that every kernel is written once.
 //!
 //! The functions are `#[inline(always)]` and are only reached from `#[target_feature]` functions of the
-//! instruction set that the register belongs to (see `kernel.rs`).
+//! instruction set that the register belongs to (see `machine.rs`). Never call them from a closure: it is
+//! compiled on its own, without the instruction set, and every operation in it becomes a function call.
 
 mod array;
 #[cfg(target_arch = "x86_64")]
