@@ -13,8 +13,7 @@ def continue_text(trainer: Trainer, prompt: bytes, length: int, temperature: flo
     generator = torch.Generator().manual_seed(trainer.config.seed)
     written = torch.tensor([list(prompt)])
     for _ in range(length):
-        with trainer.autocast():
-            logits = trainer.model(written[:, -trainer.config.context :]).logits[:, -1].float()
+        logits = trainer.model(written[:, -trainer.config.context :]).logits[:, -1]
         following = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
         written = torch.cat((written, following), dim=1)
     return bytes(written[0, len(prompt) :].tolist())
