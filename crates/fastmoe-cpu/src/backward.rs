@@ -4,7 +4,7 @@ use crate::combine::Combine;
 use crate::dtype::Element;
 use crate::gemm::{Product, sums_len};
 use crate::grad_weight::{GradWeight, Matrix};
-use crate::layer::{BLOCK_COLS, CHUNK_ROWS, Layer, PackedRows, split_gate_up};
+use crate::layer::{Layer, PackedRows, WIDE_COLS, split_gate_up};
 use crate::machine::{Machine, Op};
 use crate::math::dot;
 use crate::memory::Scratch;
@@ -25,7 +25,7 @@ pub unsafe fn backward<M: Machine, E: Element<Acc = M::Acc>>(
 ) {
     // SAFETY: as promised by the caller.
     unsafe {
-        let layer = Layer::<M, E>::new(p);
+        let layer = Layer::<M, E>::new(p, true);
         let rows = layer.rows();
         let grad_out_rows = Rows::<E>::gathered(grad_out.cast(), p.hidden, p.rows.gather);
         let through =
@@ -122,9 +122,9 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for HiddenTask<'_, M, E> {
             .work
             .get(ahead / layer.blocks())
             .map(|work| layer.w2(work.expert).t().column(layer.block(ahead % layer.blocks()).0));
-        let most = work.rows.len().min(CHUNK_ROWS);
+        let most = work.longest_chunk(cols);
         let sums = Scratch::<M::Acc>::new(sums_len::<M>(most, 1, cols));
-        for rows in work.chunks() {
+        for rows in work.chunks(cols) {
             let mut stride = 0;
             // SAFETY: as promised by the caller of `backward`.
             unsafe {
@@ -158,8 +158,8 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Hidden<'_, M, E> {
         let up_cols = self.layer.up_cols();
         let last = start + len == p.intermediate;
         let padding = |cols: usize| units::<M>(cols) * M::UNIT - cols;
-        let mut saved = [M::Acc::ZERO; 2 * BLOCK_COLS];
-        let [mut gate, mut up, mut out, mut scaled] = [[M::Acc::ZERO; BLOCK_COLS]; 4];
+        let mut saved = [M::Acc::ZERO; 2 * WIDE_COLS];
+        let [mut gate, mut up, mut out, mut scaled] = [[M::Acc::ZERO; WIDE_COLS]; 4];
         // SAFETY: as promised by the caller of `backward`; this task alone writes these columns.
         unsafe {
             for (i, r) in rows.enumerate() {

@@ -5,13 +5,10 @@
 
 use crate::dtype::Element;
 use crate::gemm::{Factor, Product, sums_len};
-use crate::layer::{BLOCK_COLS, CHUNK_ROWS, Layer, PackedRows};
+use crate::layer::{BLOCK_COLS, Layer, PackedRows, WIDE_COLS};
 use crate::machine::{Machine, Op};
 use crate::memory::Scratch;
 use fastmoe_core::Float;
-
-/// Most columns of a task: enough to read A from the cache a few times.
-const SPAN: usize = 512;
 
 /// `out[token(r)] += scale[r] * (a[r] B_e + bias_e)` over the sorted rows r of every expert e.
 pub struct Combine<'a, M: Machine, E> {
@@ -42,7 +39,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Combine<'_, M, E> {
     pub unsafe fn run(&self) {
         let hidden = self.layer.p.hidden;
         let share = hidden.div_ceil(2 * self.layer.threads.0);
-        let span = share.next_multiple_of(BLOCK_COLS).min(SPAN);
+        let span = share.next_multiple_of(BLOCK_COLS).min(WIDE_COLS);
         self.layer.threads.for_each(hidden.div_ceil(span), |i| {
             M::begin();
             let (start, end) = (i * span, hidden.min((i + 1) * span));
@@ -91,14 +88,19 @@ impl<M: Machine, E: Element<Acc = M::Acc>> CombineTask<'_, '_, M, E> {
     #[inline(always)]
     unsafe fn add_experts(&self, total: *mut M::Acc, stride: usize) {
         let Combine { layer, a, inner, factor, bias, .. } = *self.all;
-        let most = layer.work.iter().map(|w| w.rows.len()).max().unwrap_or(0).min(CHUNK_ROWS);
-        let sums = Scratch::<M::Acc>::new(sums_len::<M>(most, 1, BLOCK_COLS));
-        let mut offset = [M::Acc::ZERO; BLOCK_COLS];
+        // As in `block_cols`: long runs of B's memory, few of A's.
+        let step = match factor(0) {
+            Factor::Nk(_) => BLOCK_COLS,
+            Factor::Kn(_) => WIDE_COLS,
+        };
+        let most = layer.work.iter().map(|w| w.longest_chunk(step)).max().unwrap_or(0);
+        let sums = Scratch::<M::Acc>::new(sums_len::<M>(most, 1, step));
+        let mut offset = [M::Acc::ZERO; WIDE_COLS];
         for (i, work) in layer.work.iter().enumerate() {
             let weight = factor(work.expert);
-            for rows in work.chunks() {
-                for from in (0..self.cols).step_by(BLOCK_COLS) {
-                    let cols = BLOCK_COLS.min(self.cols - from);
+            for rows in work.chunks(step) {
+                for from in (0..self.cols).step_by(step) {
+                    let cols = step.min(self.cols - from);
                     let next = if from + cols < self.cols {
                         Some(weight.column(self.start + from + cols))
                     } else {

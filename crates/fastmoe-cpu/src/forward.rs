@@ -3,7 +3,7 @@
 use crate::combine::Combine;
 use crate::dtype::Element;
 use crate::gemm::{Product, padded_cols, sums_len};
-use crate::layer::{BLOCK_COLS, CHUNK_ROWS, Layer, PackedRows, Work, split_gate_up};
+use crate::layer::{Layer, PackedRows, WIDE_COLS, Work, split_gate_up};
 use crate::machine::{Machine, Op};
 use crate::memory::Scratch;
 use crate::pack::units;
@@ -22,7 +22,7 @@ pub unsafe fn forward<M: Machine, E: Element<Acc = M::Acc>>(
 ) {
     // SAFETY: as promised by the caller.
     unsafe {
-        let layer = Layer::<M, E>::new(p);
+        let layer = Layer::<M, E>::new(p, false);
         let x = layer.gather(p.x, p.hidden);
         let act = PackedRows::new(layer.rows(), p.intermediate);
         let up = Up { layer: &layer, x: &x, act: &act, hidden: hidden.map(<*mut u8>::cast::<E>) };
@@ -75,9 +75,9 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for UpTask<'_, M, E> {
             .work
             .get(ahead / layer.blocks())
             .map(|work| layer.w1(work.expert).column(layer.parts(ahead % layer.blocks()).0[0].start));
-        let most = work.rows.len().min(CHUNK_ROWS);
+        let most = work.longest_chunk(n * parts[0].len);
         let sums = Scratch::<M::Acc>::new(sums_len::<M>(most, n, parts[0].len));
-        for rows in work.chunks() {
+        for rows in work.chunks(n * parts[0].len) {
             let product = Product::<M, E> {
                 a: self.up.x.row(rows.start),
                 a_stride: self.up.x.stride,
@@ -108,8 +108,8 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Up<'_, M, E> {
         let up_cols = self.layer.up_cols();
         let last = start + len == p.intermediate;
         let padding = units::<M>(p.intermediate) * M::UNIT - p.intermediate;
-        let mut bias = [[M::Acc::ZERO; 2 * BLOCK_COLS]; 2];
-        let [mut gate, mut up, mut out] = [[M::Acc::ZERO; BLOCK_COLS]; 3];
+        let mut bias = [[M::Acc::ZERO; 2 * WIDE_COLS]; 2];
+        let [mut gate, mut up, mut out] = [[M::Acc::ZERO; WIDE_COLS]; 3];
         // SAFETY: as promised by the caller of `forward`; this task alone writes these columns.
         unsafe {
             if let Some(b1) = p.b1 {

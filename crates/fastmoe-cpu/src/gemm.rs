@@ -11,6 +11,9 @@ use crate::prefetch::Prefetch;
 /// what the hardware's own prefetching needs.
 const DEEP: usize = 2048;
 
+/// Units of the contraction in a packed block of rows that are contiguous across it.
+const SHALLOW: usize = 128;
+
 /// A matrix `[inner, cols]` as it lies in memory.
 #[derive(Clone, Copy)]
 pub enum Factor<'a, E> {
@@ -137,7 +140,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
         // The block of B that is packed at a time follows the direction in which its memory is contiguous.
         let (cols, units_at_once) = match self.parts[0] {
             Factor::Nk(_) => (M::COLS, DEEP.min(units::<M>(self.inner))),
-            Factor::Kn(_) => (width, M::DEPTH),
+            Factor::Kn(_) => (width, SHALLOW),
         };
         let packed = Scratch::<M::Acc>::new(units_at_once * cols);
         let across = self.cols.div_ceil(cols);

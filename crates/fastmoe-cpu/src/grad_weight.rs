@@ -7,6 +7,7 @@ use crate::machine::{Machine, Op, Tile};
 use crate::memory::Scratch;
 use crate::pack::{Rows, pack_panels_kn, pack_transposed, row_stride, units};
 use crate::prefetch::Prefetch;
+use crate::simd::{copy_past_caches, fence};
 use crate::threads::Threads;
 use fastmoe_core::Float;
 use std::ops::Range;
@@ -14,6 +15,8 @@ use std::ops::Range;
 /// Rows and columns of a task's part of dW.
 const TASK_ROWS: usize = 128;
 const TASK_COLS: usize = 512;
+/// From this size on dW is written past the caches.
+const STREAM_BYTES: usize = 32 << 20;
 /// Features that one packing task transposes.
 const PACK_COLS: usize = 512;
 
@@ -137,6 +140,7 @@ impl GradWeight<'_> {
             rows,
             cols,
             out,
+            streams: self.experts() * m * n * size_of::<E>() >= STREAM_BYTES,
         };
         let (left, right) = (m.div_ceil(PACK_COLS), n.div_ceil(PACK_COLS));
         self.threads.for_each(self.work.len() * (left + right), |task| {
@@ -194,6 +198,8 @@ struct Outer<'a, M: Machine, E> {
     a: Scratch<M::Acc>,
     b: Scratch<M::Acc>,
     out: *mut E,
+    /// dW is larger than the caches: it goes past them.
+    streams: bool,
 }
 
 // SAFETY: tasks write disjoint parts of `a`, `b` and `out`.
@@ -292,9 +298,19 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
                 }
             }
         }
-        for r in 0..rows {
-            E::narrow(&sums[r * stride..][..cols], out_row(r));
+        if !job.streams {
+            (0..rows).for_each(|r| E::narrow(&sums[r * stride..][..cols], out_row(r)));
+            return;
         }
+        let mut rounded = [E::default(); TASK_COLS];
+        for r in 0..rows {
+            E::narrow(&sums[r * stride..][..cols], &mut rounded[..cols]);
+            // SAFETY: the row lies in this task's part of dW.
+            unsafe {
+                copy_past_caches(rounded.as_ptr().cast(), out.add(r * n).cast(), cols * size_of::<E>())
+            };
+        }
+        fence();
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::dtype::Element;
 use crate::gemm::{Factor, Product, sums_len};
 use crate::grad_weight::{GradWeight, Matrix};
-use crate::layer::{BLOCK_COLS, CHUNK_ROWS, PackedRows, Work, work};
+use crate::layer::{PackedRows, WIDE_COLS, Work, block_cols, work};
 use crate::machine::{Machine, Op};
 use crate::memory::Scratch;
 use crate::pack::Rows;
@@ -25,7 +25,9 @@ pub unsafe fn grouped<M: Machine, E: Element<Acc = M::Acc>>(
     let threads = Threads(p.threads);
     let work = work(p.offsets);
     let used = p.offsets.last().map_or(0, |&n| n as usize);
-    let blocks = p.outer.div_ceil(BLOCK_COLS);
+    let factor = Factor::weight(w.cast::<E>(), p.inner, p.outer, p.transposed);
+    let cols = block_cols(factor, p.outer, work.len(), threads);
+    let blocks = p.outer.div_ceil(cols);
     // SAFETY: as promised by the caller.
     unsafe {
         let rest = out.cast::<E>().add(used * p.outer);
@@ -35,7 +37,13 @@ pub unsafe fn grouped<M: Machine, E: Element<Acc = M::Acc>>(
         let job = Grouped { p, x: &x, w: w.cast::<E>(), bias, out: out.cast::<E>() };
         threads.for_each(work.len() * blocks, |task| {
             M::begin();
-            M::call(GroupedTask { job: &job, work: &work[task / blocks], start: task % blocks * BLOCK_COLS });
+            let start = task % blocks * cols;
+            M::call(GroupedTask {
+                job: &job,
+                work: &work[task / blocks],
+                start,
+                cols: cols.min(p.outer - start),
+            });
             M::end();
         });
     }
@@ -56,20 +64,20 @@ struct GroupedTask<'a, M: Machine, E> {
     job: &'a Grouped<'a, M, E>,
     work: &'a Work,
     start: usize,
+    cols: usize,
 }
 
 impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for GroupedTask<'_, M, E> {
     type Out = ();
     #[inline(always)]
     unsafe fn run(self) {
-        let Self { job, work, start } = self;
+        let Self { job, work, start, cols } = self;
         let p = job.p;
-        let cols = BLOCK_COLS.min(p.outer - start);
-        let sums = Scratch::<M::Acc>::new(sums_len::<M>(work.rows.len().min(CHUNK_ROWS), 1, cols));
+        let sums = Scratch::<M::Acc>::new(sums_len::<M>(work.longest_chunk(cols), 1, cols));
         let w = job.w.wrapping_add(work.expert * p.inner * p.outer);
         let factor = Factor::weight(w, p.inner, p.outer, p.transposed).column(start);
-        let mut offset = [M::Acc::ZERO; BLOCK_COLS];
-        for rows in work.chunks() {
+        let mut offset = [M::Acc::ZERO; WIDE_COLS];
+        for rows in work.chunks(cols) {
             let product = Product::<M, E> {
                 a: job.x.row(rows.start),
                 a_stride: job.x.stride,

@@ -9,10 +9,21 @@ use crate::problem::{Mlp, Ptr};
 use crate::threads::Threads;
 use std::ops::Range;
 
-/// Hidden units of a task.
+/// Fewest and most columns of a product that a task computes at a time.
 pub const BLOCK_COLS: usize = 128;
-/// Rows of an expert that a task takes at a time, so that their sums stay in the cache.
-pub const CHUNK_ROWS: usize = 512;
+pub const WIDE_COLS: usize = 512;
+/// Sums of a task, so that they stay in the cache.
+const CHUNK_SUMS: usize = 128 << 10;
+
+/// Columns of a task: wide where the rows of B run along them, for only then is its memory read in long runs;
+/// narrow where that leaves threads without work.
+pub fn block_cols<E>(factor: Factor<'_, E>, cols: usize, experts: usize, threads: Threads) -> usize {
+    let enough = |width: &usize| experts * cols.div_ceil(*width) >= 4 * threads.0;
+    match factor {
+        Factor::Nk(_) => BLOCK_COLS,
+        Factor::Kn(_) => [WIDE_COLS, 2 * BLOCK_COLS].into_iter().find(enough).unwrap_or(BLOCK_COLS),
+    }
+}
 
 /// An expert that has rows, and which.
 #[derive(Clone)]
@@ -22,11 +33,21 @@ pub struct Work {
 }
 
 impl Work {
-    /// The rows in chunks of `CHUNK_ROWS`.
-    pub fn chunks(&self) -> impl Iterator<Item = Range<usize>> {
-        let end = self.rows.end;
-        self.rows.clone().step_by(CHUNK_ROWS).map(move |start| start..end.min(start + CHUNK_ROWS))
+    /// The rows in chunks whose sums over `cols` columns stay in the cache.
+    pub fn chunks(&self, cols: usize) -> impl Iterator<Item = Range<usize>> {
+        let (end, at_once) = (self.rows.end, chunk_rows(cols));
+        self.rows.clone().step_by(at_once).map(move |start| start..end.min(start + at_once))
     }
+
+    /// Rows of the largest chunk.
+    pub fn longest_chunk(&self, cols: usize) -> usize {
+        self.rows.len().min(chunk_rows(cols))
+    }
+}
+
+/// A multiple of every machine's tile rows.
+fn chunk_rows(cols: usize) -> usize {
+    (CHUNK_SUMS / cols.max(1)).max(1).next_multiple_of(96)
 }
 
 /// The experts with rows, in order.
@@ -112,6 +133,8 @@ pub struct Layer<'a, M: Machine, E> {
     pub scales: Scratch<M::Acc>,
     /// Worker threads.
     pub threads: Threads,
+    /// Hidden units of a task.
+    block_cols: usize,
     elements: std::marker::PhantomData<E>,
 }
 
@@ -126,11 +149,11 @@ pub struct Part {
 }
 
 impl<'a, M: Machine, E: Element<Acc = M::Acc>> Layer<'a, M, E> {
-    /// The typed view of `p`.
+    /// The typed view of `p` for a pass.
     ///
     /// # Safety
     /// The pointers of `p` are valid for its sizes and its plan has been validated.
-    pub unsafe fn new(p: &'a Mlp<'a>) -> Self {
+    pub unsafe fn new(p: &'a Mlp<'a>, backward: bool) -> Self {
         let mut scales = Scratch::zeroed(p.rows.gather.len());
         for (i, &row) in p.rows.inverse.iter().enumerate() {
             if let Ok(row) = usize::try_from(row) {
@@ -138,8 +161,12 @@ impl<'a, M: Machine, E: Element<Acc = M::Acc>> Layer<'a, M, E> {
                 scales[row] = unsafe { *p.weights.cast::<M::Acc>().add(i) };
             }
         }
-        let threads = Threads(p.threads);
-        Self { p, work: work(p.rows.offsets), scales, threads, elements: std::marker::PhantomData }
+        let (work, threads) = (work(p.rows.offsets), Threads(p.threads));
+        let mut layer =
+            Self { p, work, scales, threads, block_cols: BLOCK_COLS, elements: std::marker::PhantomData };
+        let factor = if backward { layer.w2(0).t() } else { layer.w1(0) };
+        layer.block_cols = block_cols(factor, p.intermediate, layer.work.len(), threads);
+        layer
     }
 
     /// Sorted rows.
@@ -164,12 +191,12 @@ impl<'a, M: Machine, E: Element<Acc = M::Acc>> Layer<'a, M, E> {
 
     /// Blocks of hidden units.
     pub fn blocks(&self) -> usize {
-        self.p.intermediate.div_ceil(BLOCK_COLS)
+        self.p.intermediate.div_ceil(self.block_cols)
     }
 
     /// First hidden unit and number of units of a block.
     pub fn block(&self, b: usize) -> (usize, usize) {
-        (b * BLOCK_COLS, BLOCK_COLS.min(self.p.intermediate - b * BLOCK_COLS))
+        (b * self.block_cols, self.block_cols.min(self.p.intermediate - b * self.block_cols))
     }
 
     /// Where the gate and up columns of a block lie: one after the other, or alternating in one part.

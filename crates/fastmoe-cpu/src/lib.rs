@@ -36,7 +36,7 @@ pub use isa::{CpuInfo, Isa, IsaError, cpu_info, isa};
 pub use permute::{Unpermute, permute};
 pub use problem::{GroupedMm, Mlp, MlpGrads, Ptr, PtrMut, RoutedRows};
 pub use route::Route;
-pub use threads::Threads;
+pub use threads::{Threads, find_openmp};
 
 use dispatch::dispatch;
 

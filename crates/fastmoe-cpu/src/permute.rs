@@ -37,7 +37,6 @@ impl<E> Table<E> {
     }
 
     #[inline(always)]
-    #[expect(clippy::mut_from_ref, reason = "tasks write disjoint rows")]
     unsafe fn row_mut<'a>(&self, r: usize) -> &'a mut [E] {
         // SAFETY: the caller's row exists and is this task's alone.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(r * self.cols), self.cols) }

@@ -7,7 +7,7 @@ use std::any::Any;
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::sync::{Mutex, Once, PoisonError};
 
 /// At most this many threads.
 #[derive(Clone, Copy, Debug)]
@@ -24,8 +24,23 @@ impl Parallel for Threads {
 
 type GompParallel = unsafe extern "C" fn(unsafe extern "C" fn(*mut c_void), *mut c_void, u32, u32);
 
-/// `GOMP_parallel` of the OpenMP library that torch has loaded into this process.
-static GOMP: LazyLock<Option<GompParallel>> = LazyLock::new(find_gomp);
+/// Address of `GOMP_parallel` in the OpenMP library that torch has loaded into this process, or 0.
+static GOMP: AtomicUsize = AtomicUsize::new(0);
+
+/// Looks for torch's OpenMP library; to be called again once torch has been imported.
+pub fn find_openmp() {
+    if let Some(function) = find_gomp() {
+        GOMP.store(function as usize, Ordering::Relaxed);
+    }
+}
+
+fn gomp() -> Option<GompParallel> {
+    static SEARCHED: Once = Once::new();
+    SEARCHED.call_once(find_openmp);
+    let address = GOMP.load(Ordering::Relaxed);
+    // SAFETY: an address other than 0 was stored by `find_openmp` from a function of this type.
+    (address != 0).then(|| unsafe { std::mem::transmute::<usize, GompParallel>(address) })
+}
 
 #[cfg(target_os = "linux")]
 fn find_gomp() -> Option<GompParallel> {
@@ -53,7 +68,7 @@ fn find_gomp() -> Option<GompParallel> {
 
 /// Name of the pool in use.
 pub(crate) fn pool_name() -> &'static str {
-    if GOMP.is_some() { "openmp" } else { "rayon" }
+    if gomp().is_some() { "openmp" } else { "rayon" }
 }
 
 impl Threads {
@@ -83,7 +98,7 @@ impl Threads {
                 *panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(cause);
             }
         };
-        match *GOMP {
+        match gomp() {
             Some(parallel) => run_on_openmp(parallel, threads, &worker),
             None => rayon_pool(threads).scope(|s| {
                 for _ in 1..threads {

@@ -91,6 +91,8 @@ impl Exchange {
         }
         drop(known);
         let table = Self::look_up(ty)?;
+        // The library behind a new type of tensor may have brought the threads that we share.
+        fastmoe_cpu::find_openmp();
         ty.clone().unbind().into_ptr();
         TABLES.write().unwrap_or_else(PoisonError::into_inner).push((address, table));
         Ok(table)

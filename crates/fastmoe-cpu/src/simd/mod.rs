@@ -63,6 +63,36 @@ pub unsafe trait Vector: Copy {
     unsafe fn widen_f16(p: *const f16) -> Self;
 }
 
+/// Copies to memory that will not be read soon, past the caches; `dst` is visible after `fence`.
+///
+/// # Safety
+/// Both are valid for `bytes` bytes and do not overlap.
+#[inline(always)]
+pub unsafe fn copy_past_caches(src: *const u8, dst: *mut u8, bytes: usize) {
+    // SAFETY: as promised by the caller; the streaming stores are aligned.
+    unsafe {
+        #[cfg(target_arch = "x86_64")]
+        if (dst as usize).is_multiple_of(16) && bytes.is_multiple_of(16) {
+            use std::arch::x86_64::{_mm_loadu_si128, _mm_stream_si128};
+            for i in (0..bytes).step_by(16) {
+                _mm_stream_si128(dst.add(i).cast(), _mm_loadu_si128(src.add(i).cast()));
+            }
+            return;
+        }
+        std::ptr::copy_nonoverlapping(src, dst, bytes);
+    }
+}
+
+/// Orders `copy_past_caches` before what follows.
+#[inline(always)]
+pub fn fence() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE is part of every x86-64.
+    unsafe {
+        std::arch::x86_64::_mm_sfence()
+    };
+}
+
 /// Asks for the cache line at `p` to be brought into L2; any address is allowed.
 #[inline(always)]
 pub fn prefetch_l2(p: *const u8) {
