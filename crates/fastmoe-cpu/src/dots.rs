@@ -41,8 +41,10 @@ impl<M: Machine, E: Element> Dots<'_, M, E> {
         // SAFETY: as promised by the caller.
         unsafe {
             match (self.rows, M::MANY_REGISTERS) {
-                (1, _) => self.all::<1, 1, 4>(),
-                (2, _) => self.all::<2, 2, 2>(),
+                (1, true) => self.all::<1, 4, 2>(),
+                (2, true) => self.all::<2, 4, 1>(),
+                (1, false) => self.all::<1, 1, 4>(),
+                (2, false) => self.all::<2, 2, 2>(),
                 (3, true) => self.all::<3, 4, 1>(),
                 (4, true) => self.all::<4, 4, 1>(),
                 (3, false) => self.all::<3, 2, 1>(),
