@@ -34,8 +34,8 @@ def _run(name: str, first: Tensor, *args: Tensor | None, **options: object) -> N
         getattr(_native, name)(first, *args, **options, threads=torch.get_num_threads())
 
 
-def _empty_weight(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Memory for the gradient of a weight: recycled, because such gradients are large and come every step."""
+def _recycled(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Memory for what is large and comes every step: gradients of weights, the saved pre-activation."""
     if _has_memory(like):
         dtype: Any = str(like.dtype).removeprefix("torch.")
         return _native.empty(tuple(shape), dtype)
@@ -114,7 +114,8 @@ def mlp(
 ) -> tuple[Tensor, Tensor | None]:
     """The output [T, H] and, to be saved for the backward, the pre-activation [R, 2I]."""
     out = torch.empty_like(x)
-    hidden = x.new_empty(gather.shape[0], w1.shape[2 if transposed else 1]) if save_hidden else None
+    shape = gather.shape[0], w1.shape[2 if transposed else 1]
+    hidden = _recycled(x, shape) if save_hidden else None
     _run(
         "mlp_forward",
         x,
@@ -156,8 +157,8 @@ def mlp_backward(
     x_need, weights_need, w1_need, w2_need, b1_need, b2_need = needs
     grad_x = torch.empty_like(x) if x_need else None
     grad_weights = torch.empty_like(weights) if weights_need else None
-    grad_w1 = _empty_weight(w1, w1.shape) if w1_need else None
-    grad_w2 = _empty_weight(w2, w2.shape) if w2_need else None
+    grad_w1 = _recycled(w1, w1.shape) if w1_need else None
+    grad_w2 = _recycled(w2, w2.shape) if w2_need else None
     grad_b1 = torch.empty_like(b1) if b1 is not None and b1_need else None
     grad_b2 = torch.empty_like(b2) if b2 is not None and b2_need else None
     _run(
@@ -202,7 +203,7 @@ def grouped_mm_grad_weight(
     grad_out: Tensor, x: Tensor, offsets: Tensor, transposed: bool, with_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of w and, if asked for, of the bias."""
-    grad_w = _empty_weight(x, weight_shape(grad_out, x, offsets, transposed))
+    grad_w = _recycled(x, weight_shape(grad_out, x, offsets, transposed))
     grad_bias = x.new_empty(offsets.shape[0] - 1, grad_out.shape[1]) if with_bias else None
     _run("grouped_mm_grad_weight", grad_out, x, offsets, grad_w, grad_bias, transposed=transposed)
     return grad_w, grad_bias
