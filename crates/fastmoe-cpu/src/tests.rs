@@ -4,6 +4,7 @@ use crate::backward::backward;
 use crate::dtype::Element;
 use crate::forward::forward;
 use crate::grouped::{grouped, grouped_grad_weight};
+#[cfg(target_arch = "x86_64")]
 use crate::isa::Isa;
 use crate::machine::*;
 use crate::problem::{GroupedMm, Mlp, MlpGrads, RoutedRows};
