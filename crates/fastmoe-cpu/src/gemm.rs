@@ -11,6 +11,9 @@ use crate::prefetch::Prefetch;
 /// what the hardware's own prefetching needs.
 const DEEP: usize = 2048;
 
+/// Units of A that stay in the second cache beside a panel of B.
+const A_IN_CACHE: usize = 128 << 10;
+
 /// Units of the contraction in a packed block of rows that are contiguous across it.
 const SHALLOW: usize = 128;
 
@@ -137,9 +140,12 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
             // SAFETY: C has room for all its rows.
             unsafe { std::ptr::write_bytes(self.c, 0, self.rows * c_stride) };
         }
-        // The block of B that is packed at a time follows the direction in which its memory is contiguous.
+        // The block of B that is packed at a time follows the direction in which its memory is contiguous, unless
+        // that would send more rows of A through the cache for every panel than it holds.
+        let a_stays = self.rows * units::<M>(self.inner) <= A_IN_CACHE;
         let (cols, units_at_once) = match self.parts[0] {
-            Factor::Nk(_) => (M::COLS, DEEP.min(units::<M>(self.inner))),
+            Factor::Nk(_) if a_stays => (M::COLS, DEEP.min(units::<M>(self.inner))),
+            Factor::Nk(_) => (width, M::DEPTH),
             Factor::Kn(_) => (width, SHALLOW),
         };
         let packed = Scratch::<M::Acc>::new(units_at_once * cols);

@@ -37,7 +37,7 @@ pub trait Machine: Copy + Send + Sync + 'static {
     /// 32 registers instead of 16.
     const MANY_REGISTERS: bool = Self::ROWS > 6;
     /// Units of the contraction that a tile goes through at a time, so that its operands stay in L1.
-    const DEPTH: usize = 256;
+    const DEPTH: usize = 192;
     /// A tile reads and writes all `ROWS` rows, wanted or not.
     const WHOLE_TILES: bool = false;
     /// Columns of a tile and of a packed panel.
