@@ -1,0 +1,31 @@
+// Copies of two-dimensional boxes between global and shared memory by the tensor memory accelerator (sm_90).
+//
+// Coordinates count elements, the contiguous dimension first. What lies outside the tensor is read as zero and not
+// written. One thread issues a copy.
+#pragma once
+#include "ptx/device/types.cuh"
+
+namespace ptx {
+using TensorMap = CUtensorMap;
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+namespace ptx {
+
+PTX_D void prefetch_tensor_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+// The bytes of the box are counted on `barrier`.
+PTX_D void tma_load(Shared to, const TensorMap* map, Shared barrier, int x, int y) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4}], [%2];"
+               ::"r"(to.at), "l"(map), "r"(barrier.at), "r"(x), "r"(y) : "memory");
+}
+PTX_D void tma_store(const TensorMap* map, Shared from, int x, int y) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2,%3}], [%1];"
+               ::"l"(map), "r"(from.at), "r"(x), "r"(y) : "memory");
+}
+PTX_D void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until at most N of this thread's newest store groups still read shared memory.
+template <int N> PTX_D void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory"); }
+template <int N> PTX_D void tma_store_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory"); }
+
+}  // namespace ptx
+#endif
