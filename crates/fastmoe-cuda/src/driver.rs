@@ -1,25 +1,17 @@
 //! What the backend needs of a driver: devices, images, launches. libcuda is one; the CPU emulator is another.
 
 use crate::Result;
-use std::ffi::CStr;
-
-/// A loaded image of kernels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Module(pub usize);
-
-/// An entry point of a module.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Function(pub usize);
+use std::collections::HashMap;
 
 /// A stream of a device; 0 is the default stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stream(pub usize);
 
-/// The shape of a launch.
+/// A loaded kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shape {
-    /// Blocks of the one-dimensional grid.
-    pub blocks: u32,
+pub struct Kernel {
+    /// The driver's handle.
+    pub function: usize,
     /// Threads of a block.
     pub threads: u32,
     /// Bytes of dynamic shared memory of a block.
@@ -55,8 +47,8 @@ pub struct Region {
 pub struct Device {
     /// The product's name.
     pub name: String,
-    /// Compute capability, `10 * major + minor`.
-    pub arch: u32,
+    /// Compute capability, major and minor.
+    pub capability: (u32, u32),
     /// Streaming multiprocessors.
     pub multiprocessors: u32,
     /// Bytes of shared memory that a block can be given.
@@ -71,11 +63,8 @@ pub trait Driver: Send + Sync {
     /// What device `device` is.
     fn device(&self, device: i32) -> Result<Device>;
 
-    /// Loads an image on a device. Not while a stream of it is being captured.
-    fn load(&self, device: i32, image: &[u8]) -> Result<Module>;
-
-    /// Finds an entry point and lets it have `shared` bytes of dynamic shared memory.
-    fn function(&self, device: i32, module: Module, name: &CStr, shared: u32) -> Result<Function>;
+    /// Loads everything that this build has for a device, by name. Not while a stream of it is being captured.
+    fn load(&self, device: i32) -> Result<HashMap<&'static str, Kernel>>;
 
     /// Puts a kernel with one parameter struct into a stream.
     ///
@@ -86,14 +75,21 @@ pub trait Driver: Send + Sync {
         &self,
         device: i32,
         stream: Stream,
-        function: Function,
-        shape: Shape,
+        kernel: Kernel,
+        blocks: u32,
         params: &[u8],
         memory: &[Region],
     ) -> Result<()>;
 
-    /// Whether [`Driver::launch`] looks at `memory`.
-    fn checks_memory(&self) -> bool {
-        false
-    }
+    /// Sets a 32-bit word, in the order of the stream.
+    ///
+    /// # Safety
+    /// The address is a word of device memory that stays until then.
+    unsafe fn set_word(&self, device: i32, stream: Stream, address: u64, value: i32) -> Result<()>;
+
+    /// A 32-bit word, once all that is in the stream has run.
+    ///
+    /// # Safety
+    /// The address is a word of device memory.
+    unsafe fn word(&self, device: i32, stream: Stream, address: u64) -> Result<i32>;
 }

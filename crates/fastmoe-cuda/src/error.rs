@@ -36,13 +36,29 @@ pub enum Error {
         count: i32,
     },
     /// No image runs on this device.
-    #[error("CUDA: no kernels for a device of compute capability {}.{}: this build has {built}", arch / 10, arch % 10)]
+    #[error("CUDA: no kernels for a device of compute capability {major}.{minor}: this build has {built}")]
     NoImage {
-        /// `10 * major + minor`.
-        arch: u32,
-        /// The architectures of the images.
+        /// Compute capability.
+        major: u32,
+        /// Compute capability.
+        minor: u32,
+        /// The targets of the images.
         built: String,
     },
+    /// `FASTMOE_BACKEND` asks for an emulator that is not there.
+    #[error("FASTMOE_BACKEND=emulator: {reason}; unset it to use the CPU backend")]
+    NoEmulator {
+        /// Why not.
+        reason: String,
+    },
+    /// The emulator found a fault in a kernel.
+    #[error("{0}")]
+    Emulator(String),
+    /// The kernels cannot be loaded during a capture.
+    #[error(
+        "CUDA: the first call on a device loads its kernels, which a graph cannot capture; call once before capturing"
+    )]
+    Capturing,
     /// A kernel is not in any loaded image.
     #[error("CUDA: no kernel {name} in the images of this device; please report this")]
     NoKernel {

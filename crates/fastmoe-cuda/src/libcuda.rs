@@ -1,9 +1,10 @@
 //! NVIDIA's driver, loaded at run time by its C functions.
 
-use crate::driver::{Device, Driver, Function, Module, Region, Shape, Stream};
+use crate::driver::{Device, Driver, Kernel, Region, Stream};
 use crate::{Error, Result};
 use libloading::Library;
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::ptr;
 use std::sync::Mutex;
 
@@ -12,6 +13,7 @@ type Context = *mut c_void;
 
 const SUCCESS: Status = 0;
 const OUT_OF_MEMORY: Status = 2;
+const CAPTURE_UNSUPPORTED: Status = 900;
 /// Errors after which nothing works in the context: illegal address, launch timeout, assert, hardware stack,
 /// illegal instruction, misaligned address, address space, program counter, launch failure, uncorrectable ECC.
 const STICKY: [Status; 10] = [700, 702, 710, 714, 715, 716, 717, 718, 719, 214];
@@ -59,6 +61,9 @@ functions! {
     load_module = "cuModuleLoadData": fn(*mut *mut c_void, *const c_void);
     module_function = "cuModuleGetFunction": fn(*mut *mut c_void, *mut c_void, *const c_char);
     function_attribute = "cuFuncSetAttribute": fn(*mut c_void, c_int, c_int);
+    set_words = "cuMemsetD32Async": fn(u64, c_uint, usize, *mut c_void);
+    synchronize = "cuStreamSynchronize": fn(*mut c_void);
+    copy_to_host = "cuMemcpyDtoH_v2": fn(*mut c_void, u64, usize);
     launch_kernel = "cuLaunchKernel": fn(
         *mut c_void, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, *mut c_void, *mut *mut c_void,
         *mut *mut c_void
@@ -103,6 +108,9 @@ impl Libcuda {
         }
         if status == OUT_OF_MEMORY {
             return Err(Error::OutOfMemory { call });
+        }
+        if status == CAPTURE_UNSUPPORTED {
+            return Err(Error::Capturing);
         }
         let text = |of: unsafe extern "C" fn(Status, *mut *const c_char) -> Status| {
             let mut text = ptr::null();
@@ -164,6 +172,28 @@ impl Libcuda {
         Ok(context)
     }
 
+    /// Loads an image into the current context, where it stays.
+    fn load_image(&self, image: &[u8]) -> Result<*mut c_void> {
+        let mut module = ptr::null_mut();
+        // SAFETY: the image is a whole cubin or a PTX text that ends in a zero; the driver copies it.
+        let status = unsafe { (self.call.load_module)(&mut module, image.as_ptr().cast()) };
+        self.check("cuModuleLoadData", status)?;
+        Ok(module)
+    }
+
+    fn function(&self, module: *mut c_void, name: &str, shared: u32) -> Result<usize> {
+        let name = CString::new(name).expect("symbols have no zero bytes");
+        let mut function = ptr::null_mut();
+        // SAFETY: the module is loaded in the current context; the name ends in a zero.
+        unsafe {
+            let status = (self.call.module_function)(&mut function, module, name.as_ptr());
+            self.check("cuModuleGetFunction", status)?;
+            let status = (self.call.function_attribute)(function, MAX_DYNAMIC_SHARED, shared as c_int);
+            self.check("cuFuncSetAttribute", status)?;
+        }
+        Ok(function.addr())
+    }
+
     fn ordinal(&self, device: i32) -> Result<c_int> {
         let count = self.device_count()?;
         if !(0..count).contains(&device) {
@@ -195,35 +225,38 @@ impl Driver for Libcuda {
         };
         Ok(Device {
             name,
-            arch: 10 * self.attribute(CAPABILITY_MAJOR, ordinal)?
-                + self.attribute(CAPABILITY_MINOR, ordinal)?,
+            capability: (
+                self.attribute(CAPABILITY_MAJOR, ordinal)?,
+                self.attribute(CAPABILITY_MINOR, ordinal)?,
+            ),
             multiprocessors: self.attribute(MULTIPROCESSOR_COUNT, ordinal)?,
             shared_per_block: self.attribute(SHARED_PER_BLOCK_OPTIN, ordinal)?,
         })
     }
 
-    fn load(&self, device: i32, image: &[u8]) -> Result<Module> {
+    fn load(&self, device: i32) -> Result<HashMap<&'static str, Kernel>> {
+        let (major, minor) = self.device(device)?.capability;
+        let families = fastmoe_kernels::images().chunk_by(|a, b| a.family == b.family);
+        let images: Vec<_> =
+            families.filter_map(|of| fastmoe_kernels::image(of[0].family, major, minor)).collect();
+        if images.is_empty() {
+            let mut built: Vec<_> = fastmoe_kernels::images().iter().map(|image| image.arch.name()).collect();
+            built.sort_unstable();
+            built.dedup();
+            let built = if built.is_empty() { "none at all".to_owned() } else { built.join(", ") };
+            return Err(Error::NoImage { major, minor, built });
+        }
         self.within(device, || {
-            let mut module = ptr::null_mut();
-            // SAFETY: the image is a whole cubin or a PTX text that ends in a zero; it is copied.
-            let status = unsafe { (self.call.load_module)(&mut module, image.as_ptr().cast()) };
-            self.check("cuModuleLoadData", status)?;
-            Ok(Module(module as usize))
-        })
-    }
-
-    fn function(&self, device: i32, module: Module, name: &CStr, shared: u32) -> Result<Function> {
-        self.within(device, || {
-            let mut function = ptr::null_mut();
-            // SAFETY: the module is loaded and never unloaded; the name ends in a zero.
-            unsafe {
-                let status =
-                    (self.call.module_function)(&mut function, module.0 as *mut c_void, name.as_ptr());
-                self.check("cuModuleGetFunction", status)?;
-                let status = (self.call.function_attribute)(function, MAX_DYNAMIC_SHARED, shared as c_int);
-                self.check("cuFuncSetAttribute", status)?;
+            let mut kernels = HashMap::new();
+            for image in images {
+                let module = self.load_image(&image.inflate())?;
+                for kernel in image.kernels {
+                    let function = self.function(module, kernel.name, kernel.shared_bytes)?;
+                    let (threads, shared) = (kernel.threads, kernel.shared_bytes);
+                    kernels.insert(kernel.name, Kernel { function, threads, shared });
+                }
             }
-            Ok(Function(function as usize))
+            Ok(kernels)
         })
     }
 
@@ -231,30 +264,51 @@ impl Driver for Libcuda {
         &self,
         device: i32,
         stream: Stream,
-        function: Function,
-        shape: Shape,
+        kernel: Kernel,
+        blocks: u32,
         params: &[u8],
         _memory: &[Region],
     ) -> Result<()> {
         self.within(device, || {
             let mut params = [params.as_ptr() as *mut c_void];
-            let Shape { blocks, threads, shared } = shape;
             // SAFETY: as promised by the caller; the driver copies the parameters before it returns.
             self.check("cuLaunchKernel", unsafe {
                 (self.call.launch_kernel)(
-                    function.0 as *mut c_void,
+                    kernel.function as *mut c_void,
                     blocks,
                     1,
                     1,
-                    threads,
+                    kernel.threads,
                     1,
                     1,
-                    shared,
+                    kernel.shared,
                     stream.0 as *mut c_void,
                     params.as_mut_ptr(),
                     ptr::null_mut(),
                 )
             })
+        })
+    }
+
+    unsafe fn set_word(&self, device: i32, stream: Stream, address: u64, value: i32) -> Result<()> {
+        self.within(device, || {
+            // SAFETY: as promised by the caller.
+            let status =
+                unsafe { (self.call.set_words)(address, value as c_uint, 1, stream.0 as *mut c_void) };
+            self.check("cuMemsetD32Async", status)
+        })
+    }
+
+    unsafe fn word(&self, device: i32, stream: Stream, address: u64) -> Result<i32> {
+        self.within(device, || {
+            let mut word = 0i32;
+            // SAFETY: as promised by the caller; the copy ends before the call returns.
+            unsafe {
+                self.check("cuStreamSynchronize", (self.call.synchronize)(stream.0 as *mut c_void))?;
+                let status = (self.call.copy_to_host)((&raw mut word).cast(), address, 4);
+                self.check("cuMemcpyDtoH", status)?;
+            }
+            Ok(word)
         })
     }
 }
@@ -270,7 +324,7 @@ mod tests {
             Ok(driver) => {
                 let count = driver.device_count().unwrap();
                 for device in 0..count {
-                    assert!(driver.device(device).unwrap().arch >= 30);
+                    assert!(driver.device(device).unwrap().capability.0 >= 3);
                 }
                 assert_eq!(driver.device(count).unwrap_err(), Error::NoDevice { device: count, count });
             }
