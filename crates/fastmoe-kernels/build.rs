@@ -98,6 +98,9 @@ fn unknown(name: &str) -> String {
 /// Families and codes to compile. Every file of `cuda/kernels` is a family.
 fn jobs(sources: &Path, archs: &[Arch]) -> Result<Vec<(String, &'static str)>, String> {
     let folder = sources.join("kernels");
+    if !folder.is_dir() {
+        return Ok(vec![]);
+    }
     let entries = fs::read_dir(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
     let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
     let sources = paths.filter(|path| path.extension().is_some_and(|extension| extension == "cu"));
