@@ -4,13 +4,24 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+CUDA := $(VENV)/cuda
+CUDA_PINS := $(shell sed -En 's/.*"(nvidia-[a-z-]+==[0-9.]+).*/\1/p' pyproject.toml)
+KERNELS := $(shell find cuda -name '*.cu' -o -name '*.cuh')
 RUST := Cargo.toml Cargo.lock $(shell find crates -name target -prune -o \( -name '*.rs' -o -name Cargo.toml \) -print)
 
+ifndef FASTMOE_NVCC_ROOT
+export FASTMOE_NVCC_ROOT := $(abspath $(CUDA)/nvidia/cu13)
+TOOLCHAIN := $(CUDA)/.setup
+endif
+ifneq ($(FASTMOE_CUDA_ARCHS)$(shell command -v nvidia-smi),)
+GPU_BUILD := $(TOOLCHAIN) $(KERNELS)
+endif
+
 .DEFAULT_GOAL := help
-.PHONY: help setup develop demo test emulate emulate-bugs emulate-asan wheel bench lint clean
+.PHONY: help setup develop demo test emulate emulate-bugs emulate-asan wheel kernels toolchain pins bench lint clean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(VENV)/.setup ## Create .venv with the build tools
 
@@ -32,7 +43,15 @@ emulate-bugs: ## Seed bugs into the kernels, one at a time, and see that each is
 emulate-asan: ## make emulate under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(MAKE) -C cuda/tests -j2 run VARIANT=asan
 
-wheel: setup ## Build the release wheel into dist/
+kernels: $(TOOLCHAIN) ## Compile the CUDA kernels for every architecture, a GPU is not needed
+	FASTMOE_CUDA_ARCHS=all cargo build --release --locked --package fastmoe-kernels
+
+toolchain: $(CUDA)/.setup ## Install nvcc and a disassembler into .venv/cuda
+
+pins:
+	@echo $(CUDA_PINS)
+
+wheel: setup $(TOOLCHAIN) ## Build the release wheel into dist/
 	rm -rf dist
 	$(BIN)/maturin build --release --locked --out dist
 
@@ -59,6 +78,13 @@ $(VENV)/.setup: pyproject.toml
 	$(PIP) install 'maturin>=1.9,<2'
 	touch $@
 
-$(VENV)/.develop: $(VENV)/.setup $(RUST)
+# A folder of its own, as torch pins other versions of the same packages.
+$(CUDA)/.setup: $(VENV)/.setup
+	$(PIP) install --no-deps --upgrade --target $(CUDA) $(CUDA_PINS)
+	touch $@
+
+# Development builds have the kernels for the GPUs of this machine.
+develop demo test bench lint: export FASTMOE_CUDA_ARCHS ?= native
+$(VENV)/.develop: $(VENV)/.setup $(RUST) $(GPU_BUILD)
 	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --release --locked --extras demo,bench,dev
 	touch $@

@@ -141,7 +141,11 @@ impl PlanSpec {
         })
     }
 
-    fn check<I, F>(&self, ids: &[I], weights: Option<&[F]>, out: &PlanOut<'_, F>) -> Result<(), Error> {
+    /// Whether such a plan can be made, with or without weights given and sorted weights wanted.
+    ///
+    /// # Errors
+    /// [`Error::TopK`], [`Error::TooManyRows`], [`Error::MissingWeights`].
+    pub fn check_request(&self, has_weights: bool, wants_weights: bool) -> Result<(), Error> {
         if self.top_k == 0 {
             return Err(Error::TopK { given: 0, experts: self.experts });
         }
@@ -151,6 +155,17 @@ impl PlanSpec {
                 return Err(Error::TooManyRows { argument, given });
             }
         }
+        let by_score = self.capacity.is_some_and(|capacity| capacity.drop == Drop::Score);
+        match (by_score, wants_weights) {
+            (true, _) if !has_weights => Err(Error::MissingWeights { needed_by: "drop=\"score\"" }),
+            (_, true) if !has_weights => Err(Error::MissingWeights { needed_by: "sorted_weights" }),
+            _ => Ok(()),
+        }
+    }
+
+    fn check<I, F>(&self, ids: &[I], weights: Option<&[F]>, out: &PlanOut<'_, F>) -> Result<(), Error> {
+        self.check_request(weights.is_some(), out.sorted_weights.is_some())?;
+        let routed = self.tokens * self.top_k;
         let lengths = [
             ("ids", ids.len(), routed),
             ("weights", weights.map_or(routed, <[F]>::len), routed),
@@ -165,13 +180,6 @@ impl PlanSpec {
                 return Err(Error::Length { argument, given, wanted });
             }
         }
-        let by_score = self.capacity.is_some_and(|capacity| capacity.drop == Drop::Score);
-        match weights {
-            None if by_score => Err(Error::MissingWeights { needed_by: "drop=\"score\"" }),
-            None if out.sorted_weights.is_some() => {
-                Err(Error::MissingWeights { needed_by: "sorted_weights" })
-            }
-            _ => Ok(()),
-        }
+        Ok(())
     }
 }

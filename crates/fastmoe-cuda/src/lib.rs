@@ -1,2 +1,22 @@
-#![doc = include_str!("../README.md")]
-#![no_std]
+//! CUDA backend: the Mixture-of-Experts layer on an NVIDIA GPU, or on the emulator that stands for one.
+//!
+//! Nothing here links to CUDA: the driver is loaded when a CUDA tensor first arrives. Every problem is queued on the
+//! stream that its caller names, without waiting for the device; sizes that only the device knows stay there.
+//!
+//! T tokens, H hidden size, I intermediate size, E experts, K experts per token, N sorted rows.
+
+pub mod driver;
+mod dtype;
+#[cfg_attr(not(feature = "emulator"), path = "no_emulator.rs")]
+mod emulator;
+mod error;
+mod gpu;
+mod libcuda;
+mod plan;
+mod rows;
+
+pub use dtype::DType;
+pub use error::{Error, Result};
+pub use gpu::{Buffer, Gpu, Queue, checks, driver, emulated, scratch_size};
+pub use plan::Plan;
+pub use rows::{Combine, Permute, UnpermuteGrad};

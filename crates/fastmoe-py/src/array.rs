@@ -5,9 +5,10 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use smallvec::SmallVec;
 
-use crate::dlpack::{self, Exchange};
+use crate::dlpack::Exchange;
 use crate::element::Element;
 use crate::error::{Error, Result};
+use crate::place::Place;
 
 pub type Dims = SmallVec<[i64; 4]>;
 
@@ -20,6 +21,7 @@ pub struct Array {
     /// The element type, or the name of one that is not supported.
     pub element: Result<Element, String>,
     pub read_only: bool,
+    pub place: Place,
 }
 
 impl Array {
@@ -47,26 +49,23 @@ impl Array {
             // SAFETY: DLPack gives `ndim` sizes and as many strides, alive until control returns to Python.
             _ => Dims::from_slice(unsafe { std::slice::from_raw_parts(dims, rank) }),
         };
+        let Some(place) = Place::of(view.device) else { return Err(not_in_memory(name, object)?) };
         let array = Self {
             data: view.data.cast::<u8>().wrapping_add(view.byte_offset as usize),
             shape: dims(view.shape),
             strides: in_bytes(dims(view.strides), i64::from(view.dtype.bits) / 8),
             element: view.dtype.element(),
             read_only: false,
+            place,
         };
         let pretended = view.data.is_null() && !array.shape.contains(&0);
-        if view.device.kind != dlpack::CPU || pretended {
-            Err(not_in_memory(name, object)?)
-        } else {
-            Ok(array)
-        }
+        if pretended { Err(not_in_memory(name, object)?) } else { Ok(array) }
     }
 
     fn from_torch(name: &str, object: &Bound<'_, PyAny>, data_ptr: &Bound<'_, PyAny>) -> Result<Self> {
-        let device = object.getattr("device")?.getattr("type")?;
-        if device.extract::<String>()? != "cpu" {
+        let Some(place) = Place::named(&object.getattr("device")?.str()?.to_string()) else {
             return Err(not_in_memory(name, object)?);
-        }
+        };
         let dtype = object.getattr("dtype")?.str()?.to_string();
         let dtype = dtype.trim_start_matches("torch.");
         let bytes = object.call_method0("element_size")?.extract::<i64>()?;
@@ -76,6 +75,7 @@ impl Array {
             strides: in_bytes(object.call_method0("stride")?.extract::<Vec<i64>>()?.into(), bytes),
             element: Element::from_name(dtype).ok_or_else(|| dtype.to_owned()),
             read_only: false,
+            place,
         })
     }
 
@@ -89,7 +89,7 @@ impl Array {
             Some(strides) => strides.into(),
             None => dense_strides(&shape, element.as_ref().map_or(1, |e| e.bytes() as i64)),
         };
-        Ok(Self { data: address as *mut u8, shape, strides, element, read_only })
+        Ok(Self { data: address as *mut u8, shape, strides, element, read_only, place: Place::Cpu })
     }
 
     /// Whether the elements lie one after the other in row-major order.
@@ -114,10 +114,10 @@ fn dense_strides(shape: &[i64], bytes: i64) -> Dims {
     strides
 }
 
-/// For tensors on other devices, sparse ones, and those that only pretend (meta and fake tensors).
+/// For tensors on devices that have no backend, sparse ones, and those that only pretend (meta and fake tensors).
 fn not_in_memory(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Error> {
     let (kind, device) = (object.get_type().name()?, object.getattr("device")?);
     let layout = object.getattr("layout")?.str()?;
     let given = format!("a {layout} {kind} on device {device}");
-    Ok(Error::Value(format!("{name}: expected a dense tensor in CPU memory, got {given}")))
+    Ok(Error::Value(format!("{name}: expected a dense tensor in CPU or CUDA memory, got {given}")))
 }

@@ -1,7 +1,7 @@
 //! The DLPack C exchange table (DLPack 1.3, `DLPackExchangeAPI`): a tensor's pointer, shape and strides
 //! without a reference count, and our memory handed over as a tensor of the other library.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr::{self, NonNull};
 use std::sync::{PoisonError, RwLock};
 
@@ -13,6 +13,8 @@ use crate::element::Element;
 
 /// `kDLCPU`.
 pub const CPU: i32 = 1;
+/// `kDLCUDA`.
+pub const CUDA: i32 = 2;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -61,12 +63,17 @@ pub struct DLManagedTensorVersioned {
 struct ExchangeApi {
     version: DLPackVersion,
     prev_api: *const ExchangeApi,
-    managed_tensor_allocator: *const c_void,
+    managed_tensor_allocator: unsafe extern "C" fn(
+        *mut DLTensor,
+        *mut *mut DLManagedTensorVersioned,
+        *mut c_void,
+        unsafe extern "C" fn(*mut c_void, *const c_char, *const c_char),
+    ) -> c_int,
     managed_tensor_from_py_object: *const c_void,
     managed_tensor_to_py_object:
         unsafe extern "C" fn(*mut DLManagedTensorVersioned, *mut *mut c_void) -> c_int,
     dltensor_from_py_object: Option<unsafe extern "C" fn(*mut c_void, *mut DLTensor) -> c_int>,
-    current_work_stream: *const c_void,
+    current_work_stream: unsafe extern "C" fn(i32, i32, *mut *mut c_void) -> c_int,
 }
 
 /// The exchange table of one Python type.
@@ -135,6 +142,45 @@ impl Exchange {
         Ok(out)
     }
 
+    /// The stream on which the tensor library works on a device now.
+    pub fn stream(self, device: DLDevice) -> Result<*mut c_void, String> {
+        let mut stream = ptr::null_mut();
+        // SAFETY: the output points to a local.
+        match unsafe { (self.0.current_work_stream)(device.kind, device.index, &mut stream) } {
+            0 => Ok(stream),
+            _ => Err(format!("no current stream on device {}", device.index)),
+        }
+    }
+
+    /// Uninitialised memory from the tensor library's own allocator, given back when the value is dropped.
+    pub fn allocate(self, device: DLDevice, bytes: usize) -> Result<Allocation, String> {
+        unsafe extern "C" fn keep(text: *mut c_void, _kind: *const c_char, message: *const c_char) {
+            // SAFETY: `text` is the string below, and the message ends in a zero.
+            unsafe { *text.cast::<String>() = CStr::from_ptr(message).to_string_lossy().into_owned() }
+        }
+        let (mut shape, mut stride) = (bytes as i64, 1);
+        let mut prototype = DLTensor {
+            data: ptr::null_mut(),
+            device,
+            ndim: 1,
+            dtype: DLDataType { code: 1, bits: 8, lanes: 1 },
+            shape: &mut shape,
+            strides: &mut stride,
+            byte_offset: 0,
+        };
+        let mut out = ptr::null_mut();
+        let mut text = String::new();
+        // SAFETY: prototype, output and error text are locals that outlive the call.
+        let status = unsafe {
+            let context = (&raw mut text).cast();
+            (self.0.managed_tensor_allocator)(&mut prototype, &mut out, context, keep)
+        };
+        match NonNull::new(out) {
+            Some(tensor) if status == 0 => Ok(Allocation(tensor)),
+            _ => Err(text),
+        }
+    }
+
     /// A tensor of this table's type that owns `tensor` and calls its deleter when it goes.
     ///
     /// # Safety
@@ -151,6 +197,33 @@ impl Exchange {
         }
         // SAFETY: the protocol returns a new reference.
         unsafe { Bound::from_owned_ptr_or_err(py, object.cast::<ffi::PyObject>()) }
+    }
+}
+
+/// Memory of the tensor library.
+pub struct Allocation(NonNull<DLManagedTensorVersioned>);
+
+// SAFETY: DLPack lets a tensor be used and deleted on any thread.
+unsafe impl Send for Allocation {}
+// SAFETY: as above; nothing is changed through a shared reference.
+unsafe impl Sync for Allocation {}
+
+impl Allocation {
+    pub fn start(&self) -> *mut u8 {
+        // SAFETY: the tensor is ours until the deleter is called.
+        let tensor = unsafe { &self.0.as_ref().dl_tensor };
+        tensor.data.cast::<u8>().wrapping_add(tensor.byte_offset as usize)
+    }
+}
+
+impl Drop for Allocation {
+    fn drop(&mut self) {
+        // SAFETY: DLPack's deleter, where there is one, is called once by the owner.
+        unsafe {
+            if let Some(deleter) = self.0.as_ref().deleter {
+                deleter(self.0.as_ptr());
+            }
+        }
     }
 }
 

@@ -1,7 +1,8 @@
 //! The one place where Rust errors become Python exceptions.
 
-use pyo3::PyErr;
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::exceptions::{PyMemoryError, PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyType;
 
 /// What went wrong with a call; its text names the argument, what was given and what was wanted.
 pub enum Error {
@@ -9,6 +10,10 @@ pub enum Error {
     Type(String),
     /// `ValueError`: the right kind with a wrong value, shape or place in memory.
     Value(String),
+    /// `RuntimeError`: a device or its driver cannot do the work.
+    Runtime(String),
+    /// `torch.OutOfMemoryError`, or `MemoryError` without torch's.
+    OutOfMemory(String),
     /// An exception raised by Python itself.
     Python(PyErr),
 }
@@ -30,7 +35,29 @@ impl From<Error> for PyErr {
         match error {
             Error::Type(text) => PyTypeError::new_err(text),
             Error::Value(text) => PyValueError::new_err(text),
+            Error::Runtime(text) => PyRuntimeError::new_err(text),
+            Error::OutOfMemory(text) => out_of_memory(text),
             Error::Python(error) => error,
+        }
+    }
+}
+
+/// What torch itself raises, so that those who catch it catch ours.
+fn out_of_memory(text: String) -> PyErr {
+    Python::attach(|py| {
+        let torchs = py.import("torch").and_then(|torch| torch.getattr("OutOfMemoryError"));
+        match torchs.and_then(|error| Ok(error.cast_into::<PyType>()?)) {
+            Ok(error) => PyErr::from_type(error, text),
+            Err(_) => PyMemoryError::new_err(text),
+        }
+    })
+}
+
+impl From<fastmoe_cuda::Error> for Error {
+    fn from(error: fastmoe_cuda::Error) -> Self {
+        match error {
+            fastmoe_cuda::Error::OutOfMemory { .. } => Self::OutOfMemory(error.to_string()),
+            _ => Self::Runtime(error.to_string()),
         }
     }
 }

@@ -4,6 +4,7 @@
 //! T tokens, H hidden, I intermediate, E experts, K experts per token, R = T*K routed rows.
 
 mod array;
+mod backend;
 mod call;
 mod dlpack;
 mod element;
@@ -13,6 +14,7 @@ mod info;
 mod memory;
 mod mlp;
 mod permute;
+mod place;
 mod plan;
 mod route;
 mod tensor;

@@ -64,7 +64,8 @@ pub fn memory_stats(py: Python<'_>) -> Result<Bound<'_, PyDict>> {
     Ok(counters.into_py_dict(py)?)
 }
 
-fn tensor_type(py: Python<'_>) -> Result<&Bound<'_, PyType>> {
+/// `torch.Tensor`.
+pub fn tensor_type(py: Python<'_>) -> Result<&Bound<'_, PyType>> {
     static TENSOR: PyOnceLock<Py<PyType>> = PyOnceLock::new();
     TENSOR.import(py, "torch", "Tensor").map_err(|error| {
         if error.is_instance_of::<PyImportError>(py) {

@@ -2,8 +2,10 @@
 
 use fastmoe_core::{validate_gather, validate_inverse, validate_plan};
 use fastmoe_cpu::Unpermute;
+use fastmoe_cuda::{Combine, Permute, UnpermuteGrad};
 use pyo3::prelude::*;
 
+use crate::backend::{Backend, buffer};
 use crate::call::{compute, optional_input, optional_output, threads};
 use crate::element::Element;
 use crate::error::Result;
@@ -27,6 +29,14 @@ pub fn permute(
     let out = Tensor::output("out", out)?;
     out.expect(dtype, &[rows, cols], "R, H")?;
     disjoint([Some(&out)], [&x, &gather].map(Some))?;
+    if let Backend::Cuda(device) = Backend::of([&x, &gather, &out].map(Some))? {
+        gather.expect_element(Element::I32)?;
+        let dtype = x.cuda_float()?;
+        let problem =
+            Permute { dtype, rows, columns: cols, x: x.buffer(), gather: gather.buffer(), out: out.buffer() };
+        // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
+        return device.run(py, 0, |queue| unsafe { problem.launch(queue) });
+    }
     compute(py, || {
         let (size, gather) = (x.element().bytes(), gather.slice()?);
         validate_gather(gather, tokens)?;
@@ -59,6 +69,21 @@ pub fn unpermute(
     let out = Tensor::output("out", out)?;
     out.expect(dtype, &[tokens, cols], "T, H")?;
     disjoint([Some(&out)], [Some(&y), Some(&inverse), weights.as_ref()])?;
+    if let Backend::Cuda(device) = Backend::of([Some(&y), Some(&inverse), weights.as_ref(), Some(&out)])? {
+        inverse.expect_element(Element::I32)?;
+        let problem = Combine {
+            dtype: y.cuda_float()?,
+            tokens,
+            top_k,
+            columns: cols,
+            y: y.buffer(),
+            inverse: inverse.buffer(),
+            weights: buffer(&weights),
+            out: out.buffer(),
+        };
+        // SAFETY: as above.
+        return device.run(py, 0, |queue| unsafe { problem.launch(queue) });
+    }
     compute(py, || {
         let inverse = inverse.slice()?;
         validate_inverse(inverse, top_k, rows)?;
@@ -107,10 +132,30 @@ pub fn unpermute_backward(
     if let Some(grad_weights) = &grad_weights {
         grad_weights.expect(wide, &[tokens, top_k], "T, K")?;
     }
-    disjoint(
-        [grad_y.as_ref(), grad_weights.as_ref()],
-        [Some(&grad_out), Some(&y), weights.as_ref(), Some(&gather), Some(&inverse)],
-    )?;
+    let inputs = [Some(&grad_out), Some(&y), weights.as_ref(), Some(&gather), Some(&inverse)];
+    let outputs = [grad_y.as_ref(), grad_weights.as_ref()];
+    disjoint(outputs, inputs)?;
+    if let Backend::Cuda(device) = Backend::of(inputs.into_iter().chain(outputs))? {
+        for index in [&gather, &inverse] {
+            index.expect_element(Element::I32)?;
+        }
+        let problem = UnpermuteGrad {
+            dtype: y.cuda_float()?,
+            tokens,
+            top_k,
+            rows,
+            columns: cols,
+            grad_out: grad_out.buffer(),
+            y: y.buffer(),
+            gather: gather.buffer(),
+            inverse: inverse.buffer(),
+            weights: buffer(&weights),
+            grad_y: buffer(&grad_y),
+            grad_weights: buffer(&grad_weights),
+        };
+        // SAFETY: as above.
+        return device.run(py, 0, |queue| unsafe { problem.launch(queue) });
+    }
     compute(py, || {
         let (gather, inverse) = (gather.slice()?, inverse.slice()?);
         validate_plan(tokens, top_k, 1, &[0, rows as i32], gather, inverse)?;

@@ -1,9 +1,10 @@
 //! `plan`: the stable sort of the routed rows by expert.
 
-use fastmoe_core::{Capacity, ExpertId, Float, PlanOut, PlanSpec};
+use fastmoe_core::{Capacity, ExpertId, Float, OutOfRange, PlanOut, PlanSpec};
 use fastmoe_cpu::Threads;
 use pyo3::prelude::*;
 
+use crate::backend::{Backend, Device, buffer};
 use crate::call::{at_least, compute, optional_input, optional_output, threads};
 use crate::element::{Element, Scalar};
 use crate::error::{Error, Result};
@@ -66,7 +67,12 @@ pub fn plan(
         sorted.expect_shape(&[spec.rows()], "rows of gather")?;
     }
     let outputs = [&plan.counts, &plan.offsets, &plan.gather, &plan.inverse].map(Some);
-    disjoint(outputs.into_iter().chain([plan.sorted_weights.as_ref()]), [Some(&ids), weights.as_ref()])?;
+    let outputs = outputs.into_iter().chain([plan.sorted_weights.as_ref()]);
+    let inputs = [Some(&ids), weights.as_ref()];
+    disjoint(outputs.clone(), inputs)?;
+    if let Backend::Cuda(device) = Backend::of(inputs.into_iter().chain(outputs))? {
+        return on_device(py, device, &spec, &ids, &weights, &plan);
+    }
 
     let build = match (ids.element(), weights.as_ref().map(Tensor::element)) {
         (Element::I64, None | Some(Element::F32)) => build::<i64, f32>,
@@ -91,6 +97,55 @@ struct Plan {
     gather: Tensor,
     inverse: Tensor,
     sorted_weights: Option<Tensor>,
+}
+
+/// On a device ids out of range are dropped, and reported where the process checks for them.
+fn on_device(
+    py: Python<'_>,
+    device: Device,
+    spec: &PlanSpec,
+    ids: &Tensor,
+    weights: &Option<Tensor>,
+    plan: &Plan,
+) -> Result<()> {
+    for weights in weights.iter().chain(&plan.sorted_weights) {
+        weights.expect_element(Element::F32)?;
+    }
+    let wide_ids = match ids.element() {
+        Element::I64 => true,
+        Element::I32 => false,
+        given => {
+            return Err(Error::Type(format!("ids: expected dtype int64 or int32, got {}", given.name())));
+        }
+    };
+    spec.check_request(weights.is_some(), plan.sorted_weights.is_some())?;
+    let problem = fastmoe_cuda::Plan {
+        spec,
+        wide_ids,
+        ids: ids.buffer(),
+        weights: buffer(weights),
+        counts: plan.counts.buffer(),
+        offsets: plan.offsets.buffer(),
+        gather: plan.gather.buffer(),
+        inverse: plan.inverse.buffer(),
+        sorted_weights: buffer(&plan.sorted_weights),
+        check: fastmoe_cuda::checks() && spec.out_of_range == OutOfRange::Error,
+    };
+    let mut bad_row = None;
+    // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
+    device.run(py, problem.scratch(), |queue| {
+        bad_row = unsafe { problem.launch(queue)? };
+        Ok(())
+    })?;
+    match bad_row {
+        None => Ok(()),
+        Some(row) => Err(Error::Value(format!(
+            "ids: expected ids in 0..{}, got another for token {}, slot {}",
+            spec.experts,
+            row / spec.top_k,
+            row % spec.top_k
+        ))),
+    }
 }
 
 fn build<I: ExpertId + Scalar, F: Float + Scalar>(

@@ -10,8 +10,9 @@ use smallvec::SmallVec;
 use crate::array::Array;
 use crate::element::{Element, Scalar};
 use crate::error::{Error, Result};
+use crate::place::Place;
 
-/// An argument in CPU memory, C-contiguous and aligned, of a supported element type.
+/// An argument, C-contiguous and aligned, of a supported element type.
 ///
 /// It borrows from the Python object that the caller of the native function holds for the length of the call.
 pub struct Tensor {
@@ -19,6 +20,7 @@ pub struct Tensor {
     data: *mut u8,
     shape: SmallVec<[usize; 4]>,
     element: Element,
+    place: Place,
 }
 
 // SAFETY: a view is an address with its extent; nothing in it belongs to a thread.
@@ -68,7 +70,11 @@ impl Tensor {
             )));
         }
         let shape = array.shape.iter().map(|&n| n as usize).collect();
-        Ok(Self { name, data: array.data, shape, element })
+        Ok(Self { name, data: array.data, shape, element, place: array.place })
+    }
+
+    pub fn name(&self) -> &'static str {
+        self.name
     }
 
     pub fn shape(&self) -> &[usize] {
@@ -163,6 +169,19 @@ impl Tensor {
 
     fn addresses(&self) -> Range<usize> {
         self.data.addr()..self.data.addr() + self.count() * self.element.bytes()
+    }
+}
+
+/// The place where all arguments are; fails when they are on several devices.
+pub fn common_place<'a>(tensors: impl IntoIterator<Item = Option<&'a Tensor>>) -> Result<Place> {
+    let mut tensors = tensors.into_iter().flatten();
+    let first = tensors.next().expect("every function has a tensor");
+    match tensors.find(|tensor| tensor.place != first.place) {
+        None => Ok(first.place),
+        Some(other) => Err(Error::Value(format!(
+            "{}: expected a tensor on {} like {}, got one on {}",
+            other.name, first.place, first.name, other.place
+        ))),
     }
 }
 

@@ -1,0 +1,95 @@
+//! What the backend needs of a driver: devices, images, launches. libcuda is one; the CPU emulator is another.
+
+use crate::Result;
+use std::collections::HashMap;
+
+/// A stream of a device; 0 is the default stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stream(pub usize);
+
+/// A loaded kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kernel {
+    /// The driver's handle.
+    pub function: usize,
+    /// Threads of a block.
+    pub threads: u32,
+    /// Bytes of dynamic shared memory of a block.
+    pub shared: u32,
+}
+
+/// What a kernel may do with memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Read only.
+    Read,
+    /// Every element is written once, and none is read.
+    Write,
+    /// Anything.
+    ReadWrite,
+}
+
+/// Memory that a launch is given; only checking drivers look at it.
+#[derive(Clone, Copy, Debug)]
+pub struct Region {
+    /// What the tensor is called.
+    pub name: &'static str,
+    /// Its address.
+    pub start: usize,
+    /// Its size.
+    pub bytes: usize,
+    /// What the kernel may do with it.
+    pub access: Access,
+}
+
+/// What a device is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Device {
+    /// The product's name.
+    pub name: String,
+    /// Compute capability, major and minor.
+    pub capability: (u32, u32),
+    /// Streaming multiprocessors.
+    pub multiprocessors: u32,
+    /// Bytes of shared memory that a block can be given.
+    pub shared_per_block: u32,
+}
+
+/// A driver. Every method may be called from any thread.
+pub trait Driver: Send + Sync {
+    /// The number of devices.
+    fn device_count(&self) -> Result<i32>;
+
+    /// What device `device` is.
+    fn device(&self, device: i32) -> Result<Device>;
+
+    /// Loads everything that this build has for a device, by name. Not while a stream of it is being captured.
+    fn load(&self, device: i32) -> Result<HashMap<&'static str, Kernel>>;
+
+    /// Puts a kernel with one parameter struct into a stream.
+    ///
+    /// # Safety
+    /// `params` has the layout of the kernel's parameter struct, and its pointers are valid on the device, until the
+    /// kernel has run, for all that the kernel does with them.
+    unsafe fn launch(
+        &self,
+        device: i32,
+        stream: Stream,
+        kernel: Kernel,
+        blocks: u32,
+        params: &[u8],
+        memory: &[Region],
+    ) -> Result<()>;
+
+    /// Sets a 32-bit word, in the order of the stream.
+    ///
+    /// # Safety
+    /// The address is a word of device memory that stays until then.
+    unsafe fn set_word(&self, device: i32, stream: Stream, address: u64, value: i32) -> Result<()>;
+
+    /// A 32-bit word, once all that is in the stream has run.
+    ///
+    /// # Safety
+    /// The address is a word of device memory.
+    unsafe fn word(&self, device: i32, stream: Stream, address: u64) -> Result<i32>;
+}

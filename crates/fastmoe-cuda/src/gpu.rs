@@ -1,0 +1,171 @@
+//! A device with its kernels loaded, and launches into a stream of it.
+
+use crate::driver::{Access, Device, Driver, Kernel, Region, Stream};
+use crate::libcuda::Libcuda;
+use crate::{Error, Result};
+use std::collections::HashMap;
+use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
+
+/// The CUDA version that made the images, as drivers count: `1000 * major + 10 * minor`.
+const IMAGES_NEED: i32 = 13_000;
+
+/// A device and its kernels.
+pub struct Gpu {
+    driver: &'static dyn Driver,
+    index: i32,
+    /// What it is.
+    pub device: Device,
+    kernels: HashMap<&'static str, Kernel>,
+}
+
+/// The driver of this process, opened once.
+pub fn driver() -> Result<&'static dyn Driver> {
+    static DRIVER: OnceLock<Result<Libcuda>> = OnceLock::new();
+    match DRIVER.get_or_init(|| Libcuda::open(IMAGES_NEED)) {
+        Ok(driver) => Ok(driver),
+        Err(error) => Err(error.clone()),
+    }
+}
+
+impl Gpu {
+    /// The device of this ordinal; its kernels are loaded at the first call. A failure is tried again.
+    pub fn get(index: i32) -> Result<&'static Self> {
+        static GPUS: Mutex<Vec<&'static Gpu>> = Mutex::new(Vec::new());
+        let mut gpus = GPUS.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(gpu) = gpus.iter().find(|gpu| gpu.index == index) {
+            return Ok(gpu);
+        }
+        let gpu = Box::leak(Box::new(Self::load(driver()?, index)?));
+        gpus.push(gpu);
+        Ok(gpu)
+    }
+
+    /// Loads the kernels of a device.
+    pub fn load(driver: &'static dyn Driver, index: i32) -> Result<Self> {
+        Ok(Self { driver, index, device: driver.device(index)?, kernels: driver.load(index)? })
+    }
+}
+
+/// Whether `FASTMOE_CHECK=1` asks for inputs to be checked on the device, at the price of waiting for it.
+pub fn checks() -> bool {
+    static CHECKS: LazyLock<bool> =
+        LazyLock::new(|| std::env::var("FASTMOE_CHECK").is_ok_and(|set| set == "1"));
+    *CHECKS
+}
+
+/// The device that the emulator stands for, where `FASTMOE_BACKEND=emulator` sends CPU tensors to it.
+pub fn emulated() -> Result<Option<&'static Gpu>> {
+    static EMULATED: LazyLock<Result<Option<Gpu>>> = LazyLock::new(|| {
+        if std::env::var("FASTMOE_BACKEND").is_ok_and(|backend| backend == "emulator") {
+            Gpu::load(crate::emulator::driver()?, 0).map(Some)
+        } else {
+            Ok(None)
+        }
+    });
+    EMULATED.as_ref().map(Option::as_ref).map_err(Clone::clone)
+}
+
+/// Memory of a tensor on the device, or null.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Buffer {
+    /// What the tensor is called.
+    pub name: &'static str,
+    /// Its address, 0 where there is none.
+    pub address: u64,
+    /// Its size.
+    pub bytes: usize,
+}
+
+impl Buffer {
+    /// Whether there is no such tensor.
+    pub fn is_null(self) -> bool {
+        self.address == 0
+    }
+
+    /// The tensor as something that a kernel reads.
+    pub fn read(self) -> Region {
+        self.region(Access::Read)
+    }
+
+    /// The tensor as something that a kernel writes, each element once.
+    pub fn write(self) -> Region {
+        self.region(Access::Write)
+    }
+
+    /// The tensor as something that a kernel reads and writes.
+    pub fn read_write(self) -> Region {
+        self.region(Access::ReadWrite)
+    }
+
+    fn region(self, access: Access) -> Region {
+        Region { name: self.name, start: self.address as usize, bytes: self.bytes, access }
+    }
+}
+
+/// A stream of a device, with scratch memory for what a call keeps between its kernels.
+pub struct Queue<'a> {
+    /// The device.
+    pub gpu: &'a Gpu,
+    /// Its stream.
+    pub stream: Stream,
+    /// Memory that nobody else uses until the kernels of this call have run.
+    pub scratch: Buffer,
+}
+
+impl Queue<'_> {
+    /// Puts a kernel into the stream; `memory` is all that its parameters point to.
+    ///
+    /// # Safety
+    /// `P` is the kernel's parameter struct, `repr(C)`, and its pointers are valid until the kernel has run, for what
+    /// it does with them.
+    pub unsafe fn launch<P: Copy>(
+        &self,
+        name: &str,
+        blocks: usize,
+        params: &P,
+        memory: &[Region],
+    ) -> Result<()> {
+        if blocks == 0 {
+            return Ok(());
+        }
+        let kernel = self.gpu.kernels.get(name).ok_or_else(|| Error::NoKernel { name: name.to_owned() })?;
+        // SAFETY: the struct lives for the call; drivers copy its bytes, padding included, and look at none of them.
+        let params = unsafe { std::slice::from_raw_parts((&raw const *params).cast(), size_of::<P>()) };
+        let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
+        // SAFETY: as promised by the caller.
+        unsafe { self.gpu.driver.launch(self.gpu.index, self.stream, *kernel, blocks, params, memory) }
+    }
+
+    /// Sets a word of device memory, in the order of the stream.
+    ///
+    /// # Safety
+    /// The buffer is such a word.
+    pub unsafe fn set_word(&self, at: Buffer, value: i32) -> Result<()> {
+        // SAFETY: as promised by the caller.
+        unsafe { self.gpu.driver.set_word(self.gpu.index, self.stream, at.address, value) }
+    }
+
+    /// A word of device memory, once all that is queued has run. The one thing that waits for the device.
+    ///
+    /// # Safety
+    /// The buffer is such a word.
+    pub unsafe fn word(&self, at: Buffer) -> Result<i32> {
+        // SAFETY: as promised by the caller.
+        unsafe { self.gpu.driver.word(self.gpu.index, self.stream, at.address) }
+    }
+
+    /// The next `bytes` of the scratch memory, aligned to 256.
+    pub fn take(&mut self, name: &'static str, bytes: usize) -> Buffer {
+        let size = scratch_size(bytes);
+        assert!(size <= self.scratch.bytes, "{name} was not counted in the scratch memory");
+        let taken = Buffer { name, address: self.scratch.address, bytes };
+        self.scratch.address += size as u64;
+        self.scratch.bytes -= size;
+        taken
+    }
+}
+
+/// What a piece of scratch memory takes, so that the next one is aligned.
+pub fn scratch_size(bytes: usize) -> usize {
+    bytes.next_multiple_of(256)
+}

@@ -1,0 +1,9 @@
+//! Builds that are shipped carry no emulator.
+
+use crate::driver::Driver;
+use crate::{Error, Result};
+
+/// Says why there is none.
+pub fn driver() -> Result<&'static dyn Driver> {
+    Err(Error::NoEmulator { reason: "this build has no emulator".to_owned() })
+}

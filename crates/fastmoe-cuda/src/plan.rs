@@ -1,0 +1,127 @@
+//! The routing plan on the device, equal to that of `fastmoe-core` to the bit: the launches of `plan.cu`.
+
+use crate::{Buffer, Queue, Result, scratch_size};
+use fastmoe_core::{Drop, PlanSpec};
+
+/// Rows of a tile of the counting sort, and tiles that a block works at.
+const TILE: usize = 512;
+const TILES_OF_BLOCK: usize = 4;
+/// Experts of a block of the scan.
+const EXPERTS_OF_BLOCK: usize = 32;
+
+/// A plan to make, and where it goes; the shapes are those of [`fastmoe_core::PlanOut`].
+#[derive(Clone, Copy)]
+pub struct Plan<'a> {
+    /// Sizes, capacity and drops. Ids out of range are always dropped.
+    pub spec: &'a PlanSpec,
+    /// Whether ids are 64 bits wide, rather than 32.
+    pub wide_ids: bool,
+    /// `[T, K]`.
+    pub ids: Buffer,
+    /// `[T, K]` f32, or null.
+    pub weights: Buffer,
+    /// `[E]`.
+    pub counts: Buffer,
+    /// `[E + 1]`.
+    pub offsets: Buffer,
+    /// `[N]`.
+    pub gather: Buffer,
+    /// `[T, K]`.
+    pub inverse: Buffer,
+    /// `[N]` f32, or null.
+    pub sorted_weights: Buffer,
+    /// Whether to wait for the device and tell the first flat row whose id is out of range.
+    pub check: bool,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Params {
+    ids: u64,
+    weights: u64,
+    counts: u64,
+    offsets: u64,
+    gather: u64,
+    inverse: u64,
+    sorted_weights: u64,
+    bad_row: u64,
+    workspace: u64,
+    rows: i32,
+    top_k: i32,
+    experts: i32,
+    capacity: i32,
+    pad: i32,
+    drop_by_score: i32,
+}
+
+impl Plan<'_> {
+    fn drops_by_score(&self) -> bool {
+        self.spec.capacity.is_some_and(|capacity| capacity.drop == Drop::Score)
+    }
+
+    fn workspace(&self) -> usize {
+        let rows = self.spec.tokens * self.spec.top_k;
+        let counts = (rows.div_ceil(TILE) + 1) * self.spec.experts;
+        4 * (counts + if self.drops_by_score() { rows } else { 0 })
+    }
+
+    /// Bytes of scratch memory.
+    pub fn scratch(&self) -> usize {
+        scratch_size(self.workspace()) + if self.check { scratch_size(4) } else { 0 }
+    }
+
+    /// # Safety
+    /// The buffers have the sizes of the spec and stay until the kernels have run.
+    pub unsafe fn launch(&self, queue: &mut Queue<'_>) -> Result<Option<usize>> {
+        let rows = self.spec.tokens * self.spec.top_k;
+        let workspace = queue.take("workspace", self.workspace());
+        let bad_row = if self.check { queue.take("bad_row", 4) } else { Buffer::default() };
+        let capacity = self.spec.capacity;
+        let params = Params {
+            ids: self.ids.address,
+            weights: self.weights.address,
+            counts: self.counts.address,
+            offsets: self.offsets.address,
+            gather: self.gather.address,
+            inverse: self.inverse.address,
+            sorted_weights: self.sorted_weights.address,
+            bad_row: bad_row.address,
+            workspace: workspace.address,
+            rows: rows as i32,
+            top_k: self.spec.top_k as i32,
+            experts: self.spec.experts as i32,
+            capacity: capacity.map_or(i32::MAX, |c| c.rows.try_into().unwrap_or(i32::MAX)),
+            pad: capacity.is_some_and(|c| c.pad).into(),
+            drop_by_score: self.drops_by_score().into(),
+        };
+        let workspace = workspace.read_write();
+        let inputs = [self.ids.read(), self.weights.read()];
+        let outputs = [self.gather.write(), self.inverse.write(), self.sorted_weights.write()];
+        let [ids, weights] = inputs;
+        let [gather, inverse, sorted_weights] = outputs;
+        let offsets = self.offsets.write();
+        let blocks = rows.div_ceil(TILE).div_ceil(TILES_OF_BLOCK).max(1);
+        let id = if self.wide_ids { "i64" } else { "i32" };
+        // SAFETY: this is the struct of all four kernels, and as promised by the caller.
+        unsafe {
+            if self.check {
+                queue.set_word(bad_row, i32::MAX)?;
+            }
+            let memory = [ids, workspace, bad_row.read_write()];
+            queue.launch(&format!("plan_count_{id}"), blocks, &params, &memory)?;
+            let memory = [workspace, self.counts.write()];
+            queue.launch("plan_scan", self.spec.experts.div_ceil(EXPERTS_OF_BLOCK), &params, &memory)?;
+            let memory = [ids, weights, workspace, offsets, gather, inverse, sorted_weights];
+            queue.launch(&format!("plan_scatter_{id}"), blocks, &params, &memory)?;
+            if self.drops_by_score() {
+                let memory = [weights, workspace, offsets, gather, inverse, sorted_weights];
+                queue.launch("plan_seat", self.spec.experts.max(1), &params, &memory)?;
+            }
+            if self.check {
+                let first = queue.word(bad_row)?;
+                return Ok((first != i32::MAX).then_some(first as usize));
+            }
+        }
+        Ok(None)
+    }
+}
