@@ -67,6 +67,7 @@ struct Block {
   NamedBarrier named[16];
   std::map<uint32_t, MBarrier> mbarriers;  // by offset
   std::vector<Pending> pending;
+  uint64_t polls = 0;                     // of mbarriers whose phase had not ended
   uint64_t shared_version = 0;            // changes with what shared memory holds
   Panel panels[8];
   unsigned next_panel = 0;

@@ -92,8 +92,11 @@ void arrive_after_copies(uint32_t address, const Where& where) {
 
 bool try_wait_mbarrier(uint32_t address, uint32_t parity, const Where& where) {
   preempt();
-  const MBarrier& barrier = mbarrier_at(*current->block, address, where);
+  Block& block = *current->block;
+  const MBarrier& barrier = mbarrier_at(block, address, where);
   if (!ended(barrier, parity)) {
+    // Who polls never stops, so asynchronous work has to happen while threads can run.
+    if (++block.polls % 64 == 0 && !block.pending.empty()) run_pending(block, 0);
     yield();
     return false;
   }

@@ -176,6 +176,7 @@ int main(int count, char** arguments) {
     else if (a == "--list") o.list = true;
     else o.filter = a;
   }
+  setvbuf(stdout, nullptr, _IOLBF, 0);
   test::catch_signals();
   if (o.list) {
     for (const auto& t : test::chosen(o)) printf("%s\n", t.name);
