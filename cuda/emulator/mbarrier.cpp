@@ -9,7 +9,7 @@ namespace emulator {
 namespace {
 
 // What the eight bytes of a barrier hold, so that data written over it is noticed.
-uint64_t mark(uint32_t offset) { return 0xba88ba8800000000u | offset; }
+uint64_t mark(uint32_t offset) { return 0xba88ba885eed5eedu ^ offset; }
 
 void complete_phase(Block& block, MBarrier& barrier) {
   if (barrier.missing || barrier.bytes) return;

@@ -11,7 +11,7 @@ struct Params {
   Global<const uint32_t> in;
   Global<uint32_t> out;
 };
-constexpr int in_words = 4096, out_words = 8192;
+enum { in_words = 4096, out_words = 8192 };
 
 PTX_D uint32_t word(const Params& p, int i) { return load_readonly(p.in + i); }
 // Result number `i` of this thread.
@@ -26,7 +26,7 @@ PTX_D void lanes(const Params& p) {
   put(p, 0, shfl(x, (lane * 7 + 3) % 32));
   put(p, 1, shfl_xor(x, 5));
   put(p, 2, shfl_up(x, 3));
-  put(p, 3, ballot(x % 3 == 0));
+  put(p, 3, ptx::ballot(x % 3 == 0));
   put(p, 4, match_any(x % 5));
   put(p, 5, redux_max(x));
   put(p, 6, redux_min(x));
@@ -64,7 +64,7 @@ PTX_D void approximations(const Params& p) {
   put(p, 0, exp2_approx(x));
   put(p, 1, rcp_approx(x));
   put(p, 2, tanh_approx(x / 4));
-  put(p, 3, erf(x / 4));
+  put(p, 3, ptx::erf(x / 4));
 }
 PTX_KERNEL(probe_approximations, 128, 1, 16, approximations, Params)
 
@@ -227,7 +227,7 @@ PTX_D void arrivals(const Params& p) {
     while (!mbarrier_try_wait(full, 0)) {}
     for (int i = 0; i < 4; i++) put(p, i, load_shared<uint32_t>(shared_memory() + (t % 32 * 4 + i) * 4));
   }
-  put(p, 4, static_cast<uint32_t>(popcount(ballot(elect_one()))));
+  put(p, 4, static_cast<uint32_t>(popcount(ptx::ballot(elect_one()))));
 }
 PTX_KERNEL(probe_arrivals, 64, 1, 520, arrivals, Params)
 #endif

@@ -1,8 +1,8 @@
 """Holds every instruction of cuda/ptx/device on a GPU against its emulation on the CPU, bit for bit.
 
-    python tests/gpu/conformance.py            # both sides here: needs g++, nvcc (make toolchain) and a GPU
-    python tests/gpu/conformance.py --build    # compiles only; out/conformance may be carried to a machine with a GPU
-    python tests/gpu/conformance.py --state    # whether the sources are those that last passed; never fails
+python tests/gpu/conformance.py            # both sides here: needs g++, nvcc (make toolchain) and a GPU
+python tests/gpu/conformance.py --build    # compiles into out/conformance, for --built elsewhere
+python tests/gpu/conformance.py --state    # whether the sources are those that last passed; never fails
 """
 
 import argparse
@@ -23,11 +23,10 @@ RECORD = Path(__file__).with_suffix(".json")
 IN_WORDS, OUT_WORDS = 4096, 8192
 PARAMS_BYTES = 320  # two tensor maps of 128 bytes, two pointers, rounded up to 64
 ARCHS = ("80", "90a")
-PROBES = (
-    "lanes conversions arithmetic approximations memory copies matrices products_bf16 products_f16 products_tf32 named_barriers "
-    "boxes warpgroup_bf16 warpgroup_f16 warpgroup_transposed arrivals"
-).split()
-HOPPER = {"boxes", "warpgroup_bf16", "warpgroup_f16", "warpgroup_transposed", "arrivals"}
+PROBES = ["lanes", "conversions", "arithmetic", "approximations", "memory", "copies", "matrices"]
+PROBES += ["products_bf16", "products_f16", "products_tf32", "named_barriers"]
+HOPPER = ["boxes", "warpgroup_bf16", "warpgroup_f16", "warpgroup_transposed", "arrivals"]
+PROBES += HOPPER
 # Twice the documented relative errors of exp2, rcp, tanh and erf: either side may be off by one of them.
 APPROXIMATION_ERRORS = (2**-21, 2**-22, 2**-9.987, 2**-21)
 
@@ -49,11 +48,13 @@ def state() -> str:
 
 def build() -> None:
     BUILT.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["make", "--silent", "-C", ROOT / "cuda/tests", f"OUT={BUILT}", BUILT / "libprobes.so"], check=True)
+    tests = ROOT / "cuda/tests"
+    subprocess.run(["make", "--silent", "-C", tests, f"OUT={BUILT}", BUILT / "libprobes.so"], check=True)
     nvcc = Path(os.environ.get("FASTMOE_NVCC_ROOT", ROOT / ".venv/cuda/nvidia/cu13")) / "bin/nvcc"
     for arch in ARCHS:
+        image = BUILT / f"probes.{arch}.cubin"
         command = [nvcc, f"-arch=sm_{arch}", "-cubin", "-std=c++20", "-O3", "-x", "cu", f"-I{ROOT / 'cuda'}"]
-        subprocess.run([*command, ROOT / "cuda/tests/probes.cuh", "-o", BUILT / f"probes.{arch}.cubin"], check=True)
+        subprocess.run([*command, tests / "probes.cuh", "-o", image], check=True)
 
 
 def launch_params(maps: bytes, source: int, target: int) -> bytes:
@@ -81,12 +82,22 @@ class Emulator:
         at = (c.addressof(maps) + 63) // 64 * 64
         for i, base in enumerate((source, target)):
             error = self.library.emulator_tensor_map(
-                c.c_void_p(at + 128 * i), c.c_void_p(base), 2, c.c_uint64(64), c.c_uint64(128), c.c_uint64(128), 64, 64, 1
+                c.c_void_p(at + 128 * i),
+                c.c_void_p(base),
+                2,
+                c.c_uint64(64),
+                c.c_uint64(128),
+                c.c_uint64(128),
+                64,
+                64,
+                1,
             )
             if error:
                 raise RuntimeError(error.decode())
         params = launch_params(c.string_at(at, 256), source, target)
-        error = self.library.emulator_launch(f"probe_{probe}".encode(), c.c_int64(1), params, c.c_size_t(len(params)))
+        error = self.library.emulator_launch(
+            f"probe_{probe}".encode(), c.c_int64(1), params, c.c_size_t(len(params))
+        )
         if error:
             raise RuntimeError(error.decode())
         return c.string_at(target, 4 * OUT_WORDS)
@@ -133,7 +144,9 @@ class Gpu:
         target = source + 4 * IN_WORDS
         function, threads, shared = c.c_void_p(), (c.c_uint32 * 2)(), c.c_uint64()
         self.call("cuModuleGetFunction", c.byref(function), self.module, f"probe_{probe}".encode())
-        self.call("cuModuleGetGlobal_v2", c.byref(shared), None, self.module, f"probe_{probe}_launch".encode())
+        self.call(
+            "cuModuleGetGlobal_v2", c.byref(shared), None, self.module, f"probe_{probe}_launch".encode()
+        )
         self.call("cuMemcpyDtoH_v2", threads, shared, c.c_size_t(8))
         self.call("cuMemcpyHtoD_v2", c.c_uint64(source), words, c.c_size_t(len(words)))
         self.call("cuMemsetD8_v2", c.c_uint64(target), c.c_ubyte(0), c.c_size_t(4 * OUT_WORDS))
@@ -149,13 +162,19 @@ class Gpu:
 
 def differences(probe: str, emulated: bytes, device: bytes) -> int:
     if probe == "approximations":
-        pairs = zip(struct.unpack(f"<{OUT_WORDS}f", emulated), struct.unpack(f"<{OUT_WORDS}f", device), strict=True)
-        return sum(abs(a - b) > abs(a) * APPROXIMATION_ERRORS[i // 128] for i, (a, b) in enumerate(pairs) if i < 512)
+        pairs = zip(
+            struct.unpack(f"<{OUT_WORDS}f", emulated), struct.unpack(f"<{OUT_WORDS}f", device), strict=True
+        )
+        return sum(
+            abs(a - b) > abs(a) * APPROXIMATION_ERRORS[i // 128] for i, (a, b) in enumerate(pairs) if i < 512
+        )
     return sum(emulated[i : i + 4] != device[i : i + 4] for i in range(0, len(emulated), 4))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--build", action="store_true", help="compile only")
     parser.add_argument("--state", action="store_true", help="say what the record says")
     parser.add_argument("--built", action="store_true", help="use what --build has left in out/conformance")
@@ -178,7 +197,10 @@ def main() -> int:
         if probe in HOPPER and not gpu.hopper:
             print(f"skipped {probe}: {gpu.name} lacks these instructions")
             continue
-        wrong = sum(differences(probe, emulator.run(probe, w), gpu.run(probe, w)) for w in map(words_of_seed, range(options.seeds)))
+        wrong = sum(
+            differences(probe, emulator.run(probe, w), gpu.run(probe, w))
+            for w in map(words_of_seed, range(options.seeds))
+        )
         print(f"{'differs' if wrong else 'equal'} {probe}" + (f": {wrong} words" if wrong else ""))
         failed += [probe] * bool(wrong)
     if not failed and gpu.hopper:
