@@ -229,7 +229,7 @@ PTX_KERNEL(test_faulty, 64, 1, 256, faulty, Faulty)
 
 TEST(faults) {
   static const char* const messages[] = {"written before", "read-only", "not yet written", "out of bounds", "misaligned",
-      "but this kernel wrote it", "out of bounds", "not aligned", "race", "lanes of the warp differ", "deadlock", "returned",
+      "but this kernel wrote it", "out of bounds", "not aligned", "race", "lanes of the warp differ", "deadlock", "return",
       "cp_async in flight", "not initialised", "more arrivals", "overwritten", "others arrived at it for", "null pointer", "write-once"};
   for (int fault = 0; fault < static_cast<int>(std::size(messages)); fault++) {
     auto in = input<int>("in", 64, [](int64_t i) { return i; });
