@@ -220,7 +220,7 @@ PTX_D void faulty(const Faulty& p) {
     case 13: mbarrier_arrive(at); break;
     case 14: if (t == 0) mbarrier_init(at, 1); sync_block(); if (t < 2) mbarrier_arrive_expect(at, 16); break;
     case 15: if (t == 0) { mbarrier_init(at, 1); store_shared(at, 0); mbarrier_arrive(at); } break;
-    case 16: bar_sync(1, t < 32 ? 64 : 32); break;
+    case 16: if (t == 0) { bar_arrive(1, 64); bar_arrive(1, 32); } break;
     case 17: load_readonly(Global<const int>(nullptr)); break;
     case 18: atomic_add(p.out, 1); break;
   }
