@@ -53,7 +53,16 @@ def build() -> None:
     nvcc = Path(os.environ.get("FASTMOE_NVCC_ROOT", ROOT / ".venv/cuda/nvidia/cu13")) / "bin/nvcc"
     for arch in ARCHS:
         image = BUILT / f"probes.{arch}.cubin"
-        command = [nvcc, f"-arch=sm_{arch}", "-cubin", "-std=c++20", "-O3", "-x", "cu", f"-I{ROOT / 'cuda'}"]
+        command: list[str | Path] = [
+            nvcc,
+            f"-arch=sm_{arch}",
+            "-cubin",
+            "-std=c++20",
+            "-O3",
+            "-x",
+            "cu",
+            f"-I{ROOT / 'cuda'}",
+        ]
         subprocess.run([*command, tests / "probes.cuh", "-o", image], check=True)
 
 
