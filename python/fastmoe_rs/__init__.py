@@ -1,7 +1,8 @@
 """Fast Mixture-of-Experts layers for PyTorch.
 
-`functional` has the differentiable functions, `nn` the modules, `reference` the same in plain torch,
-`RoutingPlan` says which row goes to which expert, and `accelerate(model)` switches a Hugging Face model over.
+`functional` has the differentiable functions, `routing` routers beyond the plain one, `nn` the modules,
+`reference` the same in plain torch, `RoutingPlan` says which row goes to which expert, and
+`accelerate(model)` switches a Hugging Face model over.
 
 `RoutingPlan` on NumPy arrays works without torch; everything else raises ImportError where torch is missing.
 """
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ._native import __version__, empty_cache, memory_stats
 
 if TYPE_CHECKING:
-    from . import functional, losses, nn, reference
+    from . import functional, losses, nn, reference, routing
     from .integrations import accelerate
     from .plan import RoutingPlan
     from .replay import record_routing, replay_routing
@@ -32,6 +33,7 @@ __all__ = [
     "record_routing",
     "reference",
     "replay_routing",
+    "routing",
 ]
 
 _SOURCES = {
@@ -43,6 +45,7 @@ _SOURCES = {
     "record_routing": "replay",
     "reference": "reference",
     "replay_routing": "replay",
+    "routing": "routing",
 }
 
 
