@@ -1,0 +1,113 @@
+// Rows of a matrix in row-major order, shared out over warps: 16 bytes a lane where the rows allow it, else one element.
+#pragma once
+#include "ptx/ptx.cuh"
+
+namespace moe {
+using namespace ptx;
+
+PTX_D int lane() { return thread_id() % 32; }
+
+// Columns that a lane holds when it moves 16 bytes.
+template <class T> constexpr int WIDE = 16 / static_cast<int>(sizeof(T));
+
+// Whether every row of `columns` elements starts at a multiple of 16 bytes.
+template <class T> PTX_D bool rows_are_wide(int columns, Global<const T> rows) {
+  return columns % WIDE<T> == 0 && (!rows || rows.aligned(16));
+}
+
+// Calls `work(row, part)` for each part of each row; every call is one warp's.
+template <class Work> PTX_D void for_each_part(int64_t rows, int parts, Work work) {
+  const int per_block = block_threads() / 32;
+  const int64_t step = static_cast<int64_t>(block_count()) * per_block;
+  for (int64_t item = static_cast<int64_t>(block_id()) * per_block + thread_id() / 32; item < rows * parts; item += step)
+    work(item / parts, static_cast<int>(item % parts));
+}
+
+// Parts of a row that one warp covers at once.
+template <int N> PTX_D int parts_of(int columns) { return (columns + 32 * N - 1) / (32 * N); }
+
+// N neighbouring elements of a row: one, or 16 bytes.
+template <class T, int N> struct Cells {
+  static_assert(N == 1 || N == WIDE<T>);
+  float at[N];
+
+  PTX_D static Cells zeros() {
+    Cells cells;
+#pragma unroll
+    for (int i = 0; i < N; i++) cells.at[i] = 0;
+    return cells;
+  }
+  PTX_D static Cells load(Global<const T> from) {
+    Cells cells;
+    if constexpr (N == 1) {
+      cells.at[0] = to_float(load_readonly(from));
+    } else {
+      const uint4 raw = load_readonly(from.template as<const uint4>());
+      const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if constexpr (N == 4) {
+          cells.at[i] = bits_float(words[i]);
+        } else {
+          cells.at[2 * i] = low_half<T>(words[i]);
+          cells.at[2 * i + 1] = high_half<T>(words[i]);
+        }
+      }
+    }
+    return cells;
+  }
+  PTX_D void store(Global<T> to) const {
+    if constexpr (N == 1) {
+      ptx::store(to, from_float<T>(at[0]));
+    } else {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if constexpr (N == 4)
+          words[i] = float_bits(at[i]);
+        else
+          words[i] = pack<T>(at[2 * i], at[2 * i + 1]);
+      }
+      ptx::store(to.template as<uint4>(), uint4{words[0], words[1], words[2], words[3]});
+    }
+  }
+  // In the order of the CPU backend: a product, rounded, then a sum, rounded.
+  PTX_D void add_scaled(float scale, const Cells& other) {
+#pragma unroll
+    for (int i = 0; i < N; i++) at[i] = add_rn(at[i], mul_rn(scale, other.at[i]));
+  }
+  PTX_D float dot(const Cells& other, float sum) const {
+#pragma unroll
+    for (int i = 0; i < N; i++) sum = fma_rn(at[i], other.at[i], sum);
+    return sum;
+  }
+};
+
+// Adds scale * rows[row], of lanes 0 to count - 1 in turn, to the cells that start at `column`; a row of -1 adds nothing.
+template <int N, class T>
+PTX_D void add_rows(Cells<T, N>& total, Global<const T> rows, int columns, int column, int row, float scale, int count) {
+  constexpr int AT_ONCE = 4;  // rows in flight
+  const bool inside = column < columns;
+  for (int k = 0; k < count; k += AT_ONCE) {
+    Cells<T, N> cells[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      const int r = shfl(row, k + i);
+      if (r >= 0 && k + i < count && inside) cells[i] = Cells<T, N>::load(rows + (static_cast<int64_t>(r) * columns + column));
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      const float factor = shfl(scale, k + i);
+      if (shfl(row, k + i) >= 0 && k + i < count && inside) total.add_scaled(factor, cells[i]);
+    }
+  }
+}
+
+// The sum of all lanes, in every lane; the order of the additions is fixed.
+PTX_D float sum_of_lanes(float x) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) x = add_rn(x, shfl_xor(x, distance));
+  return x;
+}
+
+}  // namespace moe
