@@ -121,7 +121,7 @@ template <class T> struct TokenGrad {
     if (p.score == SOFTMAX) return score * (grad - inner);
     if (p.score == SIGMOID) return grad * score * (1.0f - score);
     // d sqrt(softplus(x)) / dx = sigmoid(x) / (2 sqrt(softplus(x))), 0 where the root has become 0.
-    return score == 0.0f ? 0.0f : grad * Scorer{SIGMOID}(logit(expert)) / (score + score);
+    return score == 0.0f ? 0.0f : grad * Scorer{SIGMOID, 0, 0}(logit(expert)) / (score + score);
   }
 };
 

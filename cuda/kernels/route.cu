@@ -114,7 +114,7 @@ template <bool KEEP, class T> struct TokenRouter {
       best = next_best(0, (p.n_group + 31) / 32, best, [&](int i) {
         return i * 32 + lane() < p.n_group ? load_shared<uint32_t>(at(groups, i)) : 0;
       });
-      if (lane() == best.id % 32) store_shared(at(groups, best.id / 32), 0u);  // 0: chosen
+      if (lane() == static_cast<int>(best.id % 32)) store_shared(at(groups, best.id / 32), 0u);  // 0: chosen
     }
     sync_warp();
     const uint32_t loser = order(p.group_losers == LOSERS_ZERO ? 0.0f : -infinity());
@@ -147,7 +147,7 @@ template <bool KEEP, class T> struct TokenRouter {
       return static_cast<int>(load(p.ids + (token * p.top_k + k)));
     };
     const auto x = [&](int i) { return i * 32 + lane() < p.top_k ? logit(id(i)) : -infinity(); };
-    const Scorer chosen = p.order == SCORE_TOPK ? all : scorer_of(p.score, p.top_k, x);
+    const Scorer chosen = p.order == SCORE_TOPK || BUG(route_score_of_all) ? all : scorer_of(p.score, p.top_k, x);
     float sum = 0.0f;
     for (int i = 0; p.renormalize && i * 32 < p.top_k; i++) {
       const float weight = chosen(x(i));
