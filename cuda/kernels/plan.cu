@@ -84,8 +84,9 @@ template <class Id> PTX_D void plan_count(const PlanParams<Id>& p) {
         if (expert - span < SPAN && expert != NOBODY) atomic_add_shared(counts + (expert - span) * 4, 1);
       }
       sync_warp();
+      const int left = p.experts - static_cast<int>(span);
       const Global<int> out = p.tile_rows() + (static_cast<int64_t>(tile) * p.experts + span);
-      for (int e = lane(); e < SPAN && span + e < p.experts; e += 32) store(out + e, load_shared<int>(counts + e * 4));
+      for (int e = lane(); e < left && e < SPAN; e += 32) store(out + e, load_shared<int>(counts + e * 4));
       sync_warp();
     }
   });
@@ -126,7 +127,8 @@ PTX_D void plan_scan(const PlanParams<int64_t>& p) {
 template <class Id>
 PTX_D void scatter_tile(const PlanParams<Id>& p, int tile, uint32_t span, Shared offsets, Shared places) {
   const Global<int> starts = p.tile_rows() + (static_cast<int64_t>(tile) * p.experts + span);
-  for (int e = lane(); e < SPAN && span + e < p.experts; e += 32) store_shared(places + e * 4, load(starts + e));
+  const int left = p.experts - static_cast<int>(span);
+  for (int e = lane(); e < left && e < SPAN; e += 32) store_shared(places + e * 4, load(starts + e));
   sync_warp();
   for (int i = 0; i < TILE && tile * TILE + i < p.rows; i += 32) {
     const int row = tile * TILE + i + lane();

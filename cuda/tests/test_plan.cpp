@@ -1,13 +1,11 @@
 // The planning kernels: equal to fastmoe-core to the bit.
 #include "kernels/plan.cu"
-#include "tests/harness.h"
-#include "tests/oracle/oracle.h"
+#include "tests/plans.h"
 
 using namespace moe;
+using test::chance;
 
 namespace {
-
-bool chance(int of) { return uniform(1, of) == 1; }
 
 struct Shape {
   int tokens, experts, top_k;

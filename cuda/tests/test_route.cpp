@@ -1,15 +1,13 @@
 // The router kernels: equal to fastmoe-core to the bit, and its gradient against float64.
 #include "kernels/grad_route.cu"
 #include "kernels/route.cu"
-#include "tests/harness.h"
-#include "tests/oracle/oracle.h"
+#include "tests/plans.h"
 
 using namespace moe;
+using test::any_of;
+using test::chance;
 
 namespace {
-
-bool chance(int of) { return uniform(1, of) == 1; }
-template <class T> const T& any_of(std::initializer_list<T> values) { return values.begin()[uniform(0, values.size() - 1)]; }
 
 // The same number; two NaN are the same whatever their bits.
 void expect_same(const test::Buffer<float>& got, const std::vector<float>& want, test::Where where = test::Where::current()) {

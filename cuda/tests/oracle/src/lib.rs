@@ -50,13 +50,31 @@ pub struct Plan {
     sorted_weights: *mut f32,
 }
 
-/// `n` numbers, or none from a null pointer.
+/// `n` numbers; the pointer of no numbers may be null.
+///
+/// # Safety
+/// `p` is valid for `n` numbers.
+unsafe fn slice<'a, T>(p: *const T, n: usize) -> &'a [T] {
+    // SAFETY: as promised by the caller.
+    if n == 0 { &[] } else { unsafe { from_raw_parts(p, n) } }
+}
+
+/// As [`slice`].
+///
+/// # Safety
+/// As [`slice`], and nobody else uses the numbers.
+unsafe fn slice_mut<'a, T>(p: *mut T, n: usize) -> &'a mut [T] {
+    // SAFETY: as promised by the caller.
+    if n == 0 { &mut [] } else { unsafe { from_raw_parts_mut(p, n) } }
+}
+
+/// As [`slice`]; none from a null pointer.
 ///
 /// # Safety
 /// `p` is null or valid for `n` numbers.
 unsafe fn optional<'a, T>(p: *const T, n: usize) -> Option<&'a [T]> {
     // SAFETY: as promised by the caller.
-    (!p.is_null()).then(|| unsafe { from_raw_parts(p, n) })
+    (n == 0 || !p.is_null()).then(|| unsafe { slice(p, n) })
 }
 
 /// Routes every token.
@@ -86,11 +104,11 @@ pub unsafe extern "C" fn oracle_route(p: &Route) {
         route_rows(
             &router,
             experts,
-            from_raw_parts(p.logits, tokens * experts),
+            slice(p.logits, tokens * experts),
             PerExpert { bias: optional(p.bias, experts), scale: optional(p.expert_scale, experts) },
-            from_raw_parts_mut(p.ids, tokens * top_k),
-            from_raw_parts_mut(p.weights, tokens * top_k),
-            from_raw_parts_mut(p.scores, tokens * experts),
+            slice_mut(p.ids, tokens * top_k),
+            slice_mut(p.weights, tokens * top_k),
+            slice_mut(p.scores, tokens * experts),
         );
     }
 }
@@ -112,15 +130,15 @@ pub unsafe extern "C" fn oracle_plan(p: &Plan) -> i32 {
         // SAFETY: as promised by the caller.
         unsafe {
             let out = PlanOut {
-                counts: from_raw_parts_mut(p.counts, experts),
-                offsets: from_raw_parts_mut(p.offsets, experts + 1),
-                gather: from_raw_parts_mut(p.gather, spec.rows()),
-                inverse: from_raw_parts_mut(p.inverse, tokens * top_k),
+                counts: slice_mut(p.counts, experts),
+                offsets: slice_mut(p.offsets, experts + 1),
+                gather: slice_mut(p.gather, spec.rows()),
+                inverse: slice_mut(p.inverse, tokens * top_k),
                 sorted_weights: (!p.sorted_weights.is_null())
-                    .then(|| from_raw_parts_mut(p.sorted_weights, spec.rows())),
+                    .then(|| slice_mut(p.sorted_weights, spec.rows())),
             };
             let weights = optional(p.weights, tokens * top_k);
-            spec.build(&Serial, from_raw_parts(p.ids, tokens * top_k), weights, out)
+            spec.build(&Serial, slice(p.ids, tokens * top_k), weights, out)
         }
     };
     let first_bad = match build(OutOfRange::Error) {
