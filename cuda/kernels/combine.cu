@@ -25,7 +25,7 @@ template <int N, class T> PTX_D void combine_part(const CombineParams<T>& p, int
     const float weight = lane() < count && p.weights ? load_readonly(p.weights + slot) : 1.0f;
     add_rows(total, p.y, p.columns, column, row, weight, BUG(combine_last_slot) ? count & ~1 : count);
   }
-  if (column < p.columns) total.store(p.out + (token * p.columns + column));
+  if (column < p.columns + BUG(combine_tail)) total.store(p.out + (token * p.columns + column));
 }
 
 template <class T> PTX_D void combine(const CombineParams<T>& p) {

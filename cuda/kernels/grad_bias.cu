@@ -57,7 +57,7 @@ template <class T> PTX_D void grad_bias_sum(const GradBiasParams<T>& p) {
   const int64_t threads = static_cast<int64_t>(block_count()) * block_threads();
   for (int64_t i = static_cast<int64_t>(block_id()) * block_threads() + thread_id(); i < size; i += threads) {
     float total = 0.0f;
-    for (int split = 0; split < p.splits; split++) total = add_rn(total, load(p.partial + (split * size + i)));
+    for (int split = BUG(bias_first_split); split < p.splits; split++) total = add_rn(total, load(p.partial + (split * size + i)));
     store(p.out + i, from_float<T>(total));
   }
 }

@@ -96,7 +96,7 @@ template <class T> struct TokenGrad {
       const int expert = i * 32 + lane();
       float of_choice = 0.0f;
       for (int c = 0; c * 32 < p.top_k; c++) {
-        const Choice mine = c == 0 ? first : choices(c);
+        const Choice mine = c == 0 || BUG(grad_route_first_choices) ? first : choices(c);
         for (int k = 0; k < 32 && c * 32 + k < p.top_k; k++) {
           const float grad = shfl(mine.grad, k);
           if (shfl(mine.expert, k) == expert) of_choice += grad;

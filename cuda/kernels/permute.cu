@@ -22,7 +22,7 @@ template <int N, class T> PTX_D void permute_part(const PermuteParams<T>& p, int
   if constexpr (N == 1)
     store(out, token < 0 ? from_float<T>(0.0f) : load_readonly(x));
   else
-    store(out.template as<uint4>(), token < 0 ? uint4{0, 0, 0, 0} : load_readonly(x.template as<const uint4>()));
+    store(out.template as<uint4>(), token < 0 && !BUG(permute_unused) ? uint4{0, 0, 0, 0} : load_readonly(x.template as<const uint4>()));
 }
 
 template <class T> PTX_D void permute(const PermuteParams<T>& p) {
@@ -72,7 +72,7 @@ template <int N, class T> PTX_D void zero_unused_part(const UnpermuteGradParams<
 template <int N, class T> PTX_D void unpermute_grad_by(const UnpermuteGradParams<T>& p) {
   const int64_t slots = static_cast<int64_t>(p.tokens) * p.top_k;
   for_each_part(slots, 1, [&](int64_t slot, int) { unpermute_grad_slot<N>(p, slot); });
-  if (p.grad_y)
+  if (p.grad_y && !BUG(unpermute_unused))
     for_each_part(p.rows, parts_of<N>(p.columns), [&](int64_t row, int part) { zero_unused_part<N>(p, row, part); });
 }
 

@@ -1,8 +1,9 @@
 // The routing plan of fastmoe-core's PlanSpec::build, to the bit: a stable counting sort of the rows by expert.
 //
 // T tokens, E experts, K experts per token, R = T*K routed rows, C capacity, N sorted rows: E*C with padding, else R.
-// Four kernels in a row, the last one for a drop by score only:
+// Either one kernel or three make the plan, and one more where rows are dropped by score:
 //
+//   plan_small     one block, for up to 1024 experts: quicker for a few thousand rows
 //   plan_count     a warp counts the rows of a tile for every expert
 //   plan_scan      over the tiles of each expert: where the rows of a tile start
 //   plan_scatter   a warp gives the rows of its tile their places, 32 at a time, in order
@@ -17,6 +18,7 @@ constexpr int TILE = 512;      // rows of a tile
 constexpr int SPAN = 1024;     // experts that are counted at a time
 constexpr int PLAN_WARPS = 4;  // tiles that a block works at
 constexpr int SCAN_WARPS = 32;
+constexpr int SMALL_WARPS = 8;
 constexpr int SEAT_THREADS = 256;
 
 // Ids of type int32_t or int64_t; those outside 0..E are dropped.
@@ -35,7 +37,7 @@ template <class Id> struct PlanParams {
   int pad;                       // whether every expert owns C sorted rows
   int drop_by_score;             // whether the rows of highest weight stay, rather than the first ones
 
-  PTX_D int tiles() const { return (rows + TILE - 1) / TILE; }
+  PTX_D int tiles() const { return rows / TILE + (rows % TILE != 0); }
   // [tiles, E] rows of a tile for an expert, after plan_scan those of all tiles before.
   PTX_D Global<int> tile_rows() const { return workspace; }
   // [E] rows before any is dropped.
@@ -53,45 +55,129 @@ template <class Id> struct PlanParams {
     const Id id = load_readonly(ids + row);
     return static_cast<uint64_t>(id) < static_cast<uint64_t>(experts) ? static_cast<uint32_t>(id) : NOBODY;
   }
+  PTX_D void count(int expert, int total) const {
+    store(totals() + expert, total);
+    store(counts + expert, total < capacity ? total : capacity);
+  }
   PTX_D void seat(int row, int sorted) const {
     store(gather + sorted, row / top_k);
     store(inverse + row, sorted);
     if (sorted_weights) store(sorted_weights + sorted, load_readonly(weights + row));
   }
-  PTX_D void leave_unused(int sorted) const {
+  PTX_D void leave_unused(int64_t sorted) const {
     store(gather + sorted, -1);
     if (sorted_weights) store(sorted_weights + sorted, 0.0f);
   }
+  // Those of rows `end` to N.
+  PTX_D void leave_rest_unused(int end) const {
+    const int64_t threads = static_cast<int64_t>(block_count()) * block_threads();
+    int64_t row = static_cast<int64_t>(block_id()) * block_threads() + thread_id();
+    for (row += end; !pad && row < rows; row += threads) leave_unused(row);
+  }
 };
 
-// Calls `work(tile)` for the tiles of this warp.
-template <class Work> PTX_D void for_each_tile(int tiles, Work work) {
-  for (int tile = block_id() * PLAN_WARPS + thread_id() / 32; tile < tiles; tile += block_count() * PLAN_WARPS) work(tile);
+// Calls `work(first, last + 1)` for the rows of this warp's tiles.
+template <class Id, class Work> PTX_D void for_each_tile(const PlanParams<Id>& p, Work work) {
+  for (int tile = block_id() * PLAN_WARPS + thread_id() / 32; tile < p.tiles(); tile += block_count() * PLAN_WARPS)
+    work(tile, tile * TILE, p.rows - tile * TILE < TILE ? p.rows : (tile + 1) * TILE);
+}
+
+// Counts rows for the experts span..span + SPAN by a warp; `counts` is [SPAN]. Lowers `first_bad`, a lane's own.
+template <class Id>
+PTX_D void count_rows(const PlanParams<Id>& p, int begin, int end, uint32_t span, Shared counts, int& first_bad) {
+  for (int e = lane(); e < SPAN; e += 32) store_shared(counts + e * 4, 0);
+  sync_warp();
+  for (int row = begin + lane(); row < end; row += 32) {
+    const uint32_t expert = p.expert(row);
+    if (expert == NOBODY && row < first_bad) first_bad = row;
+    if (expert != NOBODY && expert - span < SPAN) atomic_add_shared(counts + (expert - span) * 4, 1);
+  }
+  sync_warp();
+}
+
+template <class Id> PTX_D void report_bad_row(const PlanParams<Id>& p, int first_bad) {
+  first_bad = redux_min(static_cast<uint32_t>(first_bad));
+  if (p.bad_row && first_bad < p.rows && lane() == 0) atomic_min(p.bad_row, first_bad);
+}
+
+// Gives the rows of the experts span..span + SPAN their places by a warp, in order. [SPAN]: the first sorted row of each
+// expert, and how many of its rows come before `begin`.
+template <class Id>
+PTX_D void place_rows(const PlanParams<Id>& p, int begin, int end, uint32_t span, Shared offsets, Shared places) {
+  for (int first = begin; first < end; first += 32) {
+    const int row = first + lane();
+    const uint32_t expert = row < end ? p.expert(row) : NOBODY;
+    const bool here = expert != NOBODY && expert - span < SPAN;
+    const uint32_t peers = match_any(here ? expert : NOBODY);
+    const uint32_t before = peers & ((BUG(plan_unstable) ? 0u : 1u << lane()) - 1);
+    const Shared next = places + (here ? expert - span : 0) * 4;
+    const int place = load_shared<int>(next) + popcount(before);
+    if (!BUG(plan_scatter_no_barrier)) sync_warp();
+    if (here && before == 0) store_shared(next, place + popcount(peers));
+    sync_warp();
+    if (here) {
+      const int sorted = load_shared<int>(offsets + (expert - span) * 4) + place;
+      if (p.drop_by_score)
+        store(p.by_expert() + sorted, row);
+      else if (place < p.capacity + BUG(plan_one_too_many))
+        p.seat(row, sorted);
+      else
+        store(p.inverse + row, -1);
+    } else if (row < end && expert == NOBODY && span == 0) {
+      store(p.inverse + row, -1);
+    }
+  }
+}
+
+// Cuts the sorted rows from `end` on into those of the experts span..span + SPAN, whose totals are known; returns their
+// end. `offsets` is [SPAN]; EACH times the threads of the block are SPAN.
+template <int EACH, class Id>
+PTX_D int lay_out(const PlanParams<Id>& p, int end, int span, Shared offsets, Shared scratch) {
+  const int first = thread_id() * EACH;
+  int owned[EACH], sum = 0;
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    const int expert = span + first + i;
+    owned[i] = expert >= p.experts ? 0 : p.drop_by_score ? load(p.totals() + expert) : p.sorted_rows_of(expert);
+    sum += owned[i];
+  }
+  const Scan scan = scan_block(sum, scratch);
+  int offset = (BUG(plan_spans_overlap) ? 0 : end) + scan.before;
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    const int expert = span + first + i;
+    store_shared(offsets + (first + i) * 4, offset);
+    if (block_id() == 0 && expert < p.experts && !p.drop_by_score) store(p.offsets + expert, offset);
+    offset += owned[i];
+  }
+  sync_block();
+  return end + scan.total;
+}
+
+// All that is left of a plan without a drop by score once the rows have their places, which end at `end`.
+template <class Id> PTX_D void finish(const PlanParams<Id>& p, int end) {
+  if (p.drop_by_score) return;
+  if (block_id() == 0 && thread_id() == 0) store(p.offsets + p.experts, end);
+  const int64_t threads = static_cast<int64_t>(block_count()) * block_threads();
+  for (int64_t row = static_cast<int64_t>(block_id()) * block_threads() + thread_id(); p.pad && row < end; row += threads) {
+    const int expert = static_cast<int>(row) / p.capacity;
+    if (row - static_cast<int64_t>(expert) * p.capacity >= p.kept(expert) + BUG(plan_padding)) p.leave_unused(row);
+  }
+  p.leave_rest_unused(end);
 }
 
 template <class Id> PTX_D void plan_count(const PlanParams<Id>& p) {
-  const Shared counts = shared_memory() + thread_id() / 32 * SPAN * 4;  // [SPAN] of this warp
+  const Shared counts = shared_memory() + thread_id() / 32 * SPAN * 4;
   int first_bad = p.rows;
-  for_each_tile(p.tiles(), [&](int tile) {
-    for (uint32_t span = 0; span < static_cast<uint32_t>(p.experts); span += SPAN) {
-      for (int e = lane(); e < SPAN; e += 32) store_shared(counts + e * 4, 0);
-      sync_warp();
-      for (int i = 0; i < TILE; i += 32) {
-        const int row = tile * TILE + i + lane();
-        if (row >= p.rows) break;
-        const uint32_t expert = p.expert(row);
-        if (expert == NOBODY && row < first_bad) first_bad = row;
-        if (expert - span < SPAN && expert != NOBODY) atomic_add_shared(counts + (expert - span) * 4, 1);
-      }
-      sync_warp();
-      const int left = p.experts - static_cast<int>(span);
+  for_each_tile(p, [&](int tile, int begin, int end) {
+    for (int span = 0; span < p.experts; span += SPAN) {
+      count_rows(p, begin, end, span, counts, first_bad);
       const Global<int> out = p.tile_rows() + (static_cast<int64_t>(tile) * p.experts + span);
-      for (int e = lane(); e < left && e < SPAN; e += 32) store(out + e, load_shared<int>(counts + e * 4));
+      for (int e = lane(); e < SPAN && e < p.experts - span; e += 32) store(out + e, load_shared<int>(counts + e * 4));
       sync_warp();
     }
   });
-  first_bad = redux_min(static_cast<uint32_t>(first_bad));
-  if (p.bad_row && first_bad < p.rows && lane() == 0) atomic_min(p.bad_row, first_bad);
+  report_bad_row(p, first_bad);
 }
 
 // A block takes 32 experts, a lane one of them, a warp a share of the tiles.
@@ -118,82 +204,53 @@ PTX_D void plan_scan(const PlanParams<int64_t>& p) {
     store(at, before);
     before += here;
   }
-  if (warp != 0) return;
-  store(p.totals() + expert, total);
-  store(p.counts + expert, total < p.capacity ? total : p.capacity);
-}
-
-// Gives the rows of a tile that belong to the experts of a span their places; `offsets` and `places` are [SPAN].
-template <class Id>
-PTX_D void scatter_tile(const PlanParams<Id>& p, int tile, uint32_t span, Shared offsets, Shared places) {
-  const Global<int> starts = p.tile_rows() + (static_cast<int64_t>(tile) * p.experts + span);
-  const int left = p.experts - static_cast<int>(span);
-  for (int e = lane(); e < left && e < SPAN; e += 32) store_shared(places + e * 4, load(starts + e));
-  sync_warp();
-  for (int i = 0; i < TILE && tile * TILE + i < p.rows; i += 32) {
-    const int row = tile * TILE + i + lane();
-    const uint32_t expert = row < p.rows ? p.expert(row) : NOBODY;
-    const bool here = expert != NOBODY && expert - span < SPAN;
-    const uint32_t peers = match_any(here ? expert : NOBODY);
-    const uint32_t before = peers & ((BUG(plan_unstable) ? 0u : 1u << lane()) - 1);
-    const Shared next = places + (here ? expert - span : 0) * 4;
-    const int place = load_shared<int>(next) + popcount(before);
-    if (!BUG(plan_scatter_no_barrier)) sync_warp();
-    if (here && before == 0) store_shared(next, place + popcount(peers));
-    sync_warp();
-    if (here) {
-      const int sorted = load_shared<int>(offsets + (expert - span) * 4) + place;
-      if (p.drop_by_score)
-        store(p.by_expert() + sorted, row);
-      else if (place < p.capacity + BUG(plan_one_too_many))
-        p.seat(row, sorted);
-      else
-        store(p.inverse + row, -1);
-    } else if (row < p.rows && expert == NOBODY && span == 0) {
-      store(p.inverse + row, -1);
-    }
-  }
-  sync_warp();
+  if (warp == 0) p.count(expert, total);
 }
 
 template <class Id> PTX_D void plan_scatter(const PlanParams<Id>& p) {
-  constexpr int EACH = SPAN / (PLAN_WARPS * 32);
-  const Shared offsets = shared_memory();  // [SPAN]
+  const Shared offsets = shared_memory(), scratch = offsets + (1 + PLAN_WARPS) * SPAN * 4;
   const Shared places = offsets + (1 + thread_id() / 32) * SPAN * 4;
-  const Shared scratch = offsets + (1 + PLAN_WARPS) * SPAN * 4;
-  int end = 0;  // of the experts so far
+  int last = 0;
   for (int span = 0; span < p.experts; span += SPAN) {
-    const int first = thread_id() * EACH;
-    int owned[EACH], sum = 0;
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      const int expert = span + first + i;
-      owned[i] = expert >= p.experts ? 0 : p.drop_by_score ? load(p.totals() + expert) : p.sorted_rows_of(expert);
-      sum += owned[i];
-    }
-    const Scan scan = scan_block(sum, scratch);
-    int offset = end + scan.before;
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      const int expert = span + first + i;
-      store_shared(offsets + (first + i) * 4, offset);
-      if (block_id() == 0 && expert < p.experts && !p.drop_by_score) store(p.offsets + expert, offset);
-      offset += owned[i];
-    }
-    end += scan.total;
-    sync_block();
-    for_each_tile(p.tiles(), [&](int tile) { scatter_tile(p, tile, span, offsets, places); });
+    last = lay_out<SPAN / (PLAN_WARPS * 32)>(p, last, span, offsets, scratch);
+    for_each_tile(p, [&](int tile, int begin, int end) {
+      const Global<int> starts = p.tile_rows() + (static_cast<int64_t>(tile) * p.experts + span);
+      for (int e = lane(); e < SPAN && e < p.experts - span; e += 32) store_shared(places + e * 4, load(starts + e));
+      sync_warp();
+      place_rows(p, begin, end, span, offsets, places);
+      sync_warp();
+    });
     sync_block();
   }
-  if (p.drop_by_score) return;
-  if (block_id() == 0 && thread_id() == 0) store(p.offsets + p.experts, end);
-  const int thread = block_id() * block_threads() + thread_id(), threads = block_count() * block_threads();
-  if (p.pad) {
-    for (int row = thread; row < end; row += threads)
-      if (row % p.capacity >= p.kept(row / p.capacity) + BUG(plan_padding)) p.leave_unused(row);
-  } else {
-    for (int row = end + thread; row < p.rows; row += threads) p.leave_unused(row);
+  finish(p, last);
+}
+
+template <class Id> PTX_D void plan_small(const PlanParams<Id>& p) {
+  constexpr int EACH = SPAN / (SMALL_WARPS * 32);
+  const int warp = thread_id() / 32;
+  const Shared offsets = shared_memory(), scratch = offsets + (1 + SMALL_WARPS) * SPAN * 4;
+  const auto places = [&](int w) { return offsets + (1 + w) * SPAN * 4; };
+  const int share = (p.rows / SMALL_WARPS + 32) / 32 * 32;  // of a warp
+  const int begin = warp * share, end = begin + share < p.rows ? begin + share : p.rows;
+  int first_bad = p.rows;
+  count_rows(p, begin, end, 0, places(warp), first_bad);
+  report_bad_row(p, first_bad);
+  if (!BUG(plan_small_no_barrier)) sync_block();
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    const int expert = thread_id() * EACH + i;
+    int before = 0;
+    for (int w = 0; w < SMALL_WARPS; w++) {
+      const Shared at = places(w) + expert * 4;
+      const int here = load_shared<int>(at);
+      store_shared(at, before);
+      before += here;
+    }
+    if (expert < p.experts) p.count(expert, before);
   }
+  const int last = lay_out<EACH>(p, 0, 0, offsets, scratch);
+  place_rows(p, begin, end, 0, offsets, places(warp));
+  finish(p, last);
 }
 
 // Of the keys of n rows: the `keep`-th largest, and how many equal to it are among the `keep` largest.
@@ -266,19 +323,21 @@ PTX_D void plan_seat(const PlanParams<int64_t>& p) {
     }
     for (int i = keep + thread_id(); i < owned; i += SEAT_THREADS) p.leave_unused(offset + i);
   }
-  const int thread = block_id() * SEAT_THREADS + thread_id();
-  for (int row = end + thread; !p.pad && row < p.rows; row += block_count() * SEAT_THREADS) p.leave_unused(row);
+  p.leave_rest_unused(end);
 }
 
 }  // namespace moe
 
-// Blocks: for every 4 tiles of 512 rows, at least 1. plan_scan and plan_seat read no ids.
+// Shared words: places of the experts of a span, one row for all and one for each warp; then sums of the warps.
+constexpr int plan_shared(int warps) { return ((1 + warps) * moe::SPAN + warps) * 4; }
+
+// plan_small: one block. plan_count, plan_scatter: a block for every 4 tiles of 512 rows, at least 1.
+PTX_KERNEL(plan_small_i32, moe::SMALL_WARPS * 32, 1, plan_shared(moe::SMALL_WARPS), moe::plan_small, moe::PlanParams<int32_t>)
+PTX_KERNEL(plan_small_i64, moe::SMALL_WARPS * 32, 1, plan_shared(moe::SMALL_WARPS), moe::plan_small, moe::PlanParams<int64_t>)
 PTX_KERNEL(plan_count_i32, moe::PLAN_WARPS * 32, 8, moe::PLAN_WARPS * moe::SPAN * 4, moe::plan_count, moe::PlanParams<int32_t>)
 PTX_KERNEL(plan_count_i64, moe::PLAN_WARPS * 32, 8, moe::PLAN_WARPS * moe::SPAN * 4, moe::plan_count, moe::PlanParams<int64_t>)
-// For every 32 experts, exactly.
+PTX_KERNEL(plan_scatter_i32, moe::PLAN_WARPS * 32, 8, plan_shared(moe::PLAN_WARPS), moe::plan_scatter, moe::PlanParams<int32_t>)
+PTX_KERNEL(plan_scatter_i64, moe::PLAN_WARPS * 32, 8, plan_shared(moe::PLAN_WARPS), moe::plan_scatter, moe::PlanParams<int64_t>)
+// These read no ids. plan_scan: exactly a block for every 32 experts; plan_seat: one for every expert, or fewer.
 PTX_KERNEL(plan_scan, moe::SCAN_WARPS * 32, 1, moe::SCAN_WARPS * 32 * 4, moe::plan_scan, moe::PlanParams<int64_t>)
-// As plan_count.
-PTX_KERNEL(plan_scatter_i32, moe::PLAN_WARPS * 32, 8, (moe::PLAN_WARPS + 1) * moe::SPAN * 4 + 16, moe::plan_scatter, moe::PlanParams<int32_t>)
-PTX_KERNEL(plan_scatter_i64, moe::PLAN_WARPS * 32, 8, (moe::PLAN_WARPS + 1) * moe::SPAN * 4 + 16, moe::plan_scatter, moe::PlanParams<int64_t>)
-// For every expert, at least 1.
 PTX_KERNEL(plan_seat, moe::SEAT_THREADS, 4, (moe::SEAT_THREADS + 2 + 8) * 4, moe::plan_seat, moe::PlanParams<int64_t>)

@@ -135,7 +135,7 @@ template <bool KEEP, class T> struct TokenRouter {
       last = next_best(0, slots, last, [&](int i) { return key(i, all); });
       if (lane() == k % 32) mine = static_cast<int>(last.id);
       const bool full = k % 32 == 31 || k + 1 == p.top_k;
-      if (full && lane() <= k % 32) store(p.ids + (token * p.top_k + k / 32 * 32 + lane()), static_cast<int64_t>(mine));
+      if (full && lane() <= k % 32) store(p.ids + (token * p.top_k + (BUG(route_first_ids) ? 0 : k / 32 * 32) + lane()), static_cast<int64_t>(mine));
     }
     return mine;
   }

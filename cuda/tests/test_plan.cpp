@@ -11,7 +11,7 @@ struct Shape {
   int tokens, experts, top_k;
 };
 
-template <class Id> void check_plan(const Shape& shape, bool by_score) {
+template <class Id> void check_plan(const Shape& shape, bool by_score, bool one_block = false) {
   const bool wide_ids = sizeof(Id) == 8;
   const auto [T, E, K] = shape;
   const int64_t R = static_cast<int64_t>(T) * K;
@@ -48,9 +48,13 @@ template <class Id> void check_plan(const Shape& shape, bool by_score) {
   p.capacity = limited ? capacity : INT32_MAX, p.pad = pad, p.drop_by_score = by_score;
   const std::string suffix = wide_ids ? "_i64" : "_i32";
   const int64_t blocks = std::max<int64_t>(1, chance(2) ? (tiles + 3) / 4 : uniform(1, 3));
-  launch(("plan_count" + suffix).c_str(), blocks, p);
-  launch("plan_scan", (E + 31) / 32, p);
-  launch(("plan_scatter" + suffix).c_str(), blocks, p);
+  if (one_block) {
+    launch(("plan_small" + suffix).c_str(), 1, p);
+  } else {
+    launch(("plan_count" + suffix).c_str(), blocks, p);
+    launch("plan_scan", (E + 31) / 32, p);
+    launch(("plan_scatter" + suffix).c_str(), blocks, p);
+  }
   if (by_score) launch("plan_seat", chance(2) ? E : uniform(1, E), p);
 
   std::vector<int64_t> all_ids(R);
@@ -82,6 +86,11 @@ TEST(plan_small) {
 TEST(plan_small_by_score) {
   for (int i = 0; i < 10; i++) check_plan<int64_t>(small(), true);
   for (int i = 0; i < 5; i++) check_plan<int32_t>(small(), true);
+}
+TEST(plan_one_block) {
+  for (int i = 0; i < 4; i++) check_plan<int64_t>(small(), chance(4), true);
+  check_plan<int32_t>(small(), chance(4), true);
+  check_plan<int64_t>({static_cast<int>(uniform(200, 600)), static_cast<int>(uniform(1, 1024)), 3}, chance(3), true);
 }
 TEST(plan_many_tiles) {
   check_plan<int64_t>(many_tiles(), false);

@@ -27,7 +27,7 @@ PTX_D Scan scan_block(int value, Shared scratch) {
     if (w < warp) scan.before += of_warp;
     scan.total += of_warp;
   }
-  sync_block();
+  if (!BUG(scan_block_reuse)) sync_block();
   return scan;
 }
 
