@@ -17,7 +17,7 @@ template <class T> struct CombineParams {
 
 template <int N, class T> PTX_D void combine_part(const CombineParams<T>& p, int64_t token, int part) {
   const int column = (part * 32 + lane()) * N;
-  auto total = Cells<T, N>::zeros();
+  auto total = Sums<N>::zeros();
   for (int first = 0; first < p.top_k; first += 32) {
     const int count = p.top_k - first < 32 ? p.top_k - first : 32;
     const int64_t slot = token * p.top_k + first + lane();
@@ -37,6 +37,6 @@ template <class T> PTX_D void combine(const CombineParams<T>& p) {
 
 }  // namespace moe
 
-PTX_KERNEL(combine_f32, 128, 8, 0, moe::combine, moe::CombineParams<float>)
-PTX_KERNEL(combine_bf16, 128, 8, 0, moe::combine, moe::CombineParams<ptx::bf16>)
-PTX_KERNEL(combine_f16, 128, 8, 0, moe::combine, moe::CombineParams<ptx::f16>)
+PTX_KERNEL(combine_f32, 128, 6, 0, moe::combine, moe::CombineParams<float>)
+PTX_KERNEL(combine_bf16, 128, 6, 0, moe::combine, moe::CombineParams<ptx::bf16>)
+PTX_KERNEL(combine_f16, 128, 6, 0, moe::combine, moe::CombineParams<ptx::f16>)

@@ -24,7 +24,7 @@ template <int N, class T> PTX_D void grad_bias_part(const GradBiasParams<T>& p, 
   const int first = begin + static_cast<int>(rows * split / p.splits);
   const int end = begin + static_cast<int>(rows * (split + 1) / p.splits) - (BUG(bias_last_row) && split + 1 == p.splits);
   const int column = (part * 32 + lane()) * N;
-  auto total = Cells<T, N>::zeros();
+  auto total = Sums<N>::zeros();
   for (int row = first; row < end; row += 32) {
     const int count = end - row < 32 ? end - row : 32;
     int source = row + lane();

@@ -52,7 +52,7 @@ template <int N, class T> PTX_D void grad_score_slot(const GradScoreParams<T>& p
     const Global<const T> grad = p.grad_out + slot / p.top_k * p.columns;
     const Global<const T> bias = p.b2 + static_cast<int64_t>(owner(p.offsets, p.experts, row)) * p.columns;
     for (int column = lane() * N; column < p.columns; column += 32 * N)
-      sum = Cells<T, N>::load(grad + column).dot(Cells<T, N>::load(bias + column), sum);
+      sum = dot(Cells<T, N>::load(grad + column), Cells<T, N>::load(bias + column), sum);
   }
   sum = sum_of_lanes(sum);
   if (lane() == 0) store(p.grad_weights + slot, sum);

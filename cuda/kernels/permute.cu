@@ -19,10 +19,11 @@ template <int N, class T> PTX_D void permute_part(const PermuteParams<T>& p, int
   const int64_t token = load_readonly(p.gather + row);
   const Global<T> out = p.out + (row * p.columns + column);
   const Global<const T> x = p.x + (token * p.columns + column);
+  const auto cells = token < 0 && !BUG(permute_unused) ? Cells<T, N>{} : Cells<T, N>::load(x);
   if constexpr (N == 1)
-    store(out, token < 0 ? from_float<T>(0.0f) : load_readonly(x));
+    store(out, cells.bits);
   else
-    store(out.template as<uint4>(), token < 0 && !BUG(permute_unused) ? uint4{0, 0, 0, 0} : load_readonly(x.template as<const uint4>()));
+    store(out.template as<uint4>(), cells.bits);
 }
 
 template <class T> PTX_D void permute(const PermuteParams<T>& p) {
@@ -53,9 +54,9 @@ template <int N, class T> PTX_D void unpermute_grad_slot(const UnpermuteGradPara
   for (int column = lane() * N; row >= 0 && column < p.columns; column += 32 * N) {
     const auto g = Cells<T, N>::load(grad + column);
     const int64_t at = row * p.columns + column;
-    if (p.grad_weights) sum = g.dot(Cells<T, N>::load(p.y + at), sum);
+    if (p.grad_weights) sum = dot(g, Cells<T, N>::load(p.y + at), sum);
     if (!p.grad_y) continue;
-    auto scaled = Cells<T, N>::zeros();
+    auto scaled = Sums<N>::zeros();
     scaled.add_scaled(weight, g);
     scaled.store(p.grad_y + at);
   }
@@ -66,7 +67,7 @@ template <int N, class T> PTX_D void unpermute_grad_slot(const UnpermuteGradPara
 template <int N, class T> PTX_D void zero_unused_part(const UnpermuteGradParams<T>& p, int64_t row, int part) {
   const int column = (part * 32 + lane()) * N;
   if (column < p.columns && load_readonly(p.gather + row) < 0)
-    Cells<T, N>::zeros().store(p.grad_y + (row * p.columns + column));
+    Sums<N>::zeros().store(p.grad_y + (row * p.columns + column));
 }
 
 template <int N, class T> PTX_D void unpermute_grad_by(const UnpermuteGradParams<T>& p) {

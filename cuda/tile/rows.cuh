@@ -1,5 +1,7 @@
 // Rows of a matrix in row-major order, shared out over warps: 16 bytes a lane where the rows allow it, else one element.
 #pragma once
+#include <type_traits>
+
 #include "ptx/ptx.cuh"
 
 namespace moe {
@@ -26,37 +28,52 @@ template <class Work> PTX_D void for_each_part(int64_t rows, int parts, Work wor
 // Parts of a row that one warp covers at once.
 template <int N> PTX_D int parts_of(int columns) { return (columns + 32 * N - 1) / (32 * N); }
 
-// N neighbouring elements of a row: one, or 16 bytes.
+// N neighbouring elements of a row, one or 16 bytes, as they lie in memory.
 template <class T, int N> struct Cells {
   static_assert(N == 1 || N == WIDE<T>);
+  std::conditional_t<N == 1, T, uint4> bits;
+
+  PTX_D static Cells load(Global<const T> from) {
+    if constexpr (N == 1)
+      return {load_readonly(from)};
+    else
+      return {load_readonly(from.template as<const uint4>())};
+  }
+  PTX_D float operator[](int i) const {
+    if constexpr (N == 1) {
+      return to_float(bits);
+    } else {
+      const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+      if constexpr (N == 4)
+        return bits_float(words[i]);
+      else
+        return i % 2 ? high_half<T>(words[i / 2]) : low_half<T>(words[i / 2]);
+    }
+  }
+};
+
+template <class T, int N> PTX_D float dot(const Cells<T, N>& a, const Cells<T, N>& b, float sum) {
+#pragma unroll
+  for (int i = 0; i < N; i++) sum = fma_rn(a[i], b[i], sum);
+  return sum;
+}
+
+// Sums in float32 on their way to N elements.
+template <int N> struct Sums {
   float at[N];
 
-  PTX_D static Cells zeros() {
-    Cells cells;
+  PTX_D static Sums zeros() {
+    Sums sums;
 #pragma unroll
-    for (int i = 0; i < N; i++) cells.at[i] = 0;
-    return cells;
+    for (int i = 0; i < N; i++) sums.at[i] = 0.0f;
+    return sums;
   }
-  PTX_D static Cells load(Global<const T> from) {
-    Cells cells;
-    if constexpr (N == 1) {
-      cells.at[0] = to_float(load_readonly(from));
-    } else {
-      const uint4 raw = load_readonly(from.template as<const uint4>());
-      const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+  // As the CPU backend adds: a product, rounded, then a sum, rounded.
+  template <class T> PTX_D void add_scaled(float scale, const Cells<T, N>& cells) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        if constexpr (N == 4) {
-          cells.at[i] = bits_float(words[i]);
-        } else {
-          cells.at[2 * i] = low_half<T>(words[i]);
-          cells.at[2 * i + 1] = high_half<T>(words[i]);
-        }
-      }
-    }
-    return cells;
+    for (int i = 0; i < N; i++) at[i] = add_rn(at[i], mul_rn(scale, cells[i]));
   }
-  PTX_D void store(Global<T> to) const {
+  template <class T> PTX_D void store(Global<T> to) const {
     if constexpr (N == 1) {
       ptx::store(to, from_float<T>(at[0]));
     } else {
@@ -71,21 +88,12 @@ template <class T, int N> struct Cells {
       ptx::store(to.template as<uint4>(), uint4{words[0], words[1], words[2], words[3]});
     }
   }
-  // In the order of the CPU backend: a product, rounded, then a sum, rounded.
-  PTX_D void add_scaled(float scale, const Cells& other) {
-#pragma unroll
-    for (int i = 0; i < N; i++) at[i] = add_rn(at[i], mul_rn(scale, other.at[i]));
-  }
-  PTX_D float dot(const Cells& other, float sum) const {
-#pragma unroll
-    for (int i = 0; i < N; i++) sum = fma_rn(at[i], other.at[i], sum);
-    return sum;
-  }
 };
 
-// Adds scale * rows[row], of lanes 0 to count - 1 in turn, to the cells that start at `column`; a row of -1 adds nothing.
+// Adds scale * rows[row], of lanes 0 to count - 1 in turn, to the sums of the columns from `column` on; a row of -1 adds
+// nothing.
 template <int N, class T>
-PTX_D void add_rows(Cells<T, N>& total, Global<const T> rows, int columns, int column, int row, float scale, int count) {
+PTX_D void add_rows(Sums<N>& total, Global<const T> rows, int columns, int column, int row, float scale, int count) {
   constexpr int AT_ONCE = 4;  // rows in flight
   const bool inside = column < columns;
   for (int k = 0; k < count; k += AT_ONCE) {
