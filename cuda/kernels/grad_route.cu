@@ -1,7 +1,8 @@
-// Through the router backwards: the gradient of the logits from those of the weights [T, K] and of the scores [T, E].
+// Through the router backwards: from the gradients of the weights [T, K] and of the scores [T, E] to those of the logits
+// and of the scale that each expert has.
 //
-// T tokens, E experts, K experts per token. A warp takes a token. The choice of experts has no gradient.
-#include "tile/rows.cuh"
+// T tokens, E experts, K experts per token, R = T*K. A warp takes a token. The choice of experts has no gradient.
+#include "tile/block.cuh"
 #include "tile/score.cuh"
 
 namespace moe {
@@ -14,6 +15,7 @@ template <class T> struct GradRouteParams {
   Global<const float> grad_weights;  // [T, K]; may be null
   Global<const float> grad_scores;   // [T, E]; may be null
   Global<T> grad_logits;             // [T, E]
+  Global<float> by_choice;           // [T, K] what each adds to the gradient of its expert's scale; may be null
   int tokens, experts, top_k;        // T, E, K
   // As in RouteParams.
   int score, order, renormalize;
@@ -67,6 +69,7 @@ template <class T> struct TokenGrad {
       total = sum_of_choices([&](int i) { return before(i).score; }) + p.eps;
       dot = sum_of_choices([&](int i) { const Choice c = before(i); return c.grad * c.score; }) / total;
     }
+    if (p.by_choice) write_by_choice(before, total);
     const auto renormalized = [&](int i) {
       Choice c = before(i);
       c.grad = (c.grad - dot) / total;
@@ -77,6 +80,14 @@ template <class T> struct TokenGrad {
       write(dense_inner(0.0f), [&](int i) { Choice c = renormalized(i); c.grad = c.score * (c.grad - inner); return c; });
     else
       write(dense_inner(inner), renormalized);
+  }
+
+  template <class Choices> PTX_D void write_by_choice(Choices choices, float total) const {
+    for (int i = 0; i * 32 + lane() < p.top_k; i++) {
+      const int64_t slot = token * p.top_k + i * 32 + lane();
+      const float grad = p.grad_weights ? load_readonly(p.grad_weights + slot) * p.scale : 0.0f;
+      store(p.by_choice + slot, grad * (choices(i).score / total));
+    }
   }
 
   // <grad_scores, scores> and what is added.
@@ -129,8 +140,30 @@ template <class T> PTX_D void grad_route(const GradRouteParams<T>& p) {
   for_each_part(p.tokens, 1, [&](int64_t token, int) { TokenGrad<T>{p, token}.run(); });
 }
 
+struct GradExpertScaleParams {
+  Global<const int64_t> ids;      // [T, K]
+  Global<const float> by_choice;  // [T, K]
+  Global<float> out;              // [E] the sum of by_choice over the choices of each expert
+  int rows, experts;              // R, E
+};
+
+constexpr int SCALE_THREADS = 256;
+
+// A block for each expert: a thread adds every 256th row in order, then the threads are added.
+PTX_D void grad_expert_scale(const GradExpertScaleParams& p) {
+  for (int expert = block_id(); expert < p.experts; expert += block_count()) {
+    float sum = 0.0f;
+    for (int64_t row = thread_id(); row < p.rows; row += SCALE_THREADS)
+      if (load_readonly(p.ids + row) == expert) sum += load_readonly(p.by_choice + row);
+    sum = sum_of_block(sum, shared_memory());
+    if (thread_id() == 0) store(p.out + expert, sum);
+  }
+}
+
 }  // namespace moe
 
+// A block for every expert, or fewer.
+PTX_KERNEL(grad_expert_scale, moe::SCALE_THREADS, 4, moe::SCALE_THREADS / 32 * 4, moe::grad_expert_scale, moe::GradExpertScaleParams)
 PTX_KERNEL(grad_route_f32, 128, 6, 0, moe::grad_route, moe::GradRouteParams<float>)
 PTX_KERNEL(grad_route_bf16, 128, 6, 0, moe::grad_route, moe::GradRouteParams<ptx::bf16>)
 PTX_KERNEL(grad_route_f16, 128, 6, 0, moe::grad_route, moe::GradRouteParams<ptx::f16>)

@@ -10,7 +10,6 @@
 //   plan_seat      a block finds the rows of highest weight of its expert and gives them theirs
 #include "tile/block.cuh"
 #include "tile/exact.cuh"
-#include "tile/rows.cuh"
 
 namespace moe {
 
@@ -59,10 +58,11 @@ template <class Id> struct PlanParams {
     store(totals() + expert, total);
     store(counts + expert, total < capacity ? total : capacity);
   }
-  PTX_D void seat(int row, int sorted) const {
+  PTX_D float weight(int row) const { return sorted_weights ? load_readonly(weights + row) : 0.0f; }
+  PTX_D void seat(int row, int sorted, float weight) const {
     store(gather + sorted, row / top_k);
     store(inverse + row, sorted);
-    if (sorted_weights) store(sorted_weights + sorted, load_readonly(weights + row));
+    if (sorted_weights) store(sorted_weights + sorted, weight);
   }
   PTX_D void leave_unused(int64_t sorted) const {
     store(gather + sorted, -1);
@@ -87,6 +87,7 @@ template <class Id>
 PTX_D void count_rows(const PlanParams<Id>& p, int begin, int end, uint32_t span, Shared counts, int& first_bad) {
   for (int e = lane(); e < SPAN; e += 32) store_shared(counts + e * 4, 0);
   sync_warp();
+#pragma unroll 4
   for (int row = begin + lane(); row < end; row += 32) {
     const uint32_t expert = p.expert(row);
     if (expert == NOBODY && row < first_bad) first_bad = row;
@@ -104,27 +105,39 @@ template <class Id> PTX_D void report_bad_row(const PlanParams<Id>& p, int first
 // expert, and how many of its rows come before `begin`.
 template <class Id>
 PTX_D void place_rows(const PlanParams<Id>& p, int begin, int end, uint32_t span, Shared offsets, Shared places) {
-  for (int first = begin; first < end; first += 32) {
-    const int row = first + lane();
-    const uint32_t expert = row < end ? p.expert(row) : NOBODY;
-    const bool here = expert != NOBODY && expert - span < SPAN;
-    const uint32_t peers = match_any(here ? expert : NOBODY);
-    const uint32_t before = peers & ((BUG(plan_unstable) ? 0u : 1u << lane()) - 1);
-    const Shared next = places + (here ? expert - span : 0) * 4;
-    const int place = load_shared<int>(next) + popcount(before);
-    if (!BUG(plan_scatter_no_barrier)) sync_warp();
-    if (here && before == 0) store_shared(next, place + popcount(peers));
-    sync_warp();
-    if (here) {
-      const int sorted = load_shared<int>(offsets + (expert - span) * 4) + place;
-      if (p.drop_by_score)
-        store(p.by_expert() + sorted, row);
-      else if (place < p.capacity + BUG(plan_one_too_many))
-        p.seat(row, sorted);
-      else
+  constexpr int AT_ONCE = 4;  // loads in flight
+  for (int first = begin; first < end; first += 32 * AT_ONCE) {
+    uint32_t experts[AT_ONCE];
+    float weights[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      const int row = first + i * 32 + lane();
+      experts[i] = row < end ? p.expert(row) : NOBODY;
+      weights[i] = row < end ? p.weight(row) : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      const int row = first + i * 32 + lane();
+      const uint32_t expert = experts[i];
+      const bool here = expert != NOBODY && expert - span < SPAN;
+      const uint32_t peers = match_any(here ? expert : NOBODY);
+      const uint32_t before = peers & ((BUG(plan_unstable) ? 0u : 1u << lane()) - 1);
+      const Shared next = places + (here ? expert - span : 0) * 4;
+      const int place = load_shared<int>(next) + popcount(before);
+      if (!BUG(plan_scatter_no_barrier)) sync_warp();
+      if (here && before == 0) store_shared(next, place + popcount(peers));
+      sync_warp();
+      if (here) {
+        const int sorted = load_shared<int>(offsets + (expert - span) * 4) + place;
+        if (p.drop_by_score)
+          store(p.by_expert() + sorted, row);
+        else if (place < p.capacity + BUG(plan_one_too_many))
+          p.seat(row, sorted, weights[i]);
+        else
+          store(p.inverse + row, -1);
+      } else if (row < end && expert == NOBODY && span == 0) {
         store(p.inverse + row, -1);
-    } else if (row < end && expert == NOBODY && span == 0) {
-      store(p.inverse + row, -1);
+      }
     }
   }
 }
@@ -186,9 +199,11 @@ PTX_D void plan_scan(const PlanParams<int64_t>& p) {
   const int share = (p.tiles() + SCAN_WARPS - 1) / SCAN_WARPS;
   const int first = warp * share, end = first + share < p.tiles() ? first + share : p.tiles();
   const Global<int> rows = p.tile_rows() + expert;
+  const auto at = [&](int tile) { return rows + static_cast<int64_t>(tile) * p.experts; };
   int sum = 0;
+#pragma unroll 8
   for (int tile = first; tile < end; tile++)
-    if (expert < p.experts) sum += load(rows + static_cast<int64_t>(tile) * p.experts);
+    if (expert < p.experts) sum += load(at(tile));
   store_shared(shared_memory() + thread_id() * 4, sum);
   if (!BUG(plan_scan_no_barrier)) sync_block();
   int before = 0, total = 0;
@@ -198,11 +213,16 @@ PTX_D void plan_scan(const PlanParams<int64_t>& p) {
     total += of_warp;
   }
   if (expert >= p.experts) return;
-  for (int tile = first; tile < end; tile++) {
-    const Global<int> at = rows + static_cast<int64_t>(tile) * p.experts;
-    const int here = load(at);
-    store(at, before);
-    before += here;
+  constexpr int AT_ONCE = 8;  // loads in flight
+  for (int tile = first; tile < end; tile += AT_ONCE) {
+    int here[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) here[i] = tile + i < end ? load(at(tile + i)) : 0;
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      if (tile + i < end) store(at(tile + i), before);
+      before += here[i];
+    }
   }
   if (warp == 0) p.count(expert, total);
 }
@@ -315,7 +335,7 @@ PTX_D void plan_seat(const PlanParams<int64_t>& p) {
       const int larger_before = larger + (scan.before & 0xffff), equal_before = equal + (scan.before >> 16);
       const bool seated = k > cut.key || (k == cut.key && equal_before < cut.ties + BUG(plan_ties));
       if (i < all && seated)
-        p.seat(row_of(i), offset + larger_before + (equal_before < cut.ties ? equal_before : cut.ties));
+        p.seat(row_of(i), offset + larger_before + (equal_before < cut.ties ? equal_before : cut.ties), p.weight(row_of(i)));
       else if (i < all)
         store(p.inverse + row_of(i), -1);
       larger += scan.total & 0xffff;
@@ -336,8 +356,8 @@ PTX_KERNEL(plan_small_i32, moe::SMALL_WARPS * 32, 1, plan_shared(moe::SMALL_WARP
 PTX_KERNEL(plan_small_i64, moe::SMALL_WARPS * 32, 1, plan_shared(moe::SMALL_WARPS), moe::plan_small, moe::PlanParams<int64_t>)
 PTX_KERNEL(plan_count_i32, moe::PLAN_WARPS * 32, 8, moe::PLAN_WARPS * moe::SPAN * 4, moe::plan_count, moe::PlanParams<int32_t>)
 PTX_KERNEL(plan_count_i64, moe::PLAN_WARPS * 32, 8, moe::PLAN_WARPS * moe::SPAN * 4, moe::plan_count, moe::PlanParams<int64_t>)
-PTX_KERNEL(plan_scatter_i32, moe::PLAN_WARPS * 32, 8, plan_shared(moe::PLAN_WARPS), moe::plan_scatter, moe::PlanParams<int32_t>)
-PTX_KERNEL(plan_scatter_i64, moe::PLAN_WARPS * 32, 8, plan_shared(moe::PLAN_WARPS), moe::plan_scatter, moe::PlanParams<int64_t>)
+PTX_KERNEL(plan_scatter_i32, moe::PLAN_WARPS * 32, 6, plan_shared(moe::PLAN_WARPS), moe::plan_scatter, moe::PlanParams<int32_t>)
+PTX_KERNEL(plan_scatter_i64, moe::PLAN_WARPS * 32, 6, plan_shared(moe::PLAN_WARPS), moe::plan_scatter, moe::PlanParams<int64_t>)
 // These read no ids. plan_scan: exactly a block for every 32 experts; plan_seat: one for every expert, or fewer.
 PTX_KERNEL(plan_scan, moe::SCAN_WARPS * 32, 1, moe::SCAN_WARPS * 32 * 4, moe::plan_scan, moe::PlanParams<int64_t>)
 PTX_KERNEL(plan_seat, moe::SEAT_THREADS, 4, (moe::SEAT_THREADS + 2 + 8) * 4, moe::plan_seat, moe::PlanParams<int64_t>)

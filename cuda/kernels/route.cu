@@ -109,9 +109,8 @@ template <bool KEEP, class T> struct TokenRouter {
       }
       if (lane() == group % 32) store_shared(at(groups, group / 32), worth);
     }
-    Pick best = before_all();
     for (int g = 0; g < p.topk_group; g++) {
-      best = next_best(0, (p.n_group + 31) / 32, best, [&](int i) {
+      const Pick best = next_best(0, (p.n_group + 31) / 32, before_all(), [&](int i) {
         return i * 32 + lane() < p.n_group ? load_shared<uint32_t>(at(groups, i)) : 0;
       });
       if (lane() == static_cast<int>(best.id % 32)) store_shared(at(groups, best.id / 32), 0u);  // 0: chosen
@@ -132,7 +131,9 @@ template <bool KEEP, class T> struct TokenRouter {
     Pick last = before_all();
     int mine = 0;
     for (int k = 0; k < p.top_k; k++) {
-      last = next_best(0, slots, last, [&](int i) { return key(i, all); });
+      // A kept key is struck out once it is chosen, which is quicker than to compare all with it.
+      last = next_best(0, slots, KEEP ? before_all() : last, [&](int i) { return key(i, all); });
+      if (KEEP && lane() == static_cast<int>(last.id % 32)) store_shared(keys + last.id * 4, 0u);
       if (lane() == k % 32) mine = static_cast<int>(last.id);
       const bool full = k % 32 == 31 || k + 1 == p.top_k;
       if (full && lane() <= k % 32) store(p.ids + (token * p.top_k + (BUG(route_first_ids) ? 0 : k / 32 * 32) + lane()), static_cast<int64_t>(mine));

@@ -162,13 +162,14 @@ template <class T> void check_grad_route(const char* kernel) {
   const auto grad_weights = input<float>("grad_weights", tk, [](int64_t) { return normal(); });
   const auto grad_scores = input<float>("grad_scores", te, [](int64_t) { return normal(); });
   const auto grad_logits = output<T>("grad_logits", te);
+  const auto by_choice = output<float>("by_choice", tk);
   p.logits = logits, p.ids = ids, p.scores = scores, p.grad_logits = grad_logits;
-  if (chance(3)) p.expert_scale = expert_scale;
+  if (chance(2)) p.expert_scale = expert_scale, p.by_choice = by_choice;
   if (!chance(4)) p.grad_weights = grad_weights;
   if (!chance(3)) p.grad_scores = grad_scores;
   launch(kernel, uniform(1, 2), p);
 
-  std::vector<double> want(te), size(te);
+  std::vector<double> want(te), size(te), by_expert(E), by_expert_size(E);
   for (int t = 0; t < tokens; t++) {
     std::vector<double> picked(K), g(K), by_score(E), by_logit(E);
     for (int k = 0; k < K; k++) picked[k] = x[t * E + ids[t * K + k]];
@@ -180,6 +181,11 @@ template <class T> void check_grad_route(const char* kernel) {
       if (!own) picked[k] = score[t * E + e];
       g[k] = p.grad_weights ? static_cast<double>(grad_weights[t * K + k]) * p.scale * (p.expert_scale ? expert_scale[e] : 1) : 0;
       total += picked[k], dot += g[k] * picked[k];
+    }
+    for (int k = 0; k < K; k++) {
+      const int64_t e = ids[t * K + k];
+      const double part = p.expert_scale && p.grad_weights ? static_cast<double>(grad_weights[t * K + k]) * p.scale * picked[k] / (p.renormalize ? total : 1) : 0;
+      by_expert[e] += part, by_expert_size[e] += std::fabs(part);
     }
     for (int k = 0; k < K && p.renormalize; k++) g[k] = (g[k] - dot / total) / total;
     for (int k = 0; k < K; k++) inner += g[k] * picked[k];
@@ -206,6 +212,11 @@ template <class T> void check_grad_route(const char* kernel) {
   const double steps = (E + K + 20) * 0x1p-23;
   expect_close(grad_logits, [&](int64_t i) { return want[i]; },
                [&](int64_t i) { return std::fabs(want[i]) * test::rounding<T>() + steps * (1 + size[i]); });
+  if (!p.by_choice) return;
+  const auto of_choices = input<float>("by_choice", tk, [&](int64_t i) { return by_choice[i]; });
+  const auto grad_expert_scale = output<float>("grad_expert_scale", E);
+  launch("grad_expert_scale", uniform(1, E), GradExpertScaleParams{ids, of_choices, grad_expert_scale, tokens * K, E});
+  expect_close(grad_expert_scale, [&](int64_t e) { return by_expert[e]; }, [&](int64_t e) { return steps * by_expert_size[e]; });
 }
 
 }  // namespace
