@@ -2,7 +2,7 @@
 // and of the scale that each expert has.
 //
 // T tokens, E experts, K experts per token, R = T*K. A warp takes a token. The choice of experts has no gradient.
-#include "tile/block.cuh"
+#include "tile/rows.cuh"
 #include "tile/score.cuh"
 
 namespace moe {

@@ -10,6 +10,7 @@
 //   plan_seat      a block finds the rows of highest weight of its expert and gives them theirs
 #include "tile/block.cuh"
 #include "tile/exact.cuh"
+#include "tile/rows.cuh"
 
 namespace moe {
 
@@ -201,7 +202,7 @@ PTX_D void plan_scan(const PlanParams<int64_t>& p) {
   const Global<int> rows = p.tile_rows() + expert;
   const auto at = [&](int tile) { return rows + static_cast<int64_t>(tile) * p.experts; };
   int sum = 0;
-#pragma unroll 8
+#pragma unroll 4
   for (int tile = first; tile < end; tile++)
     if (expert < p.experts) sum += load(at(tile));
   store_shared(shared_memory() + thread_id() * 4, sum);
@@ -213,7 +214,7 @@ PTX_D void plan_scan(const PlanParams<int64_t>& p) {
     total += of_warp;
   }
   if (expert >= p.experts) return;
-  constexpr int AT_ONCE = 8;  // loads in flight
+  constexpr int AT_ONCE = 4;  // loads in flight
   for (int tile = first; tile < end; tile += AT_ONCE) {
     int here[AT_ONCE];
 #pragma unroll

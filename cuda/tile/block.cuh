@@ -1,8 +1,10 @@
 // What the threads of a block do together.
 #pragma once
-#include "tile/rows.cuh"
+#include "ptx/ptx.cuh"
 
 namespace moe {
+using namespace ptx;
+
 struct Scan {
   int before;  // sum of the values of all threads before this one
   int total;
@@ -27,17 +29,6 @@ PTX_D Scan scan_block(int value, Shared scratch) {
   }
   if (!BUG(scan_block_reuse)) sync_block();
   return scan;
-}
-
-// The sum over all threads, in a fixed order. As scan_block.
-PTX_D float sum_of_block(float value, Shared scratch) {
-  const float of_my_warp = sum_of_lanes(value);
-  if (thread_id() % 32 == 0) store_shared(scratch + thread_id() / 32 * 4, of_my_warp);
-  sync_block();
-  float sum = 0.0f;
-  for (int w = 0; w < block_threads() / 32; w++) sum = add_rn(sum, load_shared<float>(scratch + w * 4));
-  sync_block();
-  return sum;
 }
 
 }  // namespace moe

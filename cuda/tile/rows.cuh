@@ -118,4 +118,16 @@ PTX_D float sum_of_lanes(float x) {
   return x;
 }
 
+// The sum over all threads, in a fixed order. Takes all threads; `scratch` holds a word per warp, and may be used
+// again at once.
+PTX_D float sum_of_block(float value, Shared scratch) {
+  const float of_my_warp = sum_of_lanes(value);
+  if (thread_id() % 32 == 0) store_shared(scratch + thread_id() / 32 * 4, of_my_warp);
+  sync_block();
+  float sum = 0.0f;
+  for (int w = 0; w < block_threads() / 32; w++) sum = add_rn(sum, load_shared<float>(scratch + w * 4));
+  sync_block();
+  return sum;
+}
+
 }  // namespace moe
