@@ -17,10 +17,23 @@ bool happens_at_once(Block& block) {
 void Copy::land() {
   if (landed) return;
   landed = true;
+  current->block->shared_version++;
   if (from)
     memcpy(to, from, bytes);
   else
     memset(to, 0, bytes);
+}
+
+void CopyQueue::land_until(uint32_t stamp) {
+  for (size_t i = first; i < copies.size() && copies[i].stamp <= stamp; i++) copies[i].land();
+  while (!empty() && copies[first].landed && copies[first].handed_over) first++;
+  drop_waited();
+}
+
+void CopyQueue::drop_waited() {
+  if (!empty()) return;
+  copies.clear();
+  first = 0;
 }
 
 void start_copy(uint32_t to, const void* from, int bytes, bool predicate, const Where& where) {
@@ -49,7 +62,7 @@ void wait_copies(int newest_left) {
     if (settings.races)
       block.shadow.landed(static_cast<uint32_t>(copy.to - block.shared), copy.bytes, block.async_agent(warp), copy.stamp, own_access());
   }
-  if (queue.empty()) queue.clear();
+  queue.drop_waited();
 }
 
 void enqueue(Block& block, Pending work) {

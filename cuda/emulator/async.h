@@ -17,7 +17,7 @@ struct Copy {
   const void* from;
   int bytes, group;
   uint32_t stamp;
-  bool landed = false;
+  bool landed = false, handed_over = false;  // handed over: an mbarrier is told when it has landed
   void land();
 };
 
@@ -27,10 +27,8 @@ struct CopyQueue {
   size_t first = 0;
   int group = 0;  // the one that the next commit closes
   bool empty() const { return first == copies.size(); }
-  void clear() {
-    copies.clear();
-    first = 0;
-  }
+  void drop_waited();
+  void land_until(uint32_t stamp);
 };
 
 void start_copy(uint32_t to, const void* from, int bytes, bool predicate, const Where& where);
@@ -39,9 +37,8 @@ void wait_copies(int newest_left);
 // Anything else asynchronous: run() does the work and signals its end.
 struct Pending {
   std::function<void()> run;
-  const Fiber* storer = nullptr;  // of a store by TMA, with its group and stamp
+  const Fiber* storer = nullptr;  // of a store by TMA, with its group
   int group = 0;
-  uint32_t stamp = 0;
   Where where;
 };
 void enqueue(Block& block, Pending work);

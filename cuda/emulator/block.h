@@ -1,6 +1,7 @@
 // What one block of threads is: its fibers, warps, shared memory and barriers.
 #pragma once
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -8,8 +9,11 @@
 #include "emulator/async.h"
 #include "emulator/barrier.h"
 #include "emulator/fiber.h"
+#include "emulator/mbarrier.h"
 #include "emulator/races.h"
 #include "emulator/settings.h"
+#include "emulator/tma.h"
+#include "emulator/wgmma.h"
 
 namespace emulator {
 
@@ -27,6 +31,8 @@ struct Fiber {
   uint32_t waits_for = 0;
   Where where;
   CopyQueue copies;
+  StoreGroups stores;
+  ProductIssue products;
   const void* polled = nullptr;  // the last global address loaded
 };
 
@@ -41,6 +47,7 @@ struct Warp {
   Knowledge known;
   uint32_t issued = 0;                    // clock of the asynchronous agent
   uint32_t epoch = 0;                     // how often the lanes have synchronised
+  ProductQueue products;
 };
 
 struct Block {
@@ -58,7 +65,11 @@ struct Block {
   Shadow shadow;
   uint32_t highest_stamp = 0;
   NamedBarrier named[16];
+  std::map<uint32_t, MBarrier> mbarriers;  // by offset
   std::vector<Pending> pending;
+  uint64_t shared_version = 0;            // changes with what shared memory holds
+  Panel panels[8];
+  unsigned next_panel = 0;
   uint64_t random_state = 1;
 
   Block(int threads, uint32_t shared_bytes);

@@ -109,7 +109,9 @@ void Block::start(int block_id) {
   for (int i = 0; i < 4; i++) random();
   memset(shared, 0xff, shared_bytes);  // NaN in every format
   for (NamedBarrier& b : named) b = {};
+  mbarriers.clear();
   pending.clear();
+  shared_version++;
   // Stamps go on from block to block, so that the records of the last one count as long known.
   for (const Warp& w : warps) highest_stamp = std::max({highest_stamp, w.known.seen.of[w.id], w.issued});
   live = threads;
@@ -120,11 +122,14 @@ void Block::start(int block_id) {
     w.ready = w.live = ~0u;
     w.arrived = 0;
     w.epoch++;
+    w.products = {};
   }
   ready_warps = warp_count == 32 ? ~0u : (1u << warp_count) - 1;
   for (Fiber& f : fibers) {
     f.done = false;
     f.copies = {};
+    f.stores = {};
+    f.products = {};
     f.polled = nullptr;
   }
 }
@@ -136,6 +141,7 @@ void Block::run(int block_id) {
   switch_to(host, current->context);
   current = nullptr;
   if (!error.empty()) throw Failure(error);
+  check_warpgroups(*this);
 }
 
 void launch(const std::string& name, int64_t blocks, const void* params, size_t params_bytes) {

@@ -56,6 +56,11 @@ Fiber* pick(Block& block, const Warp* stay) {
       snprintf(line, sizeof line, "\n    barrier %d: %d of %d threads have arrived", i, block.named[i].arrived, block.named[i].wanted);
       report += line;
     }
+  for (const auto& [offset, b] : block.mbarriers) {
+    snprintf(line, sizeof line, "\n    mbarrier at shared byte %u: phase %u lacks %u of %u arrivals and %lld bytes", offset, b.phase, b.missing,
+             b.count, static_cast<long long>(b.bytes));
+    report += line;
+  }
   fail(current->where, "%s", report.c_str());
 }
 
@@ -105,11 +110,13 @@ void finish() {
   block.live--;
   warp.live &= ~(1u << self.lane);
   if (warp.arrived) fail(warp.where, "lane %d returns from the kernel while others of its warp wait in %s", self.lane, warp.collective);
-  if (!self.copies.empty()) fail(self.where, "a thread returns from the kernel with cp_async in flight");
-  for (const Pending& p : block.pending)
-    if (p.storer == &self) fail(p.where, "a thread returns from the kernel with a TMA store in flight");
+  for (size_t i = self.copies.first; i < self.copies.copies.size(); i++)
+    if (!self.copies.copies[i].handed_over) fail(self.where, "a thread returns from the kernel with cp_async in flight");
+  if (!self.stores.stores.empty()) fail(self.where, "a thread returns from the kernel without waiting for its TMA stores");
+  if (!warp.products.products.empty()) fail(warp.products.products[0].where, "a thread returns from the kernel with wgmma in flight");
   NamedBarrier& all = block.named[0];
   if (all.arrived && all.arrived == block.live) complete(block, all);
+  if (!block.live && !block.pending.empty()) fail(block.pending[0].where, "the block ends while this is in flight");
   set_not_ready(self);
   if (Fiber* next = pick(block, &warp)) {
     go(next);

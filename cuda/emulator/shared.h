@@ -28,6 +28,7 @@ inline const uint8_t* read_shared(uint32_t address, uint32_t bytes, const char* 
 inline uint8_t* write_shared(uint32_t address, uint32_t bytes, bool atomic, const char* what, const Where& where) {
   Block& block = *current->block;
   uint8_t* at = shared_at(block, address, bytes, bytes, what, where);
+  block.shared_version++;
   if (settings.races) block.shadow.write(shared_offset(address), bytes, own_access(atomic), current->warp->known, where);
   return at;
 }

@@ -7,4 +7,7 @@
 #include "ptx/host/math.h"
 #include "ptx/host/cp_async.h"
 #include "ptx/host/mma.h"
+#include "ptx/host/mbarrier.h"
+#include "ptx/host/tma.h"
+#include "ptx/host/wgmma.h"
 #include "emulator/bug.h"
