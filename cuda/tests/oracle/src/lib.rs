@@ -3,8 +3,8 @@
 //! T tokens, E experts, K experts per token.
 
 use fastmoe_core::{
-    Capacity, Drop, Error, GroupLosers, GroupScore, Groups, Order, OutOfRange, PerExpert, PlanOut, PlanSpec, Router,
-    Score, Serial, route_rows,
+    Capacity, Drop, Error, GroupLosers, GroupScore, Groups, Order, OutOfRange, PerExpert, PlanOut, PlanSpec,
+    Router, Score, Serial, route_rows,
 };
 use std::slice::{from_raw_parts, from_raw_parts_mut};
 
