@@ -13,6 +13,7 @@ inline float add_rn(float a, float b) { return a + b; }
 inline float mul_rn(float a, float b) { return a * b; }
 inline float div_rn(float a, float b) { return a / b; }
 inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float sqrt_rn(float x) { return std::sqrt(x); }
 
 inline uint32_t float_bits(float x) { return std::bit_cast<uint32_t>(x); }
 inline float bits_float(uint32_t x) { return std::bit_cast<float>(x); }
