@@ -16,17 +16,22 @@ from typing import TYPE_CHECKING, Any
 from ._native import __version__, empty_cache, memory_stats
 
 if TYPE_CHECKING:
-    from . import functional, losses, nn, reference, routing
+    from . import functional, losses, nn, reference, routing, sinks, telemetry
+    from .drift import freeze_routers, routing_drift
     from .integrations import accelerate
     from .plan import RoutingPlan
-    from .replay import record_routing, replay_routing
+    from .replay import load_routing, record_routing, replay_routing, save_routing
+    from .telemetry import ExpertCollapseWarning, watch
 
 __all__ = [
+    "ExpertCollapseWarning",
     "RoutingPlan",
     "__version__",
     "accelerate",
     "empty_cache",
+    "freeze_routers",
     "functional",
+    "load_routing",
     "losses",
     "memory_stats",
     "nn",
@@ -34,18 +39,31 @@ __all__ = [
     "reference",
     "replay_routing",
     "routing",
+    "routing_drift",
+    "save_routing",
+    "sinks",
+    "telemetry",
+    "watch",
 ]
 
 _SOURCES = {
+    "ExpertCollapseWarning": "telemetry",
     "RoutingPlan": "plan",
     "accelerate": "integrations",
+    "freeze_routers": "drift",
     "functional": "functional",
+    "load_routing": "replay",
     "losses": "losses",
     "nn": "nn",
     "record_routing": "replay",
     "reference": "reference",
     "replay_routing": "replay",
     "routing": "routing",
+    "routing_drift": "drift",
+    "save_routing": "replay",
+    "sinks": "sinks",
+    "telemetry": "telemetry",
+    "watch": "telemetry",
 }
 
 
