@@ -7,10 +7,10 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 RUST := Cargo.toml Cargo.lock $(shell find crates -name target -prune -o \( -name '*.rs' -o -name Cargo.toml \) -print)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup develop demo test wheel bench lint clean
+.PHONY: help setup develop demo test emulate emulate-bugs emulate-asan wheel bench lint clean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(VENV)/.setup ## Create .venv with the build tools
 
@@ -22,6 +22,15 @@ demo: develop ## Train a small Mixture-of-Experts language model (ARGS="--steps 
 test: develop ## Run the Python and the Rust tests (ARGS goes to pytest)
 	$(BIN)/python -m pytest $(ARGS)
 	cargo test --workspace --quiet
+
+emulate: ## Run the CUDA kernels on the CPU, every access checked (RUNS=50: more schedules per test)
+	$(MAKE) -C cuda/tests -j2 run
+
+emulate-bugs: ## Seed bugs into the kernels, one at a time, and see that each is noticed
+	$(MAKE) -C cuda/tests -j2 bugs
+
+emulate-asan: ## make emulate under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(MAKE) -C cuda/tests -j2 run VARIANT=asan
 
 wheel: setup ## Build the release wheel into dist/
 	rm -rf dist
