@@ -6,8 +6,9 @@
 // T tokens, H hidden, I intermediate, E experts, R sorted rows; N = 2I columns for gated activations, else I. Rows behind
 // the last expert's become zeros. The activation is computed from the sums before they are rounded.
 //
-// Entry points: up_<math>_<BM>x<BN>_<layout of W1>, see cuda/README.md.
+// Entry points: up_<math>_<BM>x<BN>_<layout of W1>, see tile/entries.cuh.
 #include "tile/activation.cuh"
+#include "tile/entries.cuh"
 #include "tile/persistent.cuh"
 #include "tile/runs.cuh"
 #include "tile/walk.cuh"
@@ -54,16 +55,13 @@ template <class S, Major MA, Major MB> struct Up {
   template <class A, class B> PTX_D int start(const RowWalk::Tile& tile, A& a, B& b) const {
     if (!tile.used) return 0;
     const Rows<T> tokens{p.x, p.gather, p.hidden_size};
-    const Rows<T> weights{p.w1 + static_cast<int64_t>(tile.expert) * columns * p.hidden_size, {nullptr},
-                          p.transposed ? columns : p.hidden_size};
     a.start(tokens, p.hidden_size, [&](int i) { return tile.row + i < tile.end ? tile.row + i : -1; });
-    b.start(weights, p.hidden_size, [&](unsigned i) { return column(tile.n, i / (S::BN / 2), i % (S::BN / 2)); });
+    b.start(expert_matrix(p.w1, tile.expert, columns, p.hidden_size, p.transposed), p.hidden_size, [&](unsigned i) { return column(tile.n, i / (S::BN / 2), i % (S::BN / 2)); });
     return ceil_div(p.hidden_size, S::SLICE);
   }
 
   PTX_D void begin(const RowWalk::Tile& tile, typename S::Sums& c) const {
-    const bool bias = p.b1 && tile.used;
-    begin_with_bias<S>(c, bias ? p.b1 + static_cast<int64_t>(tile.expert) * columns : Global<const T>{nullptr},
+    begin_with_bias<S>(c, tile.used ? p.b1 : Global<const T>{nullptr}, tile.expert, columns,
                        [&](int half, int i) { return column(tile.n, half, i); });
   }
 
@@ -128,24 +126,7 @@ template <class S, Major MA, Major MB> struct Up {
 };
 
 template <class S, Major MA, Major MB> PTX_D void up(const UpParams<typename S::Element>& p) {
-  if constexpr (MB == Major::ANY)
-    run_tiles<S, MA, MB>(Up<S, MA, MB>{p}, Operand<S, S::BM, MA, true>(false), Operand<S, S::BN, MB, false>(p.transposed));
-  else
-    run_tiles<S, MA, MB>(Up<S, MA, MB>{p}, Operand<S, S::BM, MA, true>(), Operand<S, S::BN, MB, false>());
+  run_tiles<S, MA, MB>(Up<S, MA, MB>{p}, Operand<S, S::BM, MA, true>(false), Operand<S, S::BN, MB, false>(p.transposed));
 }
-using L = Shape<bf16, 128, 256, 64, 4>; using M = Shape<bf16, 128, 128, 64, 3>;
-using Sm = Shape<bf16, 32, 128, 16, 4>;
-using F = Shape<float, 128, 128, 64, 3>;
-using TF = Shape<tf32, 128, 128, 64, 3>;
-using Y = Shape<bf16, 64, 128, 32, 3>;
-#define K(name, S, blocks, MA, MB) PTX_KERNEL(name, S::THREADS, blocks, S::SHARED_BYTES, (up<S, Major::MA, Major::MB>), UpParams<S::Element>)
-K(up_256nt, L, 1, K, K)
-K(up_128nt, M, 2, K, K)
-K(up_256nn, L, 1, K, MN)
-K(up_128nn, M, 2, K, MN)
-K(up_small, Sm, 2, K, K)
-K(up_f, F, 2, K, K)
-K(up_fn, F, 2, K, MN)
-K(up_tf, TF, 2, K, K)
-K(up_tfn, TF, 2, K, MN)
-K(up_any, Y, 2, ANY, ANY)
+
+ROW_ENTRIES(up, UpParams)

@@ -20,11 +20,17 @@ template <class Element> struct Rows {
   }
 };
 
+// An expert's matrix as an operand along N: `all` is [E, columns, k], transposed [E, k, columns].
+template <class Element>
+PTX_D Rows<Element> expert_matrix(Global<const Element> all, int expert, int columns, int k, bool transposed) {
+  return {all + static_cast<int64_t>(expert) * columns * k, {nullptr}, transposed ? columns : k};
+}
+
 // The copies of a thread of an operand that extends SIZE along m or n, all with the same swizzle.
 //
 // start(rows, k, place): the tile's index i along m or n is index place(i) in memory, anything where that is negative, and
 // K has k elements. K-major, rows in memory run along K; MN-major, there is one for each k. GATHER: rows may be gathered.
-// copy(slice) begins to copy the next slice.
+// copy(slice) begins to copy the next slice. The constructor's flag is for ANY: whether there is a row for each k.
 template <class S, int SIZE, Major MAJOR, bool GATHER> class Operand;
 
 template <class S, int SIZE, bool GATHER> class Operand<S, SIZE, Major::K, GATHER> {
@@ -36,6 +42,7 @@ template <class S, int SIZE, bool GATHER> class Operand<S, SIZE, Major::K, GATHE
   int k, end;
 
  public:
+  explicit PTX_D Operand(bool) {}
   template <class Place> PTX_D void start(const Rows<Element>& rows, int k_end, Place place) {
     k = thread_id() % 4 * S::CHUNK;
     end = k_end;
@@ -79,6 +86,7 @@ template <class S, int SIZE> class Operand<S, SIZE, Major::MN, false> : AlongMN<
   int pitch_bytes, row, end;
 
  public:
+  explicit PTX_D Operand(bool) {}
   template <class Place> PTX_D void start(const Rows<Element>& rows, int k, Place place) {
     const int column = place(Along::column());
     pitch_bytes = rows.pitch * sizeof(Element);
@@ -110,6 +118,7 @@ template <class S, int SIZE> class Operand<S, SIZE, Major::MN, true> : AlongMN<S
   }
 
  public:
+  explicit PTX_D Operand(bool) {}
   template <class Place> PTX_D void start(const Rows<Element>& all, int k, Place place) {
     const int column = place(Along::column());
     rows = all;
@@ -126,7 +135,6 @@ template <class S, int SIZE> class Operand<S, SIZE, Major::MN, true> : AlongMN<S
   }
 };
 
-// `along_k` says whether there is a row in memory for each k.
 template <class S, int SIZE, bool GATHER> class Operand<S, SIZE, Major::ANY, GATHER> {
   using Element = typename S::Element;
   static constexpr int APART = S::THREADS / 4, COPIES = SIZE / APART;

@@ -86,6 +86,41 @@ template <bool ALIGNED, class T> PTX_D void load_run(Run& v, Global<const T> row
   }
 }
 
+// Runs of 32 gate and of 32 up columns that alternate in memory, for the units from `unit` on, as far as below `units`.
+template <bool ALIGNED, class T>
+PTX_D void store_pairs(Global<T> row, int unit, int units, const Run& gate, const Run& up, bool exists) {
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    const int at = unit + 8 * j + 2 * quad_lane();
+    if constexpr (ALIGNED) {
+      if (exists && at < units) store_four(row + 2 * at, gate[j][0], up[j][0], gate[j][1], up[j][1]);
+    } else {
+      for (int b = 0; b < 2; b++)
+        if (exists && at + b < units) {
+          store(row + 2 * (at + b), from_float<T>(gate[j][b]));
+          store(row + (2 * (at + b) + 1), from_float<T>(up[j][b]));
+        }
+    }
+  }
+}
+template <bool ALIGNED, class T>
+PTX_D void load_pairs(Run& gate, Run& up, Global<const T> row, int unit, int units, bool exists) {
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    const int at = unit + 8 * j + 2 * quad_lane();
+    if constexpr (ALIGNED) {
+      const float4 v = exists && at < units ? load_four(row + 2 * at) : float4{};
+      gate[j][0] = v.x, up[j][0] = v.y, gate[j][1] = v.z, up[j][1] = v.w;
+    } else {
+      for (int b = 0; b < 2; b++) {
+        const bool there = exists && at + b < units;
+        gate[j][b] = there ? to_float(load_readonly(row + 2 * (at + b))) : 0;
+        up[j][b] = there ? to_float(load_readonly(row + (2 * (at + b) + 1))) : 0;
+      }
+    }
+  }
+}
+
 // Calls f(row, left, right) for each row of the warp that a thread has a part in; `row` counts from the warp's first.
 // The loop is not unrolled, since its body is long: the sums move down to where it reads them.
 template <class S, class F> PTX_D void for_each_row(typename S::Sums& c, F f) {
@@ -111,15 +146,28 @@ template <class S, class F> PTX_D void for_each_row(typename S::Sums& c, F f) {
   }
 }
 
-// Sums begin with the bias of their column: `place(half, i)` is where in `bias` column i of a half of the tile is, negative
-// for none.
-template <class S, class T, class Place> PTX_D void begin_with_bias(typename S::Sums& c, Global<const T> bias, Place place) {
+template <class S> PTX_D void begin_with_zeros(typename S::Sums& c) {
+#pragma unroll
+  for (int i = 0; i < S::MI; i++)
+#pragma unroll
+    for (int j = 0; j < NI; j++)
+#pragma unroll
+      for (int q = 0; q < 4; q++) c[i][j][q] = 0;
+}
+
+// Sums begin with the bias [E, columns] of their column, where there is one: column i of a half of the tile is column
+// place(half, i), none where that is negative.
+template <class S, class T, class Place>
+PTX_D void begin_with_bias(typename S::Sums& c, Global<const T> bias, int expert, int columns, Place place) {
 #pragma unroll
   for (int j = 0; j < NI; j++)
 #pragma unroll
     for (int b = 0; b < 2; b++) {
-      const int at = place(j / 4, S::run_column(0) + j % 4 * 8 + 2 * quad_lane() + b);
-      const float value = bias && at >= 0 ? to_float(load_readonly(bias + at)) : 0;
+      float value = 0;
+      if (bias) {
+        const int at = place(j / 4, S::run_column(0) + j % 4 * 8 + 2 * quad_lane() + b);
+        if (at >= 0) value = to_float(load_readonly(bias + (static_cast<int64_t>(expert) * columns + at)));
+      }
 #pragma unroll
       for (int i = 0; i < S::MI; i++) c[i][j][b] = c[i][j][b + 2] = value;
     }
