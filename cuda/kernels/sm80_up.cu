@@ -83,35 +83,33 @@ template <class S, Major MA, Major MB> struct Up {
   }
 
   PTX_D void finish_row(const Activation& activation, Global<T> act, int at, const Run& left, const Run& right, bool exists) const {
-    float gate[8], up[8], out[8];
+    Run gate, up, out;
 #pragma unroll
     for (int pass = 0; pass < 2; pass++) {
       if (pass == 1 && gated) break;
 #pragma unroll
-      for (int u = 0; u < 8; u++) {
-        const int j = u / 2, b = u % 2;
-        gate[u] = !gated ? (pass ? right : left)[j][b] : halves ? left[j][b] : (b ? right : left)[j][0];
-        up[u] = halves ? right[j][b] : (b ? right : left)[j][1];
-      }
+      for (int j = 0; j < 4; j++)
+#pragma unroll
+        for (int b = 0; b < 2; b++) {
+          gate[j][b] = !gated ? (pass ? right : left)[j][b] : halves ? left[j][b] : (b ? right : left)[j][0];
+          up[j][b] = halves ? right[j][b] : (b ? right : left)[j][1];
+        }
       activation.forward(gate, up, out);
       if (gated && !halves) {
         store_units(act, at / 2, out, 0, exists);
         store_units(act, (at + S::BN / 2) / 2, out, 1, exists);
       } else {
-        Run run;
-#pragma unroll
-        for (int u = 0; u < 8; u++) run[u / 2][u % 2] = out[u];
-        store_run<ALIGNED>(act, at + pass * (S::BN / 2), p.intermediate, run, exists);
+        store_run<ALIGNED>(act, at + pass * (S::BN / 2), p.intermediate, out, exists);
       }
     }
   }
 
-  // Of 16 units of a row a thread has computed 4j + lane % 4, out[2j + offset].
-  PTX_D void store_units(Global<T> act, int at, const float (&out)[8], int offset, bool exists) const {
+  // Of 16 units of a row a thread has computed 4j + lane % 4, out[j][half].
+  PTX_D void store_units(Global<T> act, int at, const Run& out, int half, bool exists) const {
     if constexpr (ALIGNED) {
       uint32_t v[4];
 #pragma unroll
-      for (int j = 0; j < 4; j++) v[j] = float_bits(out[2 * j + offset]);
+      for (int j = 0; j < 4; j++) v[j] = float_bits(out[j][half]);
       transpose_quad(v);
       at += 4 * quad_lane();
       if (exists && at < p.intermediate)
@@ -120,7 +118,7 @@ template <class S, Major MA, Major MB> struct Up {
 #pragma unroll
       for (int j = 0; j < 4; j++)
         if (const int unit = at + 4 * j + quad_lane(); exists && unit < p.intermediate)
-          store(act + unit, from_float<T>(out[2 * j + offset]));
+          store(act + unit, from_float<T>(out[j][half]));
     }
   }
 };

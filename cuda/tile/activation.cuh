@@ -54,29 +54,31 @@ class Activation {
   }
 
   PTX_D static constexpr bool gated(Kind kind) { return kind <= Kind::SWIGLU_OAI; }
+  PTX_D bool gated() const { return gated(kind); }
 
   // `up` is not used where ungated.
-  template <int N> PTX_D void forward(const float (&gate)[N], const float (&up)[N], float (&out)[N]) const {
+  template <int N> PTX_D void forward(const float (&gate)[N][2], const float (&up)[N][2], float (&out)[N][2]) const {
     with_function([&](auto function) {
 #pragma unroll
-      for (int i = 0; i < N; i++) {
-        const float value = function(gate[i]).value;
-        out[i] = gated(kind) ? value * (oai ? clamp(up[i]) + 1 : up[i]) : value;
+      for (int i = 0; i < 2 * N; i++) {
+        const float value = function(gate[i / 2][i % 2]).value, u = gated() ? up[i / 2][i % 2] : 1;
+        out[i / 2][i % 2] = value * (oai ? clamp(u) + 1 : u);
       }
     });
   }
 
   // From `grad` = dL/d act: `gate` and `up` become their own gradients, `out` the activation.
-  template <int N> PTX_D void backward(const float (&grad)[N], float (&gate)[N], float (&up)[N], float (&out)[N]) const {
+  template <int N>
+  PTX_D void backward(const float (&grad)[N][2], float (&gate)[N][2], float (&up)[N][2], float (&out)[N][2]) const {
     with_function([&](auto function) {
 #pragma unroll
-      for (int i = 0; i < N; i++) {
-        const auto [value, slope] = function(gate[i]);
-        const float factor = !gated(kind) ? 1 : oai ? clamp(up[i]) + 1 : up[i];
-        const bool flat = oai && !(clamp(up[i]) == up[i]);
-        out[i] = value * factor;
-        gate[i] = grad[i] * factor * slope;
-        up[i] = flat ? 0 : grad[i] * value;
+      for (int i = 0; i < 2 * N; i++) {
+        const float d = grad[i / 2][i % 2], u = gated() ? up[i / 2][i % 2] : 1;
+        const Value f = function(gate[i / 2][i % 2]);
+        const float factor = oai ? clamp(u) + 1 : u;
+        out[i / 2][i % 2] = f.value * factor;
+        gate[i / 2][i % 2] = d * factor * f.slope;
+        up[i / 2][i % 2] = oai && !(clamp(u) == u) ? 0 : d * f.value;
       }
     });
   }
