@@ -190,7 +190,7 @@ class TestEveryTensor:
     def test_other_device(self, name, argument):
         given = argument_of(name, argument).to("meta")
         message = (
-            rf"^{argument}: expected a dense tensor in CPU memory, got a torch.strided Tensor on device meta"
+            rf"^{argument}: expected a dense tensor in CPU or CUDA memory, got a torch.strided Tensor on device meta"
         )
         with pytest.raises(ValueError, match=message):
             call(name, **{argument: given})
@@ -419,7 +419,7 @@ def test_every_door_gives_the_same_result(name, door):
 
 
 def test_bare_tensor_on_another_device():
-    with pytest.raises(ValueError, match=r"^x: expected a dense tensor in CPU memory, got .* on device meta"):
+    with pytest.raises(ValueError, match=r"^x: expected a dense tensor in CPU or CUDA memory, got .* on device meta"):
         call("permute", x=Bare(torch.zeros(T, H, device="meta")))
 
 

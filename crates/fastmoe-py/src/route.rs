@@ -4,6 +4,7 @@ use fastmoe_core::{Groups, Router};
 use fastmoe_cpu::Route;
 use pyo3::prelude::*;
 
+use crate::backend::{Backend, buffer};
 use crate::call::{at_least, compute, optional_input, threads};
 use crate::element::Element;
 use crate::error::Result;
@@ -72,6 +73,23 @@ pub fn route(
         scale,
     };
     router.check(experts)?;
+    let outputs = [Some(&ids), Some(&weights), Some(&scores)];
+    if let Backend::Cuda(device) = Backend::of(inputs.into_iter().chain(outputs))? {
+        let problem = fastmoe_cuda::Route {
+            router: &router,
+            dtype: logits.cuda_float()?,
+            tokens,
+            experts,
+            logits: logits.buffer(),
+            bias: buffer(&bias),
+            expert_scale: buffer(&expert_scale),
+            ids: ids.buffer(),
+            weights: weights.buffer(),
+            scores: scores.buffer(),
+        };
+        // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
+        return device.run(py, 0, |queue| unsafe { problem.launch(queue) });
+    }
     compute(py, || {
         let problem = Route {
             router: &router,
