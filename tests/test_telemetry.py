@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 
 from fastmoe_rs import ExpertCollapseWarning, losses, nn, sinks, watch
-from fastmoe_rs.integrations.swap import _is_dispatched
+from fastmoe_rs.integrations.swap import is_dispatched
 from transformers_models import build, tokens
 
 
@@ -132,7 +132,7 @@ def experts_seen(model):
     """ids that reach each experts module of a transformers model, in order."""
     seen = []
     for module in model.modules():
-        if _is_dispatched(module):
+        if is_dispatched(module):
             module.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
     return seen
 

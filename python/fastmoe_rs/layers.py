@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .integrations.swap import _is_dispatched
+from .integrations.swap import is_dispatched
 from .nn import MoE, RouterOutput
 
 
@@ -29,7 +29,7 @@ def hf_routers(model: nn.Module) -> dict[str, nn.Module]:
     """
     modules = dict(model.named_modules())
     routers = {}
-    for experts in [name for name, module in modules.items() if _is_dispatched(module)]:
+    for experts in [name for name, module in modules.items() if is_dispatched(module)]:
         block, router = experts, None
         while block and router is None:  # PEFT puts wrappers between the experts and their block
             block = block.rpartition(".")[0]
