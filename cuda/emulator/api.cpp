@@ -2,6 +2,7 @@
 
 #include <exception>
 #include <string>
+#include <vector>
 
 #include "emulator/launch.h"
 #include "emulator/memory.h"
@@ -34,6 +35,11 @@ const char* emulator_kernel(const char* kernel, uint32_t* threads, uint32_t* sha
     *shared_bytes = k.shared_bytes;
     *params_bytes = k.params_bytes;
   });
+}
+
+const char* emulator_kernel_name(size_t index) {
+  static const std::vector<const emulator::Kernel*> all = emulator::kernels();
+  return index < all.size() ? all[index]->name : nullptr;
 }
 
 void emulator_add_range(const void* base, size_t bytes, const char* name, EmulatorUse use) {

@@ -16,6 +16,9 @@ const char* emulator_launch(const char* kernel, int64_t blocks, const void* para
 /* The launch shape that was given to PTX_KERNEL. */
 const char* emulator_kernel(const char* kernel, uint32_t* threads, uint32_t* shared_bytes, size_t* params_bytes);
 
+/* The name of the kernel of this index, null past the last. */
+const char* emulator_kernel_name(size_t index);
+
 /* What launches may touch, and how; without any range they may touch everything. */
 enum EmulatorUse { EMULATOR_READ_ONLY, EMULATOR_WRITE_ONCE, EMULATOR_READ_WRITE };
 void emulator_add_range(const void* base, size_t bytes, const char* name, enum EmulatorUse use);

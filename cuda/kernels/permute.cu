@@ -85,8 +85,27 @@ template <class T> PTX_D void unpermute_grad(const UnpermuteGradParams<T>& p) {
     unpermute_grad_by<1>(p);
 }
 
+// sorted[inverse[t, k]] = weights[t, k], 0 in unused rows.
+struct SortWeightsParams {
+  Global<const float> weights;  // [T, K]
+  Global<const int> gather;     // [N]
+  Global<const int> inverse;    // [T, K]
+  Global<float> sorted;         // [N]
+  int slots, rows;              // T*K, N
+};
+
+PTX_D void sort_weights(const SortWeightsParams& p) {
+  const int64_t first = static_cast<int64_t>(block_id()) * block_threads() + thread_id();
+  const int64_t threads = static_cast<int64_t>(block_count()) * block_threads();
+  for (int64_t slot = first; slot < p.slots; slot += threads)
+    if (const int row = load_readonly(p.inverse + slot); row >= 0) store(p.sorted + row, load_readonly(p.weights + slot));
+  for (int64_t row = first; row < p.rows; row += threads)
+    if (load_readonly(p.gather + row) < 0) store(p.sorted + row, 0.0f);
+}
+
 }  // namespace moe
 
+PTX_KERNEL(sort_weights, 128, 8, 0, moe::sort_weights, moe::SortWeightsParams)
 PTX_KERNEL(permute_f32, 128, 8, 0, moe::permute, moe::PermuteParams<float>)
 PTX_KERNEL(permute_bf16, 128, 8, 0, moe::permute, moe::PermuteParams<ptx::bf16>)
 PTX_KERNEL(permute_f16, 128, 8, 0, moe::permute, moe::PermuteParams<ptx::f16>)

@@ -12,13 +12,17 @@ mod emulator;
 mod error;
 mod gpu;
 mod libcuda;
+mod mlp;
 mod plan;
+mod products;
 mod route;
 mod rows;
 
 pub use dtype::DType;
 pub use error::{Error, Result};
 pub use gpu::{Buffer, Gpu, Queue, checks, driver, emulated, scratch_size};
+pub use mlp::{Mlp, MlpGrads};
 pub use plan::Plan;
+pub use products::{Factor, GradWeight, Math, Product, Sizes};
 pub use route::Route;
-pub use rows::{Combine, GradBias, GradScore, Permute, UnpermuteGrad};
+pub use rows::{Combine, GradBias, Permute, UnpermuteGrad};

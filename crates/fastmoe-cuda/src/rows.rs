@@ -114,6 +114,53 @@ impl Permute {
     }
 }
 
+/// `sorted[inverse[t,k]] = weights[t,k]`, 0 in unused rows.
+#[derive(Clone, Copy)]
+pub(crate) struct SortWeights {
+    /// T*K.
+    pub slots: usize,
+    /// N.
+    pub rows: usize,
+    /// `[T, K]`.
+    pub weights: Buffer,
+    /// `[N]`.
+    pub gather: Buffer,
+    /// `[T, K]`.
+    pub inverse: Buffer,
+    /// `[N]`.
+    pub sorted: Buffer,
+}
+
+impl SortWeights {
+    /// # Safety
+    /// As [`Permute::launch`], for `inverse` too.
+    pub unsafe fn launch(&self, queue: &Queue<'_>) -> Result<()> {
+        #[repr(C)]
+        #[derive(Clone, Copy)]
+        struct Params {
+            weights: u64,
+            gather: u64,
+            inverse: u64,
+            sorted: u64,
+            slots: i32,
+            rows: i32,
+        }
+        let Self { slots, rows, weights, gather, inverse, sorted } = *self;
+        let params = Params {
+            weights: weights.address,
+            gather: gather.address,
+            inverse: inverse.address,
+            sorted: sorted.address,
+            slots: slots as i32,
+            rows: rows as i32,
+        };
+        let memory = [weights.read(), gather.read(), inverse.read(), sorted.write()];
+        let blocks = blocks(queue.gpu, slots.max(rows).div_ceil(32));
+        // SAFETY: this is the kernel's struct, and as promised by the caller.
+        unsafe { queue.launch("sort_weights", blocks, &params, &memory) }
+    }
+}
+
 /// The gradients of [`Combine`]: `grad_y[inverse[t,k]] = weights[t,k] grad_out[t]`, zeros in unused rows, and
 /// `grad_weights[t,k] = <grad_out[t], y[inverse[t,k]]>`, 0 where dropped.
 #[derive(Clone, Copy)]
@@ -193,7 +240,7 @@ impl UnpermuteGrad {
 
 /// `grad_weights[t,k] = sum_i partial[inverse[t,k], i] + <grad_out[t], b2[e]>`, 0 where dropped.
 #[derive(Clone, Copy)]
-pub struct GradScore {
+pub(crate) struct GradScore {
     /// Of the rows.
     pub dtype: DType,
     /// T.

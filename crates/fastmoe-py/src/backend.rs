@@ -1,6 +1,7 @@
 //! Which backend works on the arguments of a call.
 
-use fastmoe_cuda::{Buffer, DType as CudaType, Gpu, Queue};
+use fastmoe_cuda::{Buffer, DType as CudaType, Gpu, Math, Queue};
+use pyo3::intern;
 use pyo3::prelude::*;
 
 use crate::element::Element;
@@ -35,16 +36,6 @@ impl Backend {
     }
 }
 
-/// Fails unless the CPU backend has to do the work: of what `function` computes, the GPU kernels cannot be launched yet.
-pub fn cpu_only<'a>(function: &str, tensors: impl IntoIterator<Item = Option<&'a Tensor>>) -> Result<()> {
-    match Backend::of(tensors)? {
-        Backend::Cpu => Ok(()),
-        Backend::Cuda(_) => {
-            Err(Error::Runtime(format!("{function}: not on a GPU yet; move the tensors to the CPU")))
-        }
-    }
-}
-
 impl Device {
     /// Queues the work on torch's current stream, the GIL released, with so many bytes of scratch memory.
     pub fn run(
@@ -58,6 +49,18 @@ impl Device {
         let mut queue = Queue { gpu: self.gpu, stream: self.place.stream(py)?, scratch };
         Ok(py.detach(|| work(&mut queue))?)
     }
+}
+
+/// What the products of tensors like this one are computed in: float32 in full, or in tf32 where
+/// `torch.set_float32_matmul_precision` allows it.
+pub fn math(py: Python<'_>, tensor: &Tensor) -> Result<Math> {
+    let dtype = tensor.cuda_float()?;
+    let precision = |py: Python<'_>| -> PyResult<bool> {
+        let torch = py.import(intern!(py, "torch"))?;
+        let precision = torch.call_method0(intern!(py, "get_float32_matmul_precision"))?;
+        Ok(precision.extract::<String>()? != "highest")
+    };
+    Ok(Math { dtype, tf32: dtype == CudaType::F32 && precision(py)? })
 }
 
 impl Tensor {

@@ -2,10 +2,12 @@
 
 use fastmoe_core::validate_offsets;
 use fastmoe_cpu::GroupedMm;
+use fastmoe_cuda::{Buffer, Factor, GradBias, GradWeight, Product};
 use pyo3::prelude::*;
 
-use crate::backend::cpu_only;
+use crate::backend::{Backend, buffer, math};
 use crate::call::{compute, optional_input, optional_output, threads};
+use crate::element::Element;
 use crate::error::Result;
 use crate::tensor::{Tensor, disjoint};
 
@@ -51,7 +53,24 @@ pub fn grouped_mm(
     out.expect(dtype, &[rows, outer], "R, N")?;
     let inputs = [Some(&x), Some(&w), Some(&offsets), bias.as_ref()];
     disjoint([Some(&out)], inputs)?;
-    cpu_only("grouped_mm", inputs.into_iter().chain([Some(&out)]))?;
+    if let Backend::Cuda(device) = Backend::of(inputs.into_iter().chain([Some(&out)]))? {
+        offsets.expect_element(Element::I32)?;
+        let problem = Product {
+            math: math(py, &x)?,
+            rows,
+            inner,
+            columns: outer,
+            experts,
+            transposed,
+            a: x.buffer(),
+            offsets: offsets.buffer(),
+            w: w.buffer(),
+            bias: buffer(&bias),
+            y: out.buffer(),
+        };
+        // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
+        return device.run(py, 0, |queue| unsafe { problem.launch(queue) });
+    }
     compute(py, || {
         let offsets = offsets.slice()?;
         validate_offsets(offsets, rows)?;
@@ -95,7 +114,32 @@ pub fn grouped_mm_grad_weight(
     }
     let (inputs, outputs) = ([&grad_out, &x, &offsets].map(Some), [Some(&grad_w), grad_bias.as_ref()]);
     disjoint(outputs, inputs)?;
-    cpu_only("grouped_mm_grad_weight", inputs.into_iter().chain(outputs))?;
+    if let Backend::Cuda(device) = Backend::of(inputs.into_iter().chain(outputs))? {
+        offsets.expect_element(Element::I32)?;
+        let math = math(py, &x)?;
+        let factor =
+            |rows: &Tensor, columns| Factor { rows: rows.buffer(), gather: Buffer::default(), columns };
+        let (left, right) = (factor(&grad_out, outer), factor(&x, inner));
+        let offsets = offsets.buffer();
+        let weight = GradWeight::of(math, experts, offsets, transposed, left, right, grad_w.buffer());
+        let bias = grad_bias.as_ref().map(|grad_bias| GradBias {
+            dtype: math.dtype,
+            experts,
+            columns: outer,
+            sorted: rows,
+            rows: grad_out.buffer(),
+            gather: Buffer::default(),
+            scale: Buffer::default(),
+            offsets,
+            out: grad_bias.buffer(),
+        });
+        let scratch = if bias.is_some() { GradBias::scratch(rows, experts, outer) } else { 0 };
+        // SAFETY: as above.
+        return device.run(py, scratch, |queue| unsafe {
+            weight.launch(queue)?;
+            bias.map_or(Ok(()), |bias| bias.launch(queue))
+        });
+    }
     compute(py, || {
         let offsets = offsets.slice()?;
         validate_offsets(offsets, rows)?;

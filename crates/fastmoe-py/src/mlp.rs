@@ -4,7 +4,7 @@ use fastmoe_core::validate_plan;
 use fastmoe_cpu::{Activation, DType, Mlp, MlpGrads, RoutedRows, Threads};
 use pyo3::prelude::*;
 
-use crate::backend::cpu_only;
+use crate::backend::{Backend, buffer, math};
 use crate::call::{compute, optional_input, optional_output, threads};
 use crate::element::Element;
 use crate::error::{Error, Result};
@@ -56,7 +56,12 @@ pub fn mlp_forward(
     }
     let outputs = [Some(&out), hidden.as_ref()];
     disjoint(outputs, problem.inputs())?;
-    cpu_only("mlp_forward", problem.inputs().into_iter().chain(outputs))?;
+    if let Backend::Cuda(device) = Backend::of(problem.inputs().into_iter().chain(outputs))? {
+        let mlp = problem.on_device(py, sizes, layout)?;
+        let (out, hidden) = (out.buffer(), buffer(&hidden));
+        // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
+        return device.run(py, mlp.forward_scratch(), |queue| unsafe { mlp.forward(queue, out, hidden) });
+    }
     compute(py, || {
         let mlp = problem.mlp(sizes, layout, threads)?;
         // SAFETY: dtypes, shapes, separate memory and the plan were checked.
@@ -142,7 +147,15 @@ pub fn mlp_backward(
     }
     let inputs = problem.inputs().into_iter().chain([Some(&grad_out), Some(&hidden)]);
     disjoint(grads.iter().map(Option::as_ref), inputs.clone())?;
-    cpu_only("mlp_backward", inputs.chain(grads.iter().map(Option::as_ref)))?;
+    if let Backend::Cuda(device) = Backend::of(inputs.chain(grads.iter().map(Option::as_ref)))? {
+        let mlp = problem.on_device(py, sizes, layout)?;
+        let [x, weights, w1, b1, w2, b2] = grads.each_ref().map(buffer);
+        let grads = fastmoe_cuda::MlpGrads { x, weights, w1, b1, w2, b2 };
+        let (hidden, grad_out) = (hidden.buffer(), grad_out.buffer());
+        let scratch = mlp.backward_scratch(&grads);
+        // SAFETY: as above.
+        return device.run(py, scratch, |queue| unsafe { mlp.backward(queue, hidden, grad_out, &grads) });
+    }
     compute(py, || {
         let mlp = problem.mlp(sizes, layout, threads)?;
         let [x, weights, w1, b1, w2, b2] = grads.each_ref().map(|grad| grad.as_ref().map(Tensor::ptr_mut));
@@ -263,6 +276,38 @@ impl Problem {
         }
         self.offsets.expect(Element::I32, &[experts + 1], "E+1")?;
         Ok(Sizes { dtype, tokens, hidden, intermediate, up, experts, top_k, rows })
+    }
+
+    /// The problem of the CUDA backend, which trusts the plan that it is given.
+    fn on_device(&self, py: Python<'_>, sizes: Sizes, layout: Layout) -> Result<fastmoe_cuda::Mlp> {
+        let kinds = Activation::ALL.iter();
+        let kind = kinds.take_while(|(_, kind)| *kind != layout.activation).count() as i32;
+        for index in [&self.offsets, &self.gather, &self.inverse] {
+            index.expect_element(Element::I32)?;
+        }
+        Ok(fastmoe_cuda::Mlp {
+            sizes: fastmoe_cuda::Sizes {
+                math: math(py, &self.x)?,
+                rows: sizes.rows,
+                hidden: sizes.hidden,
+                intermediate: sizes.intermediate,
+                experts: sizes.experts,
+                activation: (kind, layout.activation.gated()),
+                transposed: layout.transposed,
+                interleaved: layout.interleaved,
+            },
+            tokens: sizes.tokens,
+            top_k: sizes.top_k,
+            x: self.x.buffer(),
+            w1: self.w1.buffer(),
+            b1: buffer(&self.b1),
+            w2: self.w2.buffer(),
+            b2: buffer(&self.b2),
+            weights: self.weights.buffer(),
+            offsets: self.offsets.buffer(),
+            gather: self.gather.buffer(),
+            inverse: self.inverse.buffer(),
+        })
     }
 
     /// The backend's problem, its plan validated.

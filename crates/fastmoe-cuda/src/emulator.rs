@@ -1,0 +1,157 @@
+//! The emulator of `cuda/emulator` as a driver: the kernels run on the CPU, every access checked.
+
+use crate::driver::{Access, Device, Driver, Kernel, Region, Stream};
+use crate::{Error, Result};
+use libloading::Library;
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+type Text = *const c_char;
+
+/// The functions of `cuda/emulator/api.h`.
+struct Emulator {
+    launch: unsafe extern "C" fn(Text, i64, *const c_void, usize) -> Text,
+    kernel: unsafe extern "C" fn(Text, *mut u32, *mut u32, *mut usize) -> Text,
+    name: unsafe extern "C" fn(usize) -> Text,
+    add_range: unsafe extern "C" fn(*const c_void, usize, Text, c_int),
+    remove_range: unsafe extern "C" fn(*const c_void),
+    /// It runs one launch at a time.
+    turn: Mutex<()>,
+    names: OnceLock<Vec<&'static CStr>>,
+    _library: Library,
+}
+
+/// The emulator, from the library that `FASTMOE_EMULATOR` names.
+pub fn driver() -> Result<&'static dyn Driver> {
+    static EMULATOR: OnceLock<Result<Emulator>> = OnceLock::new();
+    match EMULATOR.get_or_init(Emulator::open) {
+        Ok(emulator) => Ok(emulator),
+        Err(error) => Err(error.clone()),
+    }
+}
+
+fn missing(reason: impl ToString) -> Error {
+    Error::NoEmulator { reason: reason.to_string() }
+}
+
+impl Emulator {
+    fn open() -> Result<Self> {
+        let path = std::env::var_os("FASTMOE_EMULATOR")
+            .ok_or_else(|| missing("FASTMOE_EMULATOR has to name the library of `make emulator`"))?;
+        // SAFETY: the library of the emulator, whose initialisers only fill its table of kernels, and its functions.
+        unsafe {
+            let library = Library::new(path).map_err(missing)?;
+            Ok(Self {
+                launch: *library.get(b"emulator_launch\0").map_err(missing)?,
+                kernel: *library.get(b"emulator_kernel\0").map_err(missing)?,
+                name: *library.get(b"emulator_kernel_name\0").map_err(missing)?,
+                add_range: *library.get(b"emulator_add_range\0").map_err(missing)?,
+                remove_range: *library.get(b"emulator_remove_range\0").map_err(missing)?,
+                turn: Mutex::default(),
+                names: OnceLock::new(),
+                _library: library,
+            })
+        }
+    }
+
+    fn names(&self) -> &[&'static CStr] {
+        self.names.get_or_init(|| {
+            let name = |index| {
+                // SAFETY: the emulator gives a static name, or null past the last kernel; it is never unloaded.
+                unsafe {
+                    let name = (self.name)(index);
+                    (!name.is_null()).then(|| CStr::from_ptr(name))
+                }
+            };
+            (0..).map_while(name).collect()
+        })
+    }
+
+    fn check(message: Text) -> Result<()> {
+        if message.is_null() {
+            return Ok(());
+        }
+        // SAFETY: a message ends in a zero and lives until this thread's next call.
+        let text = unsafe { CStr::from_ptr(message) };
+        Err(Error::Emulator(text.to_string_lossy().into_owned()))
+    }
+}
+
+impl Driver for Emulator {
+    fn device_count(&self) -> Result<i32> {
+        Ok(1)
+    }
+
+    fn device(&self, _: i32) -> Result<Device> {
+        Ok(Device {
+            name: "emulator".to_owned(),
+            capability: (8, 0),
+            multiprocessors: 3,
+            shared_per_block: 163 << 10,
+        })
+    }
+
+    fn load(&self, _: i32) -> Result<HashMap<&'static str, Kernel>> {
+        let names = self.names().iter().enumerate();
+        names
+            .map(|(function, name)| {
+                let (mut threads, mut shared, mut bytes) = (0, 0, 0);
+                // SAFETY: the name ends in a zero and the outputs point to locals.
+                Self::check(unsafe { (self.kernel)(name.as_ptr(), &mut threads, &mut shared, &mut bytes) })?;
+                let name = name.to_str().expect("symbols are ASCII");
+                Ok((name, Kernel { function, threads, shared }))
+            })
+            .collect()
+    }
+
+    unsafe fn launch(
+        &self,
+        _: i32,
+        _: Stream,
+        kernel: Kernel,
+        blocks: u32,
+        params: &[u8],
+        memory: &[Region],
+    ) -> Result<()> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut given: Vec<&Region> = Vec::new();
+        for region in memory {
+            // A tensor may be given twice.
+            if region.bytes > 0 && given.iter().all(|other| other.start != region.start) {
+                given.push(region);
+            }
+        }
+        let names: Vec<CString> =
+            given.iter().map(|region| CString::new(region.name).expect("names have no zeros")).collect();
+        // SAFETY: as promised by the caller; names and ranges outlive the launch, and the ranges are taken back.
+        unsafe {
+            for (region, name) in given.iter().zip(&names) {
+                let use_ = match region.access {
+                    Access::Read => 0,
+                    Access::Write => 1,
+                    Access::ReadWrite => 2,
+                };
+                (self.add_range)(region.start as *const c_void, region.bytes, name.as_ptr(), use_);
+            }
+            let name = self.names()[kernel.function];
+            let message = (self.launch)(name.as_ptr(), blocks.into(), params.as_ptr().cast(), params.len());
+            let result = Self::check(message);
+            for region in &given {
+                (self.remove_range)(region.start as *const c_void);
+            }
+            result
+        }
+    }
+
+    unsafe fn set_word(&self, _: i32, _: Stream, address: u64, value: i32) -> Result<()> {
+        // SAFETY: as promised by the caller; device memory is the process's own here.
+        unsafe { (address as *mut i32).write(value) }
+        Ok(())
+    }
+
+    unsafe fn word(&self, _: i32, _: Stream, address: u64) -> Result<i32> {
+        // SAFETY: as above; a launch has run when it returns.
+        Ok(unsafe { (address as *const i32).read() })
+    }
+}

@@ -1,0 +1,441 @@
+//! The grouped products: which tile a product gets, and the launches of the `sm80_*.cu` kernels, whose parameter
+//! structs are mirrored here.
+
+use crate::{Buffer, DType, Gpu, Queue, Result};
+
+/// Units whose slopes the hidden gradient sums into one number.
+pub(crate) const SLOPE_UNITS: usize = 32;
+/// Shared memory that a block of the widest tile is meant for: two stages more than GPUs with 100 KB have room for.
+const WIDE_TILE_SHARED: u32 = 160 << 10;
+
+/// What is multiplied, in what precision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Math {
+    /// Of the tensors.
+    pub dtype: DType,
+    /// Whether f32 tensors are rounded to tf32 for the tensor cores.
+    pub tf32: bool,
+}
+
+impl Math {
+    fn name(self) -> &'static str {
+        if self.tf32 && self.dtype == DType::F32 { "tf32" } else { self.dtype.suffix() }
+    }
+}
+
+/// A tile of the output that a block computes at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tile {
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub columns: usize,
+    /// Blocks that share a multiprocessor.
+    pub resident: usize,
+}
+
+const WIDE: Tile = Tile { rows: 128, columns: 256, resident: 1 };
+const SQUARE: Tile = Tile { rows: 128, columns: 128, resident: 2 };
+const FLAT: Tile = Tile { rows: 32, columns: 128, resident: 2 };
+const ANY: Tile = Tile { rows: 64, columns: 128, resident: 3 };
+
+/// The tile of a product over rows, `rows_per_expert` of them on average.
+pub fn row_tile(gpu: &Gpu, math: Math, aligned: bool, rows_per_expert: usize) -> Tile {
+    match math.dtype {
+        _ if !aligned => ANY,
+        DType::F32 => SQUARE,
+        _ if rows_per_expert <= 32 => FLAT,
+        _ if rows_per_expert < 256 || gpu.device.shared_per_block < WIDE_TILE_SHARED => SQUARE,
+        _ => WIDE,
+    }
+}
+
+/// The tile of a gradient of weights `[rows, columns]` an expert.
+pub fn weight_tile(gpu: &Gpu, math: Math, aligned: bool, columns: usize) -> Tile {
+    match math.dtype {
+        _ if !aligned => ANY,
+        DType::F32 => SQUARE,
+        _ if columns < 256 || gpu.device.shared_per_block < WIDE_TILE_SHARED => SQUARE,
+        _ => WIDE,
+    }
+}
+
+/// Whether rows of these lengths, in tensors at these places, start at multiples of 16 bytes.
+fn aligned(dtype: DType, columns: &[usize], tensors: &[Buffer]) -> bool {
+    columns.iter().all(|columns| (columns * dtype.bytes()).is_multiple_of(16))
+        && tensors.iter().all(|tensor| tensor.address.is_multiple_of(16))
+}
+
+fn blocks(gpu: &Gpu, tile: Tile, tiles: usize) -> usize {
+    tiles.min(gpu.device.multiprocessors as usize * tile.resident)
+}
+
+/// Tiles over the sorted rows at most: every expert may end in a part of one, and so may the unused rows.
+fn row_tiles(tile: Tile, rows: usize, experts: usize, columns: usize) -> usize {
+    if rows == 0 { 0 } else { (rows / tile.rows + experts + 1) * columns.div_ceil(tile.columns) }
+}
+
+fn name(kernel: &str, math: Math, tile: Tile, variant: &str) -> String {
+    let variant = if tile == ANY { "any" } else { variant };
+    format!("{kernel}_{}_{}x{}_{variant}", math.name(), tile.rows, tile.columns)
+}
+
+/// The sizes of an expert layer.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    /// What is multiplied.
+    pub math: Math,
+    /// N, the sorted rows.
+    pub rows: usize,
+    /// H.
+    pub hidden: usize,
+    /// I.
+    pub intermediate: usize,
+    /// E.
+    pub experts: usize,
+    /// The activation's index in the order of the kernels, and whether it is gated.
+    pub activation: (i32, bool),
+    /// W1 is `[E, H, 2I]` and W2 `[E, I, H]`.
+    pub transposed: bool,
+    /// Gate and up columns alternate.
+    pub interleaved: bool,
+}
+
+impl Sizes {
+    /// Columns of the up projection.
+    pub fn up(&self) -> usize {
+        if self.activation.1 { 2 * self.intermediate } else { self.intermediate }
+    }
+
+    fn rows_per_expert(&self) -> usize {
+        self.rows / self.experts
+    }
+}
+
+/// `hidden[r] = x[gather[r]] W1^T + b1`, `act[r] = activation(hidden[r])`.
+#[derive(Clone, Copy)]
+pub(crate) struct Up {
+    pub sizes: Sizes,
+    pub x: Buffer,
+    pub gather: Buffer,
+    pub offsets: Buffer,
+    pub w1: Buffer,
+    pub b1: Buffer,
+    /// `[N, 2I]`, or null where not wanted.
+    pub hidden: Buffer,
+    /// `[N, I]`.
+    pub act: Buffer,
+}
+
+impl Up {
+    /// # Safety
+    /// The buffers have these sizes and stay until the kernel has run; the plan is valid for them.
+    pub unsafe fn launch(&self, queue: &Queue<'_>) -> Result<()> {
+        #[repr(C)]
+        #[derive(Clone, Copy)]
+        struct Params {
+            x: u64,
+            gather: u64,
+            offsets: u64,
+            w1: u64,
+            b1: u64,
+            hidden: u64,
+            act: u64,
+            rows: i32,
+            hidden_size: i32,
+            intermediate: i32,
+            experts: i32,
+            activation: i32,
+            interleaved: i32,
+            transposed: i32,
+        }
+        let Self { sizes, x, gather, offsets, w1, b1, hidden, act } = *self;
+        let aligned =
+            aligned(sizes.math.dtype, &[sizes.hidden, sizes.intermediate], &[x, w1, b1, hidden, act]);
+        let tile = row_tile(queue.gpu, sizes.math, aligned, sizes.rows_per_expert());
+        let params = Params {
+            x: x.address,
+            gather: gather.address,
+            offsets: offsets.address,
+            w1: w1.address,
+            b1: b1.address,
+            hidden: hidden.address,
+            act: act.address,
+            rows: sizes.rows as i32,
+            hidden_size: sizes.hidden as i32,
+            intermediate: sizes.intermediate as i32,
+            experts: sizes.experts as i32,
+            activation: sizes.activation.0,
+            interleaved: sizes.interleaved.into(),
+            transposed: sizes.transposed.into(),
+        };
+        let memory =
+            [x.read(), gather.read(), offsets.read(), w1.read(), b1.read(), hidden.write(), act.write()];
+        // Gate and up columns of a unit are in one tile.
+        let tiles = row_tiles(tile, sizes.rows, sizes.experts, sizes.up());
+        let variant = if sizes.transposed { "nn" } else { "nt" };
+        // SAFETY: this is the kernel's struct, and as promised by the caller.
+        unsafe {
+            queue.launch(
+                &name("up", sizes.math, tile, variant),
+                blocks(queue.gpu, tile, tiles),
+                &params,
+                &memory,
+            )
+        }
+    }
+}
+
+/// `y[r] = a[r] W[e]^T + bias[e]` over the sorted rows r of every expert e, zeros behind the last.
+#[derive(Clone, Copy)]
+pub struct Product {
+    /// What is multiplied.
+    pub math: Math,
+    /// N, the sorted rows.
+    pub rows: usize,
+    /// Columns of `a`.
+    pub inner: usize,
+    /// Columns of `y`.
+    pub columns: usize,
+    /// E.
+    pub experts: usize,
+    /// W is `[E, inner, columns]` rather than `[E, columns, inner]`.
+    pub transposed: bool,
+    /// `[N, inner]`.
+    pub a: Buffer,
+    /// `[E + 1]`.
+    pub offsets: Buffer,
+    /// The weights.
+    pub w: Buffer,
+    /// `[E, columns]`, or null.
+    pub bias: Buffer,
+    /// `[N, columns]`.
+    pub y: Buffer,
+}
+
+impl Product {
+    /// # Safety
+    /// The buffers have these sizes and stay until the kernel has run; the offsets rise from 0 to at most N.
+    pub unsafe fn launch(&self, queue: &Queue<'_>) -> Result<()> {
+        #[repr(C)]
+        #[derive(Clone, Copy)]
+        struct Params {
+            a: u64,
+            offsets: u64,
+            w: u64,
+            bias: u64,
+            y: u64,
+            rows: i32,
+            inner: i32,
+            columns: i32,
+            experts: i32,
+            transposed: i32,
+        }
+        let Self { math, rows, inner, columns, experts, transposed, a, offsets, w, bias, y } = *self;
+        let aligned = aligned(math.dtype, &[inner, columns], &[a, w, bias, y]);
+        let tile = row_tile(queue.gpu, math, aligned, rows / experts);
+        let params = Params {
+            a: a.address,
+            offsets: offsets.address,
+            w: w.address,
+            bias: bias.address,
+            y: y.address,
+            rows: rows as i32,
+            inner: inner as i32,
+            columns: columns as i32,
+            experts: experts as i32,
+            transposed: transposed.into(),
+        };
+        let memory = [a.read(), offsets.read(), w.read(), bias.read(), y.write()];
+        let blocks = blocks(queue.gpu, tile, row_tiles(tile, rows, experts, columns));
+        let variant = if transposed { "nn" } else { "nt" };
+        // SAFETY: this is the kernel's struct, and as promised by the caller.
+        unsafe { queue.launch(&name("gemm", math, tile, variant), blocks, &params, &memory) }
+    }
+}
+
+/// From the gradient of the output to that of the hidden states, with what the other gradients need.
+#[derive(Clone, Copy)]
+pub(crate) struct GradHidden {
+    pub sizes: Sizes,
+    /// `[T, H]`.
+    pub grad_out: Buffer,
+    pub gather: Buffer,
+    pub offsets: Buffer,
+    /// `[N]` routing weights in sorted order.
+    pub weights: Buffer,
+    pub w2: Buffer,
+    pub hidden: Buffer,
+    /// `[N, 2I]`, or null where not wanted.
+    pub grad_hidden: Buffer,
+    /// `[N, I]` the activation times the routing weight, or null where not wanted.
+    pub scaled_act: Buffer,
+    /// `[N, ceil(I / 32)]` f32, or null where not wanted.
+    pub slopes: Buffer,
+}
+
+impl GradHidden {
+    /// # Safety
+    /// As [`Up::launch`].
+    pub unsafe fn launch(&self, queue: &Queue<'_>) -> Result<()> {
+        #[repr(C)]
+        #[derive(Clone, Copy)]
+        struct Params {
+            grad_out: u64,
+            gather: u64,
+            offsets: u64,
+            weights: u64,
+            w2: u64,
+            hidden: u64,
+            grad_hidden: u64,
+            scaled_act: u64,
+            slopes: u64,
+            rows: i32,
+            hidden_size: i32,
+            intermediate: i32,
+            experts: i32,
+            activation: i32,
+            interleaved: i32,
+            transposed: i32,
+        }
+        let sizes = self.sizes;
+        let aligned = aligned(
+            sizes.math.dtype,
+            &[sizes.hidden, sizes.intermediate],
+            &[self.grad_out, self.w2, self.hidden, self.grad_hidden, self.scaled_act],
+        );
+        let tile = row_tile(queue.gpu, sizes.math, aligned, sizes.rows_per_expert());
+        let params = Params {
+            grad_out: self.grad_out.address,
+            gather: self.gather.address,
+            offsets: self.offsets.address,
+            weights: self.weights.address,
+            w2: self.w2.address,
+            hidden: self.hidden.address,
+            grad_hidden: self.grad_hidden.address,
+            scaled_act: self.scaled_act.address,
+            slopes: self.slopes.address,
+            rows: sizes.rows as i32,
+            hidden_size: sizes.hidden as i32,
+            intermediate: sizes.intermediate as i32,
+            experts: sizes.experts as i32,
+            activation: sizes.activation.0,
+            interleaved: sizes.interleaved.into(),
+            transposed: sizes.transposed.into(),
+        };
+        let memory = [
+            self.grad_out.read(),
+            self.gather.read(),
+            self.offsets.read(),
+            self.weights.read(),
+            self.w2.read(),
+            self.hidden.read(),
+            self.grad_hidden.write(),
+            self.scaled_act.write(),
+            self.slopes.write(),
+        ];
+        let tiles = row_tiles(tile, sizes.rows, sizes.experts, sizes.intermediate);
+        let variant = if sizes.transposed { "nt" } else { "nn" };
+        // SAFETY: this is the kernel's struct, and as promised by the caller.
+        unsafe {
+            queue.launch(
+                &name("grad_hidden", sizes.math, tile, variant),
+                blocks(queue.gpu, tile, tiles),
+                &params,
+                &memory,
+            )
+        }
+    }
+}
+
+/// A factor of a gradient of weights: rows in sorted order, or gathered.
+#[derive(Clone, Copy)]
+pub struct Factor {
+    /// `[N, columns]`, or `[T, columns]` where gathered.
+    pub rows: Buffer,
+    /// `[N]`, or null.
+    pub gather: Buffer,
+    /// Columns.
+    pub columns: usize,
+}
+
+/// `out[e] = sum of a[r]^T b[r]` over the sorted rows r of expert e, zeros where it has none; at most one factor is
+/// gathered.
+#[derive(Clone, Copy)]
+pub struct GradWeight {
+    /// What is multiplied.
+    pub math: Math,
+    /// E.
+    pub experts: usize,
+    /// `[E + 1]`.
+    pub offsets: Buffer,
+    /// Gives the rows of the result.
+    pub a: Factor,
+    /// Gives its columns.
+    pub b: Factor,
+    /// `[E, a, b]`.
+    pub out: Buffer,
+}
+
+impl GradWeight {
+    /// The gradient of a weight `[E, left, right]`, or `[E, right, left]` where transposed.
+    pub fn of(
+        math: Math,
+        experts: usize,
+        offsets: Buffer,
+        transposed: bool,
+        left: Factor,
+        right: Factor,
+        out: Buffer,
+    ) -> Self {
+        let (a, b) = if transposed { (right, left) } else { (left, right) };
+        Self { math, experts, offsets, a, b, out }
+    }
+
+    /// # Safety
+    /// The buffers have these sizes and stay until the kernel has run; the plan is valid for them.
+    pub unsafe fn launch(&self, queue: &Queue<'_>) -> Result<()> {
+        #[repr(C)]
+        #[derive(Clone, Copy)]
+        struct Params {
+            a: u64,
+            b: u64,
+            gather_a: u64,
+            gather_b: u64,
+            offsets: u64,
+            out: u64,
+            sum: u64,
+            m: i32,
+            n: i32,
+            experts: i32,
+        }
+        let Self { math, experts, offsets, a, b, out } = *self;
+        let aligned = aligned(math.dtype, &[a.columns, b.columns], &[a.rows, b.rows, out]);
+        let tile = weight_tile(queue.gpu, math, aligned, b.columns);
+        let params = Params {
+            a: a.rows.address,
+            b: b.rows.address,
+            gather_a: a.gather.address,
+            gather_b: b.gather.address,
+            offsets: offsets.address,
+            out: out.address,
+            sum: 0,
+            m: a.columns as i32,
+            n: b.columns as i32,
+            experts: experts as i32,
+        };
+        let memory =
+            [a.rows.read(), b.rows.read(), a.gather.read(), b.gather.read(), offsets.read(), out.write()];
+        let tiles = experts * a.columns.div_ceil(tile.rows) * b.columns.div_ceil(tile.columns);
+        let variant = if a.gather.is_null() { "b" } else { "a" };
+        // SAFETY: this is the kernel's struct, and as promised by the caller.
+        unsafe {
+            queue.launch(
+                &name("grad_weight", math, tile, variant),
+                blocks(queue.gpu, tile, tiles),
+                &params,
+                &memory,
+            )
+        }
+    }
+}
