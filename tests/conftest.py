@@ -1,6 +1,9 @@
 """What every test shares: the same random numbers each time, and hypothesis without its clock."""
 
+import os
+
 import hypothesis
+import nvidia
 import pytest
 import torch
 
@@ -22,3 +25,23 @@ def set_threads():
     """torch.set_num_threads for the length of a test."""
     yield torch.set_num_threads
     torch.set_num_threads(1)
+
+
+def _demand(path, command):
+    """Skips where something was not made, unless this run is to check all of the GPU code."""
+    if not path.exists():
+        reason = f"{path} is missing: {command}"
+        pytest.fail(reason) if os.environ.get("FASTMOE_CUDA_ARCHS") == "all" else pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def cuda_tools():
+    """nvcc, nvdisasm and the headers of CUTLASS."""
+    for path in (nvidia.NVCC, nvidia.NVDISASM, nvidia.CUTLASS):
+        _demand(path, "make toolchain")
+
+
+@pytest.fixture(scope="session")
+def cuda_images(cuda_tools):
+    """The kernels in machine code, for every target."""
+    _demand(nvidia.IMAGES, "make kernels")

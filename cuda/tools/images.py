@@ -1,0 +1,61 @@
+"""The compiled kernels in target/kernels: their launch shapes, their resources and their machine code."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import nvidia
+import sass
+
+CODES = ("80", "90a", "100f", "120f")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An entry point as compiled for sm_<code>; `local_bytes` are stack and spills of a thread."""
+
+    name: str
+    family: str
+    code: str
+    threads: int
+    shared_bytes: int
+    registers: int
+    local_bytes: int
+    function: sass.Function
+
+
+def families() -> list[str]:
+    return sorted(path.stem for path in (nvidia.CUDA / "kernels").glob("*.cu"))
+
+
+def kernels(code: str) -> list[Kernel]:
+    """The kernels of all families that are compiled for sm_<code>, in the order of their sources."""
+    found = []
+    for family in families():
+        cubin = nvidia.IMAGES / f"{family}.{code}.cubin"
+        if cubin.exists():
+            functions = sass.disassemble(cubin)
+            ptx, log = (cubin.with_suffix(suffix).read_text() for suffix in (".ptx", ".log"))
+            names = re.findall(r"\.entry (\w+)", ptx)
+            found += [kernel(name, family, code, ptx, log, functions[name]) for name in names]
+    return found
+
+
+def kernel(name: str, family: str, code: str, ptx: str, log: str, function: sass.Function) -> Kernel:
+    # PTX_KERNEL keeps {threads, shared bytes} as bytes, without the zeros at their end.
+    shape = re.search(rf"\b{name}_launch\[8\] = {{([^}}]*)}}", ptx)[1]
+    launch = bytes(int(byte) for byte in shape.split(",")).ljust(8, b"\0")
+    about = re.search(rf"Function properties for {name}\n(.*\n.*)", log)[1]
+    count = {unit: int(number) for number, unit in re.findall(r"(\d+) (registers|bytes \w+ ?\w*)", about)}
+    return Kernel(
+        name,
+        family,
+        code,
+        threads=int.from_bytes(launch[:4], "little"),
+        shared_bytes=int.from_bytes(launch[4:], "little") + count.get("bytes smem", 0),
+        registers=count["registers"],
+        local_bytes=sum(count[f"bytes {kind}"] for kind in ("stack frame", "spill stores", "spill loads")),
+        function=function,
+    )
