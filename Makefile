@@ -18,10 +18,10 @@ GPU_BUILD := $(TOOLCHAIN) $(KERNELS)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup develop demo test wheel kernels toolchain pins bench lint clean
+.PHONY: help setup develop demo test emulate emulate-bugs emulate-asan wheel kernels toolchain pins bench lint clean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(VENV)/.setup ## Create .venv with the build tools
 
@@ -33,6 +33,15 @@ demo: develop ## Train a small Mixture-of-Experts language model (ARGS="--steps 
 test: develop ## Run the Python and the Rust tests (ARGS goes to pytest)
 	$(BIN)/python -m pytest $(ARGS)
 	cargo test --workspace --quiet
+
+emulate: ## Run the CUDA kernels on the CPU, every access checked (RUNS=50: more schedules per test)
+	$(MAKE) -C cuda/tests -j2 run
+
+emulate-bugs: ## Seed bugs into the kernels, one at a time, and see that each is noticed
+	$(MAKE) -C cuda/tests -j2 bugs
+
+emulate-asan: ## make emulate under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(MAKE) -C cuda/tests -j2 run VARIANT=asan
 
 kernels: $(TOOLCHAIN) ## Compile the CUDA kernels for every architecture, a GPU is not needed
 	FASTMOE_CUDA_ARCHS=all cargo build --release --locked --package fastmoe-kernels
@@ -57,6 +66,8 @@ lint: develop ## Formatting, clippy, ruff, mypy and the check of the native stub
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest fastmoe_rs._native
+	@! grep -rnwE 'asm|threadIdx|blockIdx|blockDim|gridDim|__[a-z]+_sync|__syncthreads|__syncwarp|__ldg|atomic[A-Z][A-Za-z]*' \
+	  cuda --include='*.cu' --include='*.cuh' --exclude-dir=ptx || { echo 'only cuda/ptx may hold assembly and intrinsics'; exit 1; }
 
 clean: ## Remove everything that was built, .venv included
 	rm -rf $(VENV) target dist out .benchmarks .pytest_cache .mypy_cache .ruff_cache

@@ -49,13 +49,25 @@ MLP_OPTIONS = {"activation": "swiglu", "transposed": False, "interleaved": False
 
 
 def route():
-    inputs = {"logits": torch.randn(T, E), "bias": torch.randn(E)}
+    inputs = {"logits": torch.randn(T, E), "bias": torch.randn(E), "expert_scale": torch.rand(E)}
     outputs = {
         "ids": torch.zeros(T, K, dtype=torch.int64),
         "weights": torch.zeros(T, K),
         "scores": torch.zeros(T, E),
     }
-    return inputs, outputs, {"score": "softmax", "order": "score_topk", "renormalize": True, "scale": 1.0}
+    options = {
+        "softcap": None,
+        "score": "softmax",
+        "order": "score_topk",
+        "n_group": 1,
+        "topk_group": 1,
+        "group_score": "top2",
+        "group_losers": "-inf",
+        "renormalize": True,
+        "renormalize_eps": 1e-20,
+        "scale": 1.0,
+    }
+    return inputs, outputs, options
 
 
 def plan():
@@ -178,7 +190,7 @@ class TestEveryTensor:
     def test_other_device(self, name, argument):
         given = argument_of(name, argument).to("meta")
         message = (
-            rf"^{argument}: expected a dense tensor in CPU memory, got a torch.strided Tensor on device meta"
+            rf"^{argument}: expected a dense tensor in CPU or CUDA memory, got a torch.strided Tensor on device meta"
         )
         with pytest.raises(ValueError, match=message):
             call(name, **{argument: given})
@@ -289,6 +301,12 @@ def test_grouped_mm_of_the_other_layout():
         ("mlp_forward", {"activation": "relu", "interleaved": True}, r"^interleaved: .*'relu'"),
         ("route", {"score": "tanh"}, r"^score: .*tanh.*softmax"),
         ("route", {"order": "first"}, r"^order: .*first.*score_topk"),
+        ("route", {"group_score": "mean", "n_group": 2}, r"^group_score: .*mean.*top2"),
+        ("route", {"group_losers": "nan", "n_group": 2}, r"^group_losers: .*nan.*-inf"),
+        ("route", {"n_group": 0}, "^n_group: expected an int >= 1, got 0"),
+        ("route", {"n_group": 64}, "^n_group: given 64, wanted a divisor of"),
+        ("route", {"softcap": 0.0}, "^softcap: given 0, wanted a finite number > 0"),
+        ("route", {"renormalize_eps": -1.0}, "^renormalize_eps: given -1, wanted a finite number >= 0"),
         ("plan", {"drop": "some"}, r"^drop: .*some.*position"),
         ("plan", {"out_of_range": "wrap"}, r"^out_of_range: .*wrap.*error"),
         ("plan", {"capacity": -1}, r"^capacity: expected an int >= 0, got -1"),
@@ -401,7 +419,7 @@ def test_every_door_gives_the_same_result(name, door):
 
 
 def test_bare_tensor_on_another_device():
-    with pytest.raises(ValueError, match=r"^x: expected a dense tensor in CPU memory, got .* on device meta"):
+    with pytest.raises(ValueError, match=r"^x: expected a dense tensor in CPU or CUDA memory, got .* on device meta"):
         call("permute", x=Bare(torch.zeros(T, H, device="meta")))
 
 

@@ -80,7 +80,9 @@ def test_pieces():
     x, w = torch.randn(9, 8, requires_grad=True), torch.randn(5, 8, 7, requires_grad=True)
 
     def layer(logits, x, w):
-        ids, weights, _ = functional.route(logits, 2, score="sigmoid", bias=logits[0].detach())
+        ids, weights, _ = functional.route(
+            logits, 2, score="sigmoid", bias=logits[0].detach(), softcap=9.0, expert_scale=logits[1]
+        )
         plan = RoutingPlan.from_ids(ids, 5, weights=weights, capacity=4, drop="score")
         y = functional.grouped_mm(functional.permute(x, plan), w.transpose(1, 2), plan.offsets)
         return functional.unpermute(y, plan, weights) + functional.unpermute(y, plan)
@@ -98,13 +100,35 @@ def operator_calls():
     y = torch.randn(12, 4, requires_grad=True)
     hidden, grad = torch.randn(12, 6), torch.randn(6, 4)
     logits, bias = torch.randn(6, 4, requires_grad=True), torch.randn(4)
+    scale = torch.rand(4, requires_grad=True)
     w = torch.randn(4, 5, 4, requires_grad=True)
     flags = "swiglu", False, False
     return [
         ("plan", (ids, weights.detach(), 4, 2, "score", True, "error")),
         ("plan", (ids, None, 4, None, "position", False, "drop")),
-        ("route", (logits, bias, 2, "softmax", "score_topk", True, 2.0)),
-        ("route", (logits, None, 2, "softmax", "topk_score", False, 1.0)),
+        (
+            "route",
+            (
+                logits,
+                bias,
+                scale,
+                2,
+                5.0,
+                "sqrt_softplus",
+                "score_topk",
+                2,
+                1,
+                "top2",
+                "-inf",
+                True,
+                1e-20,
+                2.0,
+            ),
+        ),
+        (
+            "route",
+            (logits, None, None, 2, None, "softmax", "topk_score", 1, 1, "top2", "-inf", False, 1e-20, 1.0),
+        ),
         ("mlp", (x, weights, w1, w2, b1, b2, *index, *flags, True)),
         ("mlp", (x.detach(), weights.detach(), w1.detach(), w2.detach(), None, None, *index, *flags, False)),
         (

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from fastmoe_rs import functional, reference
 from moe_cases import DTYPES, assert_near
 
-CHOICES = [(score, order) for score in ("softmax", "sigmoid") for order in ("score_topk", "topk_score")]
+SCORES = ("softmax", "sigmoid", "sqrt_softplus")
+CHOICES = [(score, order) for score in SCORES for order in ("score_topk", "topk_score")]
+GROUPS = [
+    {"n_group": n, "topk_group": m, "group_score": worth, "group_losers": losers}
+    for n, m in ((4, 2), (8, 3))
+    for worth in ("top2", "max")
+    for losers in ("-inf", "zero")
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -27,6 +34,55 @@ def test_equals_the_reference(experts, top_k, score, order, renormalize, dtype):
         assert torch.equal(actual.ids, expected.ids)
         assert_near(actual.weights, expected.weights.double(), what="weights")
         assert_near(actual.scores, expected.scores.double(), what="scores")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize(("score", "order"), CHOICES)
+def test_groups_softcap_scale_and_eps_equal_the_reference(score, order, groups, dtype):
+    logits = (3 * torch.randn(33, 64)).to(dtype)
+    options = {"score": score, "order": order, "renormalize": True, "renormalize_eps": 0.5, **groups}
+    options |= {"softcap": None if order == "topk_score" else 5.0, "expert_scale": torch.rand(64) + 0.5}
+    for bias in (None, torch.randn(64)):
+        actual = functional.route(logits, 6, **options, bias=bias)
+        expected = reference.route(logits.double(), 6, **options, bias=bias)
+        # Keys that round differently may change places: compare the sum of what was picked.
+        assert (actual.ids == expected.ids).float().mean() > 0.99
+        same = (actual.ids == expected.ids).all(1)
+        assert_near(actual.weights[same], expected.weights[same], torch.float32, what="weights")
+        assert_near(actual.scores, expected.scores, torch.float32, what="scores")
+
+
+def test_softcap_replaces_the_logits():
+    logits = 10 * torch.randn(40, 16)
+    for options in ({}, {"score": "sigmoid", "bias": torch.randn(16)}, {"order": "topk_score"}):
+        capped = functional.route(logits, 3, softcap=4.0, **options)
+        plain = functional.route(4 * (logits / 4).tanh(), 3, **options)
+        torch.testing.assert_close(capped.scores, plain.scores)
+        torch.testing.assert_close(capped.weights, plain.weights)
+
+
+def test_groups_leave_only_the_best():
+    logits = torch.randn(50, 24)
+    bias = torch.randn(24)
+    ids = functional.route(
+        logits, 4, score="sigmoid", bias=bias, n_group=6, topk_group=2, group_score="max"
+    ).ids
+    keys = logits.sigmoid() + bias
+    best = keys.view(50, 6, 4).amax(2).topk(2).indices
+    for row, groups in zip(ids.tolist(), best.tolist(), strict=True):
+        assert {e // 4 for e in row} <= set(groups)
+
+
+def test_sqrt_softplus_of_extreme_logits_is_finite_and_so_is_its_gradient():
+    for dtype in (torch.float32, torch.float64):
+        logits = torch.tensor([[-1e30, -800.0, -110.0, -50.0, 0.0, 50.0, 1e30]], dtype=dtype)
+        for module in (functional, reference):
+            leaf = logits.clone().requires_grad_()
+            out = module.route(leaf, 7, score="sqrt_softplus", renormalize=True)
+            (out.weights.square().sum() + out.scores.sum()).backward()
+            assert out.weights.isfinite().all()
+            assert leaf.grad.isfinite().all()
 
 
 @given(st.data())
@@ -61,9 +117,10 @@ def test_nan_logit_makes_the_softmax_of_its_row_nan_and_no_other():
     assert scores[1].isnan().all()
     assert weights[1].isnan().all()
     assert not scores[[0, 2]].isnan().any()
-    sigmoid = functional.route(logits, 2, score="sigmoid")
-    assert not sigmoid.weights.isnan().any()
-    assert sigmoid.scores.isnan().sum() == 1
+    for score in ("sigmoid", "sqrt_softplus"):
+        each = functional.route(logits, 2, score=score)
+        assert not each.weights.isnan().any()
+        assert each.scores.isnan().sum() == 1
 
 
 @pytest.mark.parametrize(("score", "order"), CHOICES)
@@ -87,6 +144,21 @@ def test_gradients(score, order, renormalize):
 
     assert torch.autograd.gradcheck(weights_and_scores, logits)
     assert torch.autograd.gradgradcheck(weights_and_scores, logits)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(("score", "order"), CHOICES)
+def test_gradients_with_softcap_groups_and_expert_scale(score, order, renormalize):
+    logits = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    expert_scale = torch.rand(6, dtype=torch.float64, requires_grad=True)
+    options = {"score": score, "order": order, "renormalize": renormalize, "renormalize_eps": 0.3}
+    options |= {"scale": 1.7, "softcap": 2.0, "n_group": 3, "topk_group": 2}
+
+    def weights_and_scores(logits, expert_scale):
+        return functional.route(logits, 3, **options, expert_scale=expert_scale)[1:]
+
+    assert torch.autograd.gradcheck(weights_and_scores, (logits, expert_scale))
+    assert torch.autograd.gradgradcheck(weights_and_scores, (logits, expert_scale))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,6 +189,22 @@ def test_route_weights_of_the_picked_experts_are_the_weights(score, order):
     torch.testing.assert_close(functional.route_weights(logits, ids, **options), weights)
     other = torch.randint(0, 8, (6, 3), dtype=torch.int32)
     assert torch.autograd.gradcheck(lambda l: functional.route_weights(l, other, **options), logits)
+
+
+@pytest.mark.parametrize(("score", "order"), CHOICES)
+def test_ids_that_are_no_expert_weigh_nothing(score, order):
+    logits = torch.randn(5, 6, requires_grad=True)
+    options = {"score": score, "order": order, "renormalize": True, "softcap": 5.0}
+    ids = torch.tensor([[0, 1, -1], [6, 2, 4], [-1, 3, 9], [5, 4, 3], [-1, -1, 6]])
+    weights = functional.route_weights(logits, ids, **options)
+    for row, picked, of_row in zip(logits, ids, weights, strict=True):
+        real = (picked >= 0) & (picked < 6)
+        if real.any():
+            wanted = functional.route_weights(row[None], picked[real][None], **options)[0]
+            torch.testing.assert_close(of_row[real], wanted)
+        assert (of_row[~real] == 0).all()
+    weights.square().sum().backward()
+    assert logits.grad.isfinite().all()
 
 
 def test_no_tokens():

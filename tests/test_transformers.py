@@ -19,7 +19,7 @@ transformers = pytest.importorskip(
 
 from transformers.integrations.moe import ExpertsInterface  # noqa: E402
 
-from fastmoe_rs.integrations import swap  # noqa: E402
+from fastmoe_rs.integrations import adapters, swap  # noqa: E402
 from fastmoe_rs.integrations.transformers import NAME, fastmoe_experts  # noqa: E402
 from transformers_models import (  # noqa: E402
     assert_gradients,
@@ -247,19 +247,6 @@ def mxfp4():
     return model
 
 
-def switch():
-    sizes = {
-        "d_model": 16,
-        "d_kv": 4,
-        "d_ff": 16,
-        "num_layers": 2,
-        "num_heads": 2,
-        "num_experts": 2,
-        "vocab_size": 32,
-    }
-    return transformers.SwitchTransformersModel(transformers.SwitchTransformersConfig(**sizes))
-
-
 UNSERVED = {
     "plain": (lambda: nn.Linear(2, 2), "Linear .*holds no transformers model"),
     "dense": (lambda: build("llama"), "LlamaForCausalLM .*no mixture-of-experts layer"),
@@ -267,7 +254,6 @@ UNSERVED = {
         lambda: build("qwen3_moe", mlp_only_layers=[0, 1]),
         "Qwen3MoeForCausalLM .*no mixture-of-experts layer",
     ),
-    "undecorated": (switch, "SwitchTransformersModel .*does not dispatch the experts of this family"),
     "fp8": (fp8, "MixtralForCausalLM .*FP8Experts holds torch.float8_e4m3fn"),
     "mxfp4": (mxfp4, "GptOssForCausalLM .*its experts are quantized"),
 }
@@ -285,6 +271,14 @@ def test_unserved_model_is_left_alone_with_the_reason(make, reason):
 
 def implementations(model):
     return [m.config._experts_implementation for m in model.modules() if hasattr(m, "config")]
+
+
+def test_family_without_dispatch_or_adapter_is_left_alone(monkeypatch):
+    monkeypatch.setattr(adapters, "SINCE", "999")
+    model = build("llama4_text")
+    with pytest.warns(UserWarning, match="does not dispatch the experts of this family"):
+        fastmoe_rs.accelerate(model)
+    assert type(model.model.layers[0].feed_forward).__module__.startswith("transformers.")
 
 
 def test_model_on_an_unserved_device_is_left_alone(monkeypatch):

@@ -10,8 +10,11 @@
 //
 // Grids are one-dimensional. A kernel is a function template over its parameter struct, made an entry point by
 // PTX_KERNEL(name, threads, min_blocks, shared_bytes, body, Params).
+//
+// BUG(name) is false. Only tests on the CPU make one of them true, to see that it is noticed (emulator/bug.h).
 #pragma once
 #ifdef __CUDACC__
+#define BUG(name) false
 #include "ptx/device/types.cuh"
 #include "ptx/device/memory.cuh"
 #include "ptx/device/warp.cuh"

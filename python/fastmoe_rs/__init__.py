@@ -1,7 +1,8 @@
 """Fast Mixture-of-Experts layers for PyTorch.
 
-`functional` has the differentiable functions, `nn` the modules, `reference` the same in plain torch,
-`RoutingPlan` says which row goes to which expert, and `accelerate(model)` switches a Hugging Face model over.
+`functional` has the differentiable functions, `routing` routers beyond the plain one, `nn` the modules,
+`reference` the same in plain torch, `RoutingPlan` says which row goes to which expert, and
+`accelerate(model)` switches a Hugging Face model over.
 
 `RoutingPlan` on NumPy arrays works without torch; everything else raises ImportError where torch is missing.
 """
@@ -15,34 +16,54 @@ from typing import TYPE_CHECKING, Any
 from ._native import __version__, empty_cache, memory_stats
 
 if TYPE_CHECKING:
-    from . import functional, losses, nn, reference
+    from . import functional, losses, nn, reference, routing, sinks, telemetry
+    from .drift import freeze_routers, routing_drift
     from .integrations import accelerate
     from .plan import RoutingPlan
-    from .replay import record_routing, replay_routing
+    from .replay import load_routing, record_routing, replay_routing, save_routing
+    from .telemetry import ExpertCollapseWarning, watch
 
 __all__ = [
+    "ExpertCollapseWarning",
     "RoutingPlan",
     "__version__",
     "accelerate",
     "empty_cache",
+    "freeze_routers",
     "functional",
+    "load_routing",
     "losses",
     "memory_stats",
     "nn",
     "record_routing",
     "reference",
     "replay_routing",
+    "routing",
+    "routing_drift",
+    "save_routing",
+    "sinks",
+    "telemetry",
+    "watch",
 ]
 
 _SOURCES = {
+    "ExpertCollapseWarning": "telemetry",
     "RoutingPlan": "plan",
     "accelerate": "integrations",
+    "freeze_routers": "drift",
     "functional": "functional",
+    "load_routing": "replay",
     "losses": "losses",
     "nn": "nn",
     "record_routing": "replay",
     "reference": "reference",
     "replay_routing": "replay",
+    "routing": "routing",
+    "routing_drift": "drift",
+    "save_routing": "replay",
+    "sinks": "sinks",
+    "telemetry": "telemetry",
+    "watch": "telemetry",
 }
 
 

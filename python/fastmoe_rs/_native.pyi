@@ -22,7 +22,9 @@ _Tensor: TypeAlias = torch.Tensor | npt.NDArray[np.generic[Any]]
 _Drop: TypeAlias = Literal["position", "score"]
 _Order: TypeAlias = Literal["score_topk", "topk_score"]
 _OutOfRange: TypeAlias = Literal["error", "drop"]
-_Score: TypeAlias = Literal["softmax", "sigmoid"]
+_GroupLosers: TypeAlias = Literal["-inf", "zero"]
+_GroupScore: TypeAlias = Literal["top2", "max"]
+_Score: TypeAlias = Literal["softmax", "sigmoid", "sqrt_softplus"]
 _DType: TypeAlias = Literal["float32", "float64", "bfloat16", "float16"]
 
 class _CpuInfo(TypedDict):
@@ -61,20 +63,28 @@ __version__: Final[str]
 def route(
     logits: _Tensor,
     bias: _Tensor | None,
+    expert_scale: _Tensor | None,
     ids: _Tensor,
     weights: _Tensor,
     scores: _Tensor,
     *,
+    softcap: float | None,
     score: _Score,
     order: _Order,
+    n_group: int,
+    topk_group: int,
+    group_score: _GroupScore,
+    group_losers: _GroupLosers,
     renormalize: bool,
+    renormalize_eps: float,
     scale: float,
     threads: int,
 ) -> None:
-    """From float logits [T, E] and wide bias [E]: ids int64 [T, K], wide weights [T, K], wide scores [T, E].
+    """From float logits [T, E], wide bias and expert_scale [E]: ids int64 [T, K], wide weights [T, K] and
+    scores [T, E].
 
     Experts of a token come in falling order of score (plus bias, which enters the selection only), ties by
-    rising id, NaN last.
+    rising id, NaN last; with n_group > 1 from the topk_group best groups of neighbours alone.
     """
 
 def plan(

@@ -1,4 +1,4 @@
-"""The commands `python -m fastmoe_rs demo` and `python -m fastmoe_rs doctor`."""
+"""The commands of `python -m fastmoe_rs`: demo, doctor and params."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status: 0, 1 when it failed, 2 when an argument is bad."""
     parser = Parser(prog="fastmoe_rs", description="Fast Mixture-of-Experts layers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"fastmoe_rs {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="{demo,doctor}", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="{demo,doctor,params}", required=True)
     add_demo(commands.add_parser("demo", help="train a small language model", allow_abbrev=False))
     add_doctor(commands.add_parser("doctor", help="check this installation", allow_abbrev=False))
+    add_params(commands.add_parser("params", help="count a model's parameters", allow_abbrev=False))
     options = parser.parse_args(arguments)
     return options.command(options)
 
@@ -61,6 +62,19 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.description = "Check this installation; exit status 1 when something is broken."
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(command=doctor)
+
+
+def add_params(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Parameters, memory, FLOPs and bytes per token of a model, beside an equally fast dense one."
+    )
+    parser.add_argument(
+        "model", help="a config.json of Hugging Face transformers, or the name of a known model"
+    )
+    parser.add_argument("--context", help="tokens of context (default: 0)", default=0, type=whole(0))
+    parser.add_argument("--tokens", help="tokens decoded a step (default: 1)", default=1, type=whole(1))
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(command=params, parser=parser)
 
 
 def whole(minimum: int) -> Callable[[str], int]:
@@ -110,3 +124,14 @@ def doctor(options: argparse.Namespace) -> int:
     from .doctor import examine, show
 
     return show(examine(), as_json=options.json)
+
+
+def params(options: argparse.Namespace) -> int:
+    from .params import report
+
+    try:
+        text = report(options.model, context=options.context, tokens=options.tokens, as_json=options.json)
+    except (KeyError, ValueError) as error:
+        options.parser.error(f"argument model: {error.args[0]}")
+    print(text)
+    return 0

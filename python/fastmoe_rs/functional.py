@@ -10,6 +10,7 @@ was wanted.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -33,39 +34,69 @@ def route(
     renormalize: bool = False,
     scale: float = 1.0,
     bias: Tensor | None = None,
+    renormalize_eps: float = 1e-20,
+    softcap: float | None = None,
+    expert_scale: Tensor | None = None,
+    n_group: int = 1,
+    topk_group: int = 1,
+    group_score: str = "top2",
+    group_losers: str = "-inf",
 ) -> Routing:
     """Pick K experts for every token and weigh them.
 
     The experts of a token come highest key first, then by expert id, NaN last. The key is the logit, with
-    which the score grows; with a bias it is what the bias is added to, plus the bias. As in torch, one NaN
-    logit makes a whole softmax NaN, and so the weights (and keys) made of it.
+    which the score grows; with a bias or groups it is what the bias is added to, plus the bias. As in torch,
+    one NaN logit makes a whole softmax NaN, and so the weights (and keys) made of it.
 
     Args:
         logits_TE: [T, E].
         top_k: K, 1 to E.
-        score: "softmax" over the experts, or "sigmoid" of each.
+        score: "softmax" over the experts, "sigmoid" of each, or "sqrt_softplus", the square root of
+            log(1 + exp(logit)) (DeepSeek-V4).
         order: "score_topk" scores all experts and picks the K best (Mixtral, DeepSeek-V3); "topk_score" picks
             the K best logits and scores them among themselves (gpt-oss, Granite).
-        renormalize: divide the K weights of a token by their sum + 1e-20.
-        scale: factor of the weights, applied last.
+        renormalize: divide the K weights of a token by their sum + renormalize_eps.
+        scale: factor of the weights, applied after that.
         bias: [E], added for the choice only, never in the weights: to the scores ("score_topk", as the
             correction bias of DeepSeek-V3, arXiv:2412.19437 eq. 16) or to the logits ("topk_score"). It gets
             no gradient.
+        renormalize_eps: at least 0; with 0 the weights of a sum of 0 are NaN.
+        softcap: every logit is first replaced by softcap * tanh(logit / softcap) (Laguna). More than 0.
+        expert_scale: [E], factor of the weights of each expert, applied last (Gemma 4).
+        n_group: divide the experts into so many groups of neighbours and choose from the best ones only
+            (DeepSeek-V2, arXiv:2405.04434 section 2.2.2; DeepSeek-V3). A divisor of E; 1 for no groups.
+        topk_group: how many groups stay, by score, then by number; K experts must fit into them.
+        group_score: the score of a group is the sum of its two largest keys, "top2" (DeepSeek-V3), or its
+            largest, "max" (DeepSeek-V2).
+        group_losers: the key of the experts in other groups, "-inf" (DeepSeek-V3) or "zero" (DeepSeek-V2,
+            Mistral 4), which wins against the negative keys that a bias can make.
 
     Returns:
         ids int64 [T, K]; weights [T, K] and scores [T, E] in float32 (float64 for float64 logits). The scores
-        are those of all logits. Weights and scores are differentiable in the logits, twice.
+        are those of all (capped) logits. Weights and scores are differentiable in the logits and the weights
+        in expert_scale, twice.
     """
     _check.floating("logits", logits_TE, "[T, E]")
     experts = logits_TE.shape[1]
-    _check_routing(top_k, experts, score, order)
-    if bias is not None:
-        _check.tensor("bias", bias, "[E]")
-        _check.shape("bias", bias, "[E]", (experts,))
-        _check.like("bias", bias, "logits", logits_TE, dtype=False)
-        bias = bias.detach().to(wide(logits_TE.dtype)).contiguous()
+    _check_routing(top_k, experts, score, order, renormalize_eps, softcap)
+    _check_groups(top_k, experts, n_group, topk_group, group_score, group_losers)
+    bias = _per_expert("bias", None if bias is None else bias.detach(), logits_TE)
+    expert_scale = _per_expert("expert_scale", expert_scale, logits_TE)
     weights, scores, ids = ops.route(
-        logits_TE.contiguous(), bias, top_k, score, order, renormalize, float(scale)
+        logits_TE.contiguous(),
+        bias,
+        expert_scale,
+        top_k,
+        None if softcap is None else float(softcap),
+        score,
+        order,
+        n_group,
+        topk_group,
+        group_score,
+        group_losers,
+        renormalize,
+        float(renormalize_eps),
+        float(scale),
     )
     return Routing(ids, weights, scores)
 
@@ -78,31 +109,81 @@ def route_weights(
     order: str = "score_topk",
     renormalize: bool = False,
     scale: float = 1.0,
+    renormalize_eps: float = 1e-20,
+    softcap: float | None = None,
+    expert_scale: Tensor | None = None,
 ) -> Tensor:
-    """Routing weights of experts that were picked before: the replay of a recorded routing on live logits.
+    """Routing weights of experts that were picked before, or by other means than the logits.
 
     Args:
         logits_TE: [T, E].
-        ids_TK: int64 or int32 [T, K], the recorded expert ids.
-        score, order, renormalize, scale: as in `route`.
+        ids_TK: int64 or int32 [T, K] expert ids. One outside [0, E) is no expert (a dropped route, say): its
+            weight is 0, and it counts neither in a softmax of the picked nor in the renormalisation.
+        score, order, renormalize, scale, renormalize_eps, softcap, expert_scale: as in `route`.
 
     Returns:
-        float32 [T, K] (float64 for float64 logits), differentiable in the logits.
+        float32 [T, K] (float64 for float64 logits), differentiable in the logits and expert_scale.
     """
     _check.floating("logits", logits_TE, "[T, E]")
     _check.tensor("ids", ids_TK, "[T, K]")
-    _check_routing(ids_TK.shape[1], logits_TE.shape[1], score, order)
+    _check_routing(1, logits_TE.shape[1], score, order, renormalize_eps, softcap)
     _check.shape("ids", ids_TK, "[T, K]", (logits_TE.shape[0], ids_TK.shape[1]))
     return _route_weights(
-        logits_TE, ids_TK.long(), score=score, order=order, renormalize=renormalize, scale=scale
+        logits_TE,
+        ids_TK.long(),
+        score=score,
+        order=order,
+        renormalize=renormalize,
+        scale=scale,
+        renormalize_eps=renormalize_eps,
+        softcap=softcap,
+        expert_scale=_per_expert("expert_scale", expert_scale, logits_TE),
     )
 
 
-def _check_routing(top_k: int, experts: int, score: str, order: str) -> None:
+def _check_routing(
+    top_k: int,
+    experts: int,
+    score: str,
+    order: str,
+    renormalize_eps: float = 0.0,
+    softcap: float | None = None,
+) -> None:
     if not 1 <= top_k <= experts:
         _check.wanted("top_k", top_k, f"1 to {experts}, the number of experts")
-    _check.one_of("score", score, ("softmax", "sigmoid"))
+    _check.one_of("score", score, ("softmax", "sigmoid", "sqrt_softplus"))
     _check.one_of("order", order, ("score_topk", "topk_score"))
+    if not 0 <= renormalize_eps < math.inf:
+        _check.wanted("renormalize_eps", renormalize_eps, "a finite number of at least 0")
+    if softcap is not None and not 0 < softcap < math.inf:
+        _check.wanted("softcap", softcap, "None or a finite number of more than 0")
+
+
+def _check_groups(
+    top_k: int, experts: int, n_group: int, topk_group: int, group_score: str, group_losers: str
+) -> None:
+    _check.one_of("group_score", group_score, ("top2", "max"))
+    _check.one_of("group_losers", group_losers, ("-inf", "zero"))
+    if n_group < 1 or experts % n_group:
+        _check.wanted("n_group", n_group, f"a divisor of {experts}, the number of experts")
+    if not 1 <= topk_group <= n_group:
+        _check.wanted("topk_group", topk_group, f"1 to {n_group}, the number of groups")
+    if n_group > 1 and group_score == "top2" and experts // n_group < 2:
+        _check.wanted("n_group", n_group, "groups of at least 2 experts for group_score='top2'")
+    if top_k > topk_group * (experts // n_group):
+        _check.wanted(
+            "top_k", top_k, f"1 to {topk_group * (experts // n_group)}, the experts in topk_group groups"
+        )
+
+
+def _per_expert(name: str, values: Tensor | None, logits: Tensor) -> Tensor | None:
+    """A checked tensor [E] in the dtype of the weights."""
+    if values is None:
+        return None
+    _check.tensor(name, values, "[E]")
+    _check.shape(name, values, "[E]", (logits.shape[1],))
+    _check.like(name, values, "logits", logits, dtype=False)
+    return values.to(wide(logits.dtype)).contiguous()
 
 
 def moe_mlp(

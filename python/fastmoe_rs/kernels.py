@@ -43,7 +43,20 @@ def _recycled(like: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def route(
-    logits: Tensor, bias: Tensor | None, top_k: int, score: str, order: str, renormalize: bool, scale: float
+    logits: Tensor,
+    bias: Tensor | None,
+    expert_scale: Tensor | None,
+    top_k: int,
+    softcap: float | None,
+    score: str,
+    order: str,
+    n_group: int,
+    topk_group: int,
+    group_score: str,
+    group_losers: str,
+    renormalize: bool,
+    renormalize_eps: float,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, experts = logits.shape
     ids = logits.new_empty((tokens, top_k), dtype=torch.int64)
@@ -53,12 +66,19 @@ def route(
         "route",
         logits,
         bias,
+        expert_scale,
         ids,
         weights,
         scores,
+        softcap=softcap,
         score=score,
         order=order,
+        n_group=n_group,
+        topk_group=topk_group,
+        group_score=group_score,
+        group_losers=group_losers,
         renormalize=renormalize,
+        renormalize_eps=renormalize_eps,
         scale=scale,
     )
     return weights, scores, ids

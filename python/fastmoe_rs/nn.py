@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _check, functional
+from . import _check, functional, telemetry
 from .plan import RoutingPlan
 from .reference import GATED, UNGATED
 
@@ -236,8 +236,8 @@ class RoutingStats:
     def load(self) -> Tensor:
         """float32 [E], the share of the routes that asked for an expert, dropped ones included; sums to 1."""
         ids = self.plan.ids.reshape(-1).long()
-        asked = torch.zeros(self.plan.num_experts, device=ids.device)
-        return asked.scatter_add(0, ids, torch.ones_like(ids, dtype=asked.dtype)) / max(ids.numel(), 1)
+        routes = torch.zeros(self.plan.num_experts, device=ids.device)
+        return telemetry.load(routes.scatter_add(0, ids, torch.ones_like(ids, dtype=routes.dtype)))
 
     @property
     def dropped(self) -> Tensor:
@@ -246,13 +246,13 @@ class RoutingStats:
 
     @property
     def entropy(self) -> Tensor:
-        """float32 scalar, the entropy of the load over that of an even load: 1 even, 0 all on one expert."""
-        return torch.special.entr(self.load).sum() / max(math.log(self.plan.num_experts), 1e-20)
+        """float32 scalar, see `telemetry.load_entropy`."""
+        return telemetry.load_entropy(self.load)
 
     @property
     def max_vio(self) -> Tensor:
-        """float32 scalar, the largest load over the mean load, minus 1 (MaxVio, arXiv:2408.15664, eq. 4)."""
-        return self.load.max() * self.plan.num_experts - 1
+        """float32 scalar, see `telemetry.max_vio`."""
+        return telemetry.max_vio(self.load)
 
 
 class MoE(nn.Module):
@@ -324,6 +324,7 @@ class MoE(nn.Module):
             self.shared = SharedExpert(
                 hidden_size, shared_intermediate_size, activation=activation, device=device, dtype=dtype
             )
+        self.counters: telemetry.Counters | None = None
 
     def forward(
         self, x: Tensor, *, plan: RoutingPlan | None = None, return_stats: bool = False
@@ -342,11 +343,23 @@ class MoE(nn.Module):
             plan = RoutingPlan.from_ids(
                 router.ids, self.experts.w2.shape[0], capacity=self._capacity(router.ids.numel())
             )
+        if self.counters is not None:
+            self.counters.add(router.ids, router.logits, plan.inverse < 0)
         y_TH = self.experts(x_TH, router.ids, router.weights, plan=plan)
         if self.shared is not None:
             y_TH = y_TH + self.shared(x_TH)
         y = y_TH.reshape(x.shape)
         return (y, RoutingStats(router, plan)) if return_stats else y
+
+    def stats(self) -> telemetry.Stats:
+        """How the layer routed since it is watched, or since the last reset; see `fastmoe_rs.watch`.
+
+        Raises:
+            RuntimeError: nobody watches it.
+        """
+        if self.counters is None:
+            raise RuntimeError("stats: nothing was counted, call fastmoe_rs.watch(model) before the forward")
+        return self.counters.stats()
 
     def _capacity(self, routes: int) -> int | None:
         if self.capacity_factor is None:

@@ -104,28 +104,36 @@ def _once(name: str) -> tuple[Setup, Backward]:
 
 
 def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, _, _, *ctx.options = inputs
+    logits, _, expert_scale, _, *ctx.options = inputs
     _, scores, ids = output
     ctx.mark_non_differentiable(ids)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, ids, scores)
+    ctx.save_for_backward(logits, expert_scale, ids, scores)
 
 
 def _route_backward(
     ctx: Any, grad_weights: Tensor | None, grad_scores: Tensor | None, _: None
 ) -> tuple[Any, ...]:
-    """d logits; made of differentiable torch functions, so it can be differentiated again."""
-    logits, ids, scores = ctx.saved_tensors
-    score, order, renormalize, scale = ctx.options
+    """d logits and d expert_scale, of differentiable torch functions, so they can be differentiated again."""
+    logits, expert_scale, ids, scores = ctx.saved_tensors
+    softcap, score, order, *_, renormalize, eps, scale = ctx.options
+    capped = logits.to(scores.dtype)
+    if softcap is not None:
+        unit = (capped / softcap).tanh()
+        capped = unit * softcap
     softmax_of_picked = order == "topk_score" and score == "softmax"
     grad_logits = torch.zeros_like(scores)
+    grad_expert_scale = None
     if grad_weights is not None:
-        picked = (
-            logits.gather(1, ids).to(scores.dtype).softmax(1) if softmax_of_picked else scores.gather(1, ids)
-        )
+        picked = capped.gather(1, ids).softmax(1) if softmax_of_picked else scores.gather(1, ids)
+        total = picked.sum(1, keepdim=True) + eps
         grad = grad_weights * scale
+        if expert_scale is not None:
+            by_route = grad * (picked / total if renormalize else picked)
+            grad_expert_scale = torch.zeros_like(expert_scale)
+            grad_expert_scale = grad_expert_scale.scatter_add(0, ids.reshape(-1), by_route.reshape(-1))
+            grad = grad * expert_scale[ids]
         if renormalize:
-            total = picked.sum(1, keepdim=True) + 1e-20
             grad = (grad - (grad * picked).sum(1, keepdim=True) / total) / total
         if softmax_of_picked:
             grad_logits = grad_logits.scatter(1, ids, _softmax_backward(grad, picked))
@@ -133,9 +141,10 @@ def _route_backward(
             grad = grad_logits.scatter(1, ids, grad)
             grad_scores = grad if grad_scores is None else grad_scores + grad
     if grad_scores is not None:
-        by_score = _softmax_backward if score == "softmax" else _sigmoid_backward
-        grad_logits = grad_logits + by_score(grad_scores, scores)
-    return grad_logits.to(logits.dtype), *[None] * 6
+        grad_logits = grad_logits + _SCORE_BACKWARD[score](grad_scores, scores)
+    if softcap is not None:
+        grad_logits = grad_logits * (1 - unit.square())
+    return _only(ctx.needs_input_grad, (grad_logits.to(logits.dtype), None, grad_expert_scale))
 
 
 def _softmax_backward(grad: Tensor, softmax: Tensor) -> Tensor:
@@ -144,6 +153,18 @@ def _softmax_backward(grad: Tensor, softmax: Tensor) -> Tensor:
 
 def _sigmoid_backward(grad: Tensor, sigmoid: Tensor) -> Tensor:
     return grad * sigmoid * (1 - sigmoid)
+
+
+def _sqrt_softplus_backward(grad: Tensor, root: Tensor) -> Tensor:
+    """The slope of softplus is 1 - exp(-softplus); that of its root goes to 0 with the root."""
+    return grad * -torch.expm1(-root.square()) / (2 * root.clamp(min=torch.finfo(root.dtype).tiny))
+
+
+_SCORE_BACKWARD = {
+    "softmax": _softmax_backward,
+    "sigmoid": _sigmoid_backward,
+    "sqrt_softplus": _sqrt_softplus_backward,
+}
 
 
 def _mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
@@ -230,7 +251,9 @@ plan = _operator(
     " -> (Tensor counts, Tensor offsets, Tensor gather, Tensor inverse, Tensor sorted_weights)"
 )
 route = _operator(
-    "route(Tensor logits, Tensor? bias, SymInt top_k, str score, str order, bool renormalize, float scale)"
+    "route(Tensor logits, Tensor? bias, Tensor? expert_scale, SymInt top_k, float? softcap, str score,"
+    " str order, int n_group, int topk_group, str group_score, str group_losers, bool renormalize,"
+    " float renormalize_eps, float scale)"
     " -> (Tensor weights, Tensor scores, Tensor ids)",
     _route_setup,
     _route_backward,

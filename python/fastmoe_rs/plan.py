@@ -33,7 +33,8 @@ class RoutingPlan:
         ids: [T, K] the expert ids that the plan was made of.
         counts: int32 [E], rows kept per expert.
         offsets: int32 [E + 1]; expert e owns the sorted rows offsets[e] to offsets[e + 1].
-        gather: int32 [R] (padded: [E * C]); the token that feeds each sorted row, -1 where a row is unused.
+        gather: int32 [R] (padded: [E * C]; trimmed: fewer); the token that feeds each sorted row, -1 where a
+            row is unused.
         inverse: int32 [T, K]; the sorted row of routed row (t, k), -1 where it was dropped.
         weights: float32 or float64, as long as `gather`: the routing weights in sorted order, detached, 0 in
             unused rows. None when none were given.
@@ -98,6 +99,18 @@ class RoutingPlan:
         if weights is None:
             sorted_weights = None
         return RoutingPlan(ids_TK, counts, offsets, gather, inverse, sorted_weights, num_experts, capacity)
+
+    def trimmed(self, rows: int) -> RoutingPlan:
+        """The plan with its first `rows` sorted rows only, for a caller who knows that no more are in use.
+
+        Experts that choose their tokens route few of the T * E pairs that ids [T, E] have room for; computing
+        with a trimmed plan takes no memory for the rest. Cutting off rows in use raises ValueError where the
+        plan is used.
+        """
+        if rows < 0:
+            raise ValueError(f"rows: got {rows}, wanted at least 0")
+        weights = None if self.weights is None else self.weights[:rows]
+        return dataclasses.replace(self, gather=self.gather[:rows], weights=weights)
 
     def to(self, device: Any, *, non_blocking: bool = False) -> RoutingPlan:
         """The plan on a torch device; NumPy arrays become tensors."""

@@ -45,15 +45,35 @@ def route(
     renormalize: bool = False,
     scale: float = 1.0,
     bias: Tensor | None = None,
+    renormalize_eps: float = 1e-20,
+    softcap: float | None = None,
+    expert_scale: Tensor | None = None,
+    n_group: int = 1,
+    topk_group: int = 1,
+    group_score: str = "top2",
+    group_losers: str = "-inf",
 ) -> Routing:
     """Pick K experts for every token; see `fastmoe_rs.functional.route`."""
-    logits = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    logits = _soft_cap(logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)), softcap)
     scores = _score(logits, score)
     key = logits  # scores grow with logits, and logits are not rounded
+    if bias is not None or n_group > 1:
+        key = scores if order == "score_topk" else logits
     if bias is not None:
-        key = (scores if order == "score_topk" else logits) + bias.to(logits.dtype)
+        key = key + bias.to(logits.dtype)
+    if n_group > 1:
+        key = _limit_groups(key.detach(), n_group, topk_group, group_score, group_losers)
     ids = _descending(key.detach())[:, :top_k]
-    weights = route_weights(logits, ids, score=score, order=order, renormalize=renormalize, scale=scale)
+    weights = route_weights(
+        logits,
+        ids,
+        score=score,
+        order=order,
+        renormalize=renormalize,
+        scale=scale,
+        renormalize_eps=renormalize_eps,
+        expert_scale=expert_scale,
+    )
     return Routing(ids, weights, scores)
 
 
@@ -65,20 +85,50 @@ def route_weights(
     order: str = "score_topk",
     renormalize: bool = False,
     scale: float = 1.0,
+    renormalize_eps: float = 1e-20,
+    softcap: float | None = None,
+    expert_scale: Tensor | None = None,
 ) -> Tensor:
     """Weights [T, K] of experts that are already picked; see `fastmoe_rs.functional.route_weights`."""
-    logits = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    logits = _soft_cap(logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)), softcap)
+    unpicked = (ids_TK < 0) | (ids_TK >= logits.shape[1])
+    ids = ids_TK.masked_fill(unpicked, 0)
     if order == "score_topk":
-        weights = _score(logits, score).gather(1, ids_TK)
+        weights = _score(logits, score).gather(1, ids)
     else:
-        weights = _score(logits.gather(1, ids_TK), score)
+        weights = _score(logits.gather(1, ids).masked_fill(unpicked, -torch.inf), score)
+    weights = weights.masked_fill(unpicked, 0)
     if renormalize:
-        weights = weights / (weights.sum(dim=1, keepdim=True) + 1e-20)
-    return weights * scale
+        weights = weights / (weights.sum(dim=1, keepdim=True) + renormalize_eps)
+    weights = weights * scale
+    return weights if expert_scale is None else weights * expert_scale.to(weights.dtype)[ids]
+
+
+def _soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else (logits / cap).tanh() * cap
 
 
 def _score(logits: Tensor, score: str) -> Tensor:
-    return logits.softmax(dim=-1) if score == "softmax" else logits.sigmoid()
+    if score == "softmax":
+        return logits.softmax(dim=-1)
+    if score == "sigmoid":
+        return logits.sigmoid()
+    softplus = F.softplus(logits, threshold=40.0)  # past it float64 cannot tell it from the identity
+    return softplus.clamp(min=torch.finfo(logits.dtype).tiny).sqrt()
+
+
+def _limit_groups(
+    key_TE: Tensor, n_group: int, topk_group: int, group_score: str, group_losers: str
+) -> Tensor:
+    """The keys, with those of the experts outside of the best groups overwritten."""
+    tokens, experts = key_TE.shape
+    members = key_TE.reshape(tokens * n_group, experts // n_group)
+    best = _descending(members)[:, : 1 if group_score == "max" else 2]
+    worth = members.gather(1, best).sum(dim=1).view(tokens, n_group)
+    winners = _descending(worth)[:, :topk_group]
+    lost = torch.ones_like(worth, dtype=torch.bool).scatter(1, winners, False)
+    lost = lost.repeat_interleave(experts // n_group, dim=1)
+    return key_TE.masked_fill(lost, -torch.inf if group_losers == "-inf" else 0.0)
 
 
 def _descending(values_TE: Tensor) -> Tensor:

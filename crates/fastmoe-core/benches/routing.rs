@@ -1,13 +1,13 @@
 //! Routing on one thread, compiled for each instruction set of this machine, and the sort by expert.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use fastmoe_core::{Order, OutOfRange, PlanOut, PlanSpec, Router, Score, Serial, route_rows};
+use fastmoe_core::{OutOfRange, PerExpert, PlanOut, PlanSpec, Router, Serial, route_rows};
 use std::hint::black_box;
 
 /// (T, E, K)
 const SHAPES: [(usize, usize, usize); 4] = [(4096, 64, 8), (16384, 256, 8), (65536, 128, 8), (4096, 128, 16)];
 
-type Route = fn(&Router, usize, &[f32], Option<&[f32]>, &mut [i64], &mut [f32], &mut [f32]);
+type Route = fn(&Router, usize, &[f32], &mut [i64], &mut [f32], &mut [f32]);
 
 /// Compiles the router for an instruction set.
 macro_rules! compiled_for {
@@ -16,7 +16,6 @@ macro_rules! compiled_for {
             router: &Router,
             experts: usize,
             logits: &[f32],
-            bias: Option<&[f32]>,
             ids: &mut [i64],
             weights: &mut [f32],
             scores: &mut [f32],
@@ -26,17 +25,17 @@ macro_rules! compiled_for {
                 router: &Router,
                 experts: usize,
                 logits: &[f32],
-                bias: Option<&[f32]>,
                 ids: &mut [i64],
                 weights: &mut [f32],
                 scores: &mut [f32],
             ) {
-                route_rows(router, experts, logits, bias, ids, weights, scores);
+                let nothing = PerExpert { bias: None, scale: None };
+                route_rows(router, experts, logits, nothing, ids, weights, scores);
             }
             // SAFETY: only called where the machine was found to have the features.
             #[allow(unused_unsafe)]
             unsafe {
-                route(router, experts, logits, bias, ids, weights, scores);
+                route(router, experts, logits, ids, weights, scores);
             }
         }
     };
@@ -82,13 +81,7 @@ fn routing(c: &mut Criterion) {
     route_group.sample_size(10);
     let mut ids_of = Vec::new();
     for (tokens, experts, k) in SHAPES {
-        let router = Router {
-            top_k: k,
-            score: Score::Softmax,
-            order: Order::ScoreTopk,
-            renormalize: true,
-            scale: 1.0,
-        };
+        let router = Router { renormalize: true, ..Router::new(k) };
         let logits = logits(tokens * experts);
         let mut ids = vec![0; tokens * k];
         let mut weights = vec![0.0; tokens * k];
@@ -96,9 +89,7 @@ fn routing(c: &mut Criterion) {
         route_group.throughput(Throughput::Elements(tokens as u64));
         for (name, route) in instruction_sets() {
             route_group.bench_function(BenchmarkId::new(name, format!("{tokens}x{experts}k{k}")), |b| {
-                b.iter(|| {
-                    route(&router, experts, black_box(&logits), None, &mut ids, &mut weights, &mut scores)
-                });
+                b.iter(|| route(&router, experts, black_box(&logits), &mut ids, &mut weights, &mut scores));
             });
         }
         ids_of.push(ids);

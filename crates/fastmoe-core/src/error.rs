@@ -21,6 +21,26 @@ pub enum Error {
         /// E.
         experts: usize,
     },
+    /// The experts cannot be divided, or chosen from, in groups like that.
+    #[error("{argument}: given {given}, wanted {wanted}")]
+    Groups {
+        /// The argument.
+        argument: &'static str,
+        /// The number given.
+        given: usize,
+        /// The numbers that would be right.
+        wanted: String,
+    },
+    /// A number of the router is out of its range.
+    #[error("{argument}: given {given}, wanted {wanted}")]
+    Number {
+        /// The argument.
+        argument: &'static str,
+        /// The number given.
+        given: f64,
+        /// The numbers that would be right.
+        wanted: &'static str,
+    },
     /// The capacity factor is negative, not finite, or too large.
     #[error("capacity_factor: given {given}, wanted a finite number >= 0 whose capacity fits 32 bits")]
     CapacityFactor {

@@ -33,6 +33,12 @@ pub trait Float:
     fn from_f64(value: f64) -> Self;
     /// `e^self`.
     fn exp(self) -> Self;
+    /// `ln(1 + self)` for `0 <= self <= 1`.
+    fn log1p(self) -> Self;
+    /// The hyperbolic tangent.
+    fn tanh(self) -> Self;
+    /// The square root.
+    fn sqrt(self) -> Self;
     /// Whether this is no number.
     fn is_nan(self) -> bool;
 }
@@ -52,6 +58,21 @@ impl Float for f32 {
     #[inline(always)]
     fn exp(self) -> Self {
         crate::exp::exp(self)
+    }
+
+    #[inline(always)]
+    fn log1p(self) -> Self {
+        crate::elementary::log1p(self)
+    }
+
+    #[inline(always)]
+    fn tanh(self) -> Self {
+        crate::elementary::tanh(self)
+    }
+
+    #[inline(always)]
+    fn sqrt(self) -> Self {
+        Self::sqrt(self)
     }
 
     #[inline(always)]
@@ -75,6 +96,21 @@ impl Float for f64 {
     #[inline(always)]
     fn exp(self) -> Self {
         Self::exp(self)
+    }
+
+    #[inline(always)]
+    fn log1p(self) -> Self {
+        self.ln_1p()
+    }
+
+    #[inline(always)]
+    fn tanh(self) -> Self {
+        Self::tanh(self)
+    }
+
+    #[inline(always)]
+    fn sqrt(self) -> Self {
+        Self::sqrt(self)
     }
 
     #[inline(always)]

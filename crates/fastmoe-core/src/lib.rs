@@ -8,9 +8,11 @@
 #![forbid(unsafe_code)]
 
 mod capacity;
+mod elementary;
 mod error;
 mod exp;
 mod float;
+mod groups;
 mod parallel;
 mod plan;
 mod route;
@@ -22,8 +24,9 @@ mod validate;
 pub use capacity::{Capacity, Drop};
 pub use error::Error;
 pub use float::Float;
+pub use groups::{GroupLosers, GroupScore, Groups};
 pub use parallel::{Parallel, Serial};
 pub use plan::{ExpertId, OutOfRange, PlanOut, PlanSpec};
-pub use route::{Order, Router, route_rows};
+pub use route::{Order, PerExpert, Router, route_rows};
 pub use score::Score;
 pub use validate::{validate_gather, validate_inverse, validate_offsets, validate_plan};

@@ -146,6 +146,11 @@ impl PlanSpec {
     /// # Errors
     /// [`Error::TopK`], [`Error::TooManyRows`], [`Error::MissingWeights`].
     pub fn check_request(&self, has_weights: bool, wants_weights: bool) -> Result<(), Error> {
+        self.check_size()?;
+        self.check_weights(has_weights, wants_weights)
+    }
+
+    fn check_size(&self) -> Result<(), Error> {
         if self.top_k == 0 {
             return Err(Error::TopK { given: 0, experts: self.experts });
         }
@@ -155,6 +160,10 @@ impl PlanSpec {
                 return Err(Error::TooManyRows { argument, given });
             }
         }
+        Ok(())
+    }
+
+    fn check_weights(&self, has_weights: bool, wants_weights: bool) -> Result<(), Error> {
         let by_score = self.capacity.is_some_and(|capacity| capacity.drop == Drop::Score);
         match (by_score, wants_weights) {
             (true, _) if !has_weights => Err(Error::MissingWeights { needed_by: "drop=\"score\"" }),
@@ -164,7 +173,7 @@ impl PlanSpec {
     }
 
     fn check<I, F>(&self, ids: &[I], weights: Option<&[F]>, out: &PlanOut<'_, F>) -> Result<(), Error> {
-        self.check_request(weights.is_some(), out.sorted_weights.is_some())?;
+        self.check_size()?;
         let routed = self.tokens * self.top_k;
         let lengths = [
             ("ids", ids.len(), routed),
@@ -180,6 +189,6 @@ impl PlanSpec {
                 return Err(Error::Length { argument, given, wanted });
             }
         }
-        Ok(())
+        self.check_weights(weights.is_some(), out.sorted_weights.is_some())
     }
 }

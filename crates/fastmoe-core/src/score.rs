@@ -15,6 +15,8 @@ pub enum Score {
     Softmax,
     /// `1 / (1 + exp(-x))`, element by element.
     Sigmoid,
+    /// `sqrt(softplus(x))` with `softplus(x) = max(x, 0) + log1p(exp(-|x|))`, element by element (DeepSeek-V4).
+    SqrtSoftplus,
 }
 
 impl FromStr for Score {
@@ -24,9 +26,12 @@ impl FromStr for Score {
         match name {
             "softmax" => Ok(Self::Softmax),
             "sigmoid" => Ok(Self::Sigmoid),
-            _ => {
-                Err(Error::Name { argument: "score", given: name.into(), wanted: "\"softmax\", \"sigmoid\"" })
-            }
+            "sqrt_softplus" => Ok(Self::SqrtSoftplus),
+            _ => Err(Error::Name {
+                argument: "score",
+                given: name.into(),
+                wanted: "\"softmax\", \"sigmoid\", \"sqrt_softplus\"",
+            }),
         }
     }
 }
@@ -38,6 +43,7 @@ impl Score {
         match self {
             Self::Softmax => softmax(row),
             Self::Sigmoid => sigmoid(row),
+            Self::SqrtSoftplus => sqrt_softplus(row),
         }
     }
 }
@@ -63,6 +69,27 @@ fn sigmoid<F: Float>(row: &mut [F]) {
     in_lanes(row, |x| {
         for x in x {
             *x = F::ONE / (F::ONE + (-*x).exp());
+        }
+    });
+}
+
+#[inline(always)]
+fn sqrt_softplus<F: Float>(row: &mut [F]) {
+    in_lanes(row, |x| {
+        for x in x {
+            let positive = if *x > F::ZERO { *x } else { F::ZERO };
+            let size = if *x > F::ZERO { *x } else { -*x };
+            *x = (positive + (-size).exp().log1p()).sqrt();
+        }
+    });
+}
+
+/// Replaces every logit by `cap * tanh(x / cap)`.
+#[inline(always)]
+pub(crate) fn soft_cap<F: Float>(row: &mut [F], cap: F) {
+    in_lanes(row, |x| {
+        for x in x {
+            *x = (*x / cap).tanh() * cap;
         }
     });
 }

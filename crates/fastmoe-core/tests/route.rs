@@ -3,7 +3,7 @@
 #[allow(dead_code)]
 mod oracle;
 
-use fastmoe_core::{Error, Order, Router, Score, route_rows};
+use fastmoe_core::{Error, GroupLosers, GroupScore, Groups, Order, PerExpert, Router, Score, route_rows};
 
 const NAN: f32 = f32::NAN;
 const INF: f32 = f32::INFINITY;
@@ -14,8 +14,10 @@ struct Routed {
     scores: Vec<f32>,
 }
 
+const NOTHING: PerExpert<'_, f32> = PerExpert { bias: None, scale: None };
+
 fn softmax(top_k: usize) -> Router {
-    Router { top_k, score: Score::Softmax, order: Order::ScoreTopk, renormalize: false, scale: 1.0 }
+    Router::new(top_k)
 }
 
 fn route(router: &Router, logits: &[f32], bias: Option<&[f32]>) -> Routed {
@@ -25,7 +27,7 @@ fn route(router: &Router, logits: &[f32], bias: Option<&[f32]>) -> Routed {
         scores: vec![-7.0; logits.len()],
     };
     let Routed { ids, weights, scores } = &mut routed;
-    route_rows(router, logits.len(), logits, bias, ids, weights, scores);
+    route_rows(router, logits.len(), logits, PerExpert { bias, ..NOTHING }, ids, weights, scores);
     routed
 }
 
@@ -115,9 +117,10 @@ fn renormalised_weights_sum_to_the_scale() {
 #[test]
 fn scores_are_accurate() {
     let logits: Vec<f32> = (0..300).map(|i| ((i * 7919) % 1000) as f32 / 128.0 - 4.0).collect();
-    for score in [Score::Softmax, Score::Sigmoid] {
+    let wide: Vec<f64> = logits.iter().copied().map(f64::from).collect();
+    for score in oracle::SCORES {
         let routed = route(&Router { score, ..softmax(1) }, &logits, None);
-        for (&given, wanted) in routed.scores.iter().zip(oracle::score(score, &logits)) {
+        for (&given, wanted) in routed.scores.iter().zip(oracle::score(score, &wide)) {
             assert!((f64::from(given) / wanted - 1.0).abs() < 6e-7, "{score:?}: {given} for {wanted}");
         }
     }
@@ -127,7 +130,8 @@ fn scores_are_accurate() {
 fn f64_keeps_its_precision() {
     let logits = [0.1_f64, 0.1 + 1e-12, -2.0];
     let (mut ids, mut weights, mut scores) = ([0; 2], [0.0; 2], [0.0; 3]);
-    route_rows(&softmax(2), 3, &logits, None, &mut ids, &mut weights, &mut scores);
+    let per_expert = PerExpert { bias: None, scale: None };
+    route_rows(&softmax(2), 3, &logits, per_expert, &mut ids, &mut weights, &mut scores);
     assert_eq!(ids, [1, 0]);
     let sum: f64 = logits.iter().map(|x| x.exp()).sum();
     assert!((weights[1] - 0.1_f64.exp() / sum).abs() < 1e-15);
@@ -135,7 +139,7 @@ fn f64_keeps_its_precision() {
 
 #[test]
 fn no_tokens_are_routed_to_nothing() {
-    route_rows::<f32>(&softmax(2), 4, &[], None, &mut [], &mut [], &mut []);
+    route_rows(&softmax(2), 4, &[], NOTHING, &mut [], &mut [], &mut []);
 }
 
 #[test]
@@ -153,16 +157,108 @@ fn top_k_must_be_one_to_all_experts() {
 fn names_parse() {
     assert_eq!("softmax".parse(), Ok(Score::Softmax));
     assert_eq!("sigmoid".parse(), Ok(Score::Sigmoid));
+    assert_eq!("sqrt_softplus".parse(), Ok(Score::SqrtSoftplus));
     assert_eq!("score_topk".parse(), Ok(Order::ScoreTopk));
     assert_eq!("topk_score".parse(), Ok(Order::TopkScore));
     assert_eq!(
         "tanh".parse::<Score>().unwrap_err().to_string(),
-        "score: given \"tanh\", wanted one of \"softmax\", \"sigmoid\""
+        "score: given \"tanh\", wanted one of \"softmax\", \"sigmoid\", \"sqrt_softplus\""
     );
     assert_eq!(
         "both".parse::<Order>().unwrap_err().to_string(),
         "order: given \"both\", wanted one of \"score_topk\", \"topk_score\""
     );
+    assert_eq!("top2".parse(), Ok(GroupScore::Top2));
+    assert_eq!("max".parse(), Ok(GroupScore::Max));
+    assert_eq!("-inf".parse(), Ok(GroupLosers::NegInfinity));
+    assert_eq!("zero".parse(), Ok(GroupLosers::Zero));
+    assert_eq!(
+        "sum".parse::<GroupScore>().unwrap_err().to_string(),
+        "group_score: given \"sum\", wanted one of \"top2\", \"max\""
+    );
+    assert_eq!(
+        "nan".parse::<GroupLosers>().unwrap_err().to_string(),
+        "group_losers: given \"nan\", wanted one of \"-inf\", \"zero\""
+    );
+}
+
+const GROUPS: Groups =
+    Groups { n_group: 3, topk_group: 1, score: GroupScore::Top2, losers: GroupLosers::NegInfinity };
+
+fn grouped(top_k: usize, groups: Groups) -> Router {
+    Router { score: Score::Sigmoid, groups: Some(groups), ..softmax(top_k) }
+}
+
+#[test]
+fn groups_are_worth_the_sum_of_two_or_the_largest() {
+    let logits = [3.0, -3.0, 1.0, 1.0, 0.0, 0.0];
+    let by_max = Groups { score: GroupScore::Max, ..GROUPS };
+    assert_eq!(route(&grouped(2, GROUPS), &logits, None).ids, [2, 3]);
+    assert_eq!(route(&grouped(2, by_max), &logits, None).ids, [0, 1]);
+    // The bias counts for groups too, and equal groups stand by id.
+    assert_eq!(route(&grouped(2, GROUPS), &logits, Some(&[0.0, 0.0, 0.0, 0.0, 9.0, 0.0])).ids, [4, 5]);
+    assert_eq!(route(&grouped(2, GROUPS), &[0.0; 6], None).ids, [0, 1]);
+    assert_eq!(route(&grouped(2, GROUPS), &[NAN, 9.0, NAN, NAN, -9.0, -8.0], None).ids, [5, 4]);
+}
+
+#[test]
+fn experts_of_other_groups_lose_by_minus_infinity_or_zero() {
+    let logits = [1.0, -1.0, 0.0, 0.0, 0.0, 0.0];
+    let bias = [0.0, -5.0, -2.0, -2.0, -2.0, -2.0];
+    let by_zero = Groups { losers: GroupLosers::Zero, score: GroupScore::Max, ..GROUPS };
+    let never = Groups { score: GroupScore::Max, ..GROUPS };
+    assert_eq!(route(&grouped(2, never), &logits, Some(&bias)).ids, [0, 1]);
+    let routed = route(&grouped(2, by_zero), &logits, Some(&bias));
+    assert_eq!((routed.ids, routed.weights[1]), (vec![0, 2], 0.5));
+}
+
+#[test]
+fn soft_capped_logits_take_the_place_of_the_logits() {
+    let router = Router { softcap: Some(2.0), score: Score::Sigmoid, ..softmax(2) };
+    let routed = route(&router, &[INF, 1.0, -INF], None);
+    let sigmoid = |x: f32| 1.0 / (1.0 + (-x).exp());
+    assert_eq!(routed.ids, [0, 1]);
+    for (given, wanted) in routed.scores.iter().zip([2.0, 2.0 * 0.5_f32.tanh(), -2.0].map(sigmoid)) {
+        assert!((given - wanted).abs() < 1e-6, "given {given}, wanted {wanted}");
+    }
+}
+
+#[test]
+fn weights_of_an_expert_have_a_scale() {
+    let mut routed = Routed { ids: vec![0; 2], weights: vec![0.0; 2], scores: vec![0.0; 3] };
+    let Routed { ids, weights, scores } = &mut routed;
+    let router =
+        Router { renormalize: true, renormalize_eps: 0.5, scale: 4.0, score: Score::Sigmoid, ..softmax(2) };
+    let per_expert = PerExpert { scale: Some(&[1.0, 2.0, 3.0]), ..NOTHING };
+    route_rows(&router, 3, &[0.0, -INF, 0.0], per_expert, ids, weights, scores);
+    assert_eq!((routed.ids, routed.weights), (vec![0, 2], vec![4.0 * 0.5 / 1.5, 3.0 * (4.0 * (0.5 / 1.5))]));
+}
+
+#[test]
+fn numbers_out_of_range_are_refused() {
+    let refused = |router: Router| router.check(6).unwrap_err().to_string();
+    let groups = |n_group, topk_group| Groups { n_group, topk_group, ..GROUPS };
+    assert_eq!(
+        refused(Router { softcap: Some(0.0), ..softmax(1) }),
+        "softcap: given 0, wanted a finite number > 0"
+    );
+    assert_eq!(
+        refused(Router { renormalize_eps: -1.0, ..softmax(1) }),
+        "renormalize_eps: given -1, wanted a finite number >= 0"
+    );
+    for (router, message) in [
+        (grouped(1, groups(0, 1)), "n_group: given 0, wanted a divisor of 6 (the number of experts)"),
+        (grouped(1, groups(4, 1)), "n_group: given 4, wanted a divisor of 6 (the number of experts)"),
+        (grouped(1, groups(3, 4)), "topk_group: given 4, wanted 1 to 3 (n_group)"),
+        (
+            grouped(1, groups(6, 2)),
+            "n_group: given 6, wanted groups of at least 2 experts for group_score \"top2\"",
+        ),
+        (grouped(3, groups(3, 1)), "top_k: given 3, wanted 1 to 2 (the experts in topk_group groups)"),
+    ] {
+        assert_eq!(refused(router), message);
+    }
+    assert_eq!(grouped(2, GROUPS).check(6), Ok(()));
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -189,7 +285,7 @@ mod same_bits {
             scores: vec![0.0; logits.len()],
         };
         let Routed { ids, weights, scores } = &mut routed;
-        route_rows(router, experts, logits, None, ids, weights, scores);
+        route_rows(router, experts, logits, NOTHING, ids, weights, scores);
         routed
     }
 
@@ -198,8 +294,13 @@ mod same_bits {
         let logits: Vec<f32> =
             (0_u32..45 * 200).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / 1e6).collect();
         for top_k in [3, 12, 20] {
-            for score in [Score::Softmax, Score::Sigmoid] {
-                let router = Router { score, renormalize: true, ..softmax(top_k) };
+            let groups = Groups { n_group: 5, topk_group: 3, ..GROUPS };
+            for (score, softcap, groups) in [
+                (Score::Softmax, None, None),
+                (Score::Sigmoid, Some(30.0), None),
+                (Score::SqrtSoftplus, None, Some(groups)),
+            ] {
+                let router = Router { score, softcap, groups, renormalize: true, ..softmax(top_k) };
                 let portable = inlined(&router, &logits);
                 let bits = |routed: &Routed| {
                     let floats =

@@ -152,7 +152,7 @@ fn gelu<F: Real>(x: F) -> (F, F) {
 fn gelu_tanh<F: Real>(x: F) -> (F, F) {
     let root = F::from_f64(0.797_884_560_802_865_4); // sqrt(2/pi)
     let cubic = F::from_f64(0.044715);
-    let t = (root * (x + cubic * x * x * x)).tanh();
+    let t = Real::tanh(root * (x + cubic * x * x * x));
     let half = F::from_f64(0.5) * (F::ONE + t);
     let slope = root * (F::ONE + F::from_f64(3.0) * cubic * x * x);
     (x * half, half + F::from_f64(0.5) * x * (F::ONE - t * t) * slope)

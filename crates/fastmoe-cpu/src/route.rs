@@ -5,13 +5,13 @@ use crate::machine::{Machine, Op};
 use crate::memory::Scratch;
 use crate::problem::{Ptr, PtrMut};
 use crate::threads::Threads;
-use fastmoe_core::{Router, route_rows};
+use fastmoe_core::{PerExpert, Router, route_rows};
 use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Logits and where the decision goes; the lengths have been checked.
 pub struct Route<'a> {
-    /// How experts are chosen.
+    /// How experts are chosen; checked against E.
     pub router: &'a Router,
     /// T.
     pub tokens: usize,
@@ -21,6 +21,8 @@ pub struct Route<'a> {
     pub logits: Ptr,
     /// `[E]` of the type of sums, for selection only.
     pub bias: Option<Ptr>,
+    /// `[E]` of the type of sums, for the weights.
+    pub expert_scale: Option<Ptr>,
     /// `[T, K]` i64.
     pub ids: *mut i64,
     /// `[T, K]` of the type of sums.
@@ -63,7 +65,9 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for RouteTask<'_, M, E> {
         // SAFETY: as promised by the caller of `route`; these tokens are this task's.
         unsafe {
             let logits = std::slice::from_raw_parts(p.logits.cast::<E>().add(start), tokens * experts);
-            let bias = p.bias.map(|b| std::slice::from_raw_parts(b.cast::<M::Acc>(), experts));
+            let of_experts = |values: Ptr| std::slice::from_raw_parts(values.cast::<M::Acc>(), experts);
+            let per_expert =
+                PerExpert { bias: p.bias.map(of_experts), scale: p.expert_scale.map(of_experts) };
             let ids = std::slice::from_raw_parts_mut(p.ids.add(chosen), tokens * top_k);
             let weights = p.weights.cast::<M::Acc>().add(chosen);
             let weights = std::slice::from_raw_parts_mut(weights, tokens * top_k);
@@ -71,11 +75,11 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for RouteTask<'_, M, E> {
             let scores = std::slice::from_raw_parts_mut(scores, tokens * experts);
             if E::WIDE {
                 let logits = std::slice::from_raw_parts(logits.as_ptr().cast::<M::Acc>(), logits.len());
-                route_rows(p.router, experts, logits, bias, ids, weights, scores);
+                route_rows(p.router, experts, logits, per_expert, ids, weights, scores);
             } else {
                 let mut wide = Scratch::<M::Acc>::new(logits.len());
                 E::widen(logits, &mut wide);
-                route_rows(p.router, experts, &wide, bias, ids, weights, scores);
+                route_rows(p.router, experts, &wide, per_expert, ids, weights, scores);
             }
         }
     }

@@ -13,10 +13,12 @@ mod error;
 mod gpu;
 mod libcuda;
 mod plan;
+mod route;
 mod rows;
 
 pub use dtype::DType;
 pub use error::{Error, Result};
 pub use gpu::{Buffer, Gpu, Queue, checks, driver, emulated, scratch_size};
 pub use plan::Plan;
-pub use rows::{Combine, Permute, UnpermuteGrad};
+pub use route::Route;
+pub use rows::{Combine, GradBias, GradScore, Permute, UnpermuteGrad};

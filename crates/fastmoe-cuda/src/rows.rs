@@ -193,11 +193,16 @@ impl UnpermuteGrad {
 
 /// `grad_weights[t,k] = sum_i partial[inverse[t,k], i] + <grad_out[t], b2[e]>`, 0 where dropped.
 #[derive(Clone, Copy)]
-pub(crate) struct GradScore {
+pub struct GradScore {
+    /// Of the rows.
     pub dtype: DType,
+    /// T.
     pub tokens: usize,
+    /// K.
     pub top_k: usize,
+    /// E.
     pub experts: usize,
+    /// H.
     pub columns: usize,
     /// Columns of `partial`.
     pub tiles: usize,
@@ -271,9 +276,12 @@ impl GradScore {
 
 /// `out[e] = sum of scale[r] rows[gather[r]]` over the sorted rows r of expert e.
 #[derive(Clone, Copy)]
-pub(crate) struct GradBias {
+pub struct GradBias {
+    /// Of the rows.
     pub dtype: DType,
+    /// E.
     pub experts: usize,
+    /// C.
     pub columns: usize,
     /// N.
     pub sorted: usize,

@@ -35,6 +35,16 @@ impl Backend {
     }
 }
 
+/// Fails unless the CPU backend has to do the work: of what `function` computes, the GPU kernels cannot be launched yet.
+pub fn cpu_only<'a>(function: &str, tensors: impl IntoIterator<Item = Option<&'a Tensor>>) -> Result<()> {
+    match Backend::of(tensors)? {
+        Backend::Cpu => Ok(()),
+        Backend::Cuda(_) => {
+            Err(Error::Runtime(format!("{function}: not on a GPU yet; move the tensors to the CPU")))
+        }
+    }
+}
+
 impl Device {
     /// Queues the work on torch's current stream, the GIL released, with so many bytes of scratch memory.
     pub fn run(

@@ -4,6 +4,7 @@ use fastmoe_core::validate_offsets;
 use fastmoe_cpu::GroupedMm;
 use pyo3::prelude::*;
 
+use crate::backend::cpu_only;
 use crate::call::{compute, optional_input, optional_output, threads};
 use crate::error::Result;
 use crate::tensor::{Tensor, disjoint};
@@ -48,7 +49,9 @@ pub fn grouped_mm(
     }
     let out = Tensor::output("out", out)?;
     out.expect(dtype, &[rows, outer], "R, N")?;
-    disjoint([Some(&out)], [Some(&x), Some(&w), Some(&offsets), bias.as_ref()])?;
+    let inputs = [Some(&x), Some(&w), Some(&offsets), bias.as_ref()];
+    disjoint([Some(&out)], inputs)?;
+    cpu_only("grouped_mm", inputs.into_iter().chain([Some(&out)]))?;
     compute(py, || {
         let offsets = offsets.slice()?;
         validate_offsets(offsets, rows)?;
@@ -90,7 +93,9 @@ pub fn grouped_mm_grad_weight(
     if let Some(grad_bias) = &grad_bias {
         grad_bias.expect(dtype, &[experts, outer], "E, N")?;
     }
-    disjoint([Some(&grad_w), grad_bias.as_ref()], [&grad_out, &x, &offsets].map(Some))?;
+    let (inputs, outputs) = ([&grad_out, &x, &offsets].map(Some), [Some(&grad_w), grad_bias.as_ref()]);
+    disjoint(outputs, inputs)?;
+    cpu_only("grouped_mm_grad_weight", inputs.into_iter().chain(outputs))?;
     compute(py, || {
         let offsets = offsets.slice()?;
         validate_offsets(offsets, rows)?;

@@ -4,6 +4,7 @@ use fastmoe_core::validate_plan;
 use fastmoe_cpu::{Activation, DType, Mlp, MlpGrads, RoutedRows, Threads};
 use pyo3::prelude::*;
 
+use crate::backend::cpu_only;
 use crate::call::{compute, optional_input, optional_output, threads};
 use crate::element::Element;
 use crate::error::{Error, Result};
@@ -53,7 +54,9 @@ pub fn mlp_forward(
     if let Some(hidden) = &hidden {
         hidden.expect(sizes.dtype, &[sizes.rows, sizes.up], layout.hidden_legend())?;
     }
-    disjoint([Some(&out), hidden.as_ref()], problem.inputs())?;
+    let outputs = [Some(&out), hidden.as_ref()];
+    disjoint(outputs, problem.inputs())?;
+    cpu_only("mlp_forward", problem.inputs().into_iter().chain(outputs))?;
     compute(py, || {
         let mlp = problem.mlp(sizes, layout, threads)?;
         // SAFETY: dtypes, shapes, separate memory and the plan were checked.
@@ -138,7 +141,8 @@ pub fn mlp_backward(
         }
     }
     let inputs = problem.inputs().into_iter().chain([Some(&grad_out), Some(&hidden)]);
-    disjoint(grads.iter().map(Option::as_ref), inputs)?;
+    disjoint(grads.iter().map(Option::as_ref), inputs.clone())?;
+    cpu_only("mlp_backward", inputs.chain(grads.iter().map(Option::as_ref)))?;
     compute(py, || {
         let mlp = problem.mlp(sizes, layout, threads)?;
         let [x, weights, w1, b1, w2, b2] = grads.each_ref().map(|grad| grad.as_ref().map(Tensor::ptr_mut));

@@ -132,8 +132,8 @@ fn on_device(
         check: fastmoe_cuda::checks() && spec.out_of_range == OutOfRange::Error,
     };
     let mut bad_row = None;
-    // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
     device.run(py, problem.scratch(), |queue| {
+        // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
         bad_row = unsafe { problem.launch(queue)? };
         Ok(())
     })?;

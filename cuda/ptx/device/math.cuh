@@ -9,6 +9,7 @@ PTX_D float add_rn(float a, float b) { return __fadd_rn(a, b); }
 PTX_D float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 PTX_D float div_rn(float a, float b) { return __fdiv_rn(a, b); }
 PTX_D float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+PTX_D float sqrt_rn(float x) { return __fsqrt_rn(x); }
 // Largest relative error 2^-22, 2^-23, 2^-10.987 (the PTX manual).
 PTX_D float exp2_approx(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 PTX_D float rcp_approx(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }

@@ -6,16 +6,15 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..sinks import draw_load
 from .compare import OURS, Comparison
 from .config import Config
 
-MAX_COLUMNS = 120  # of the heatmap; more steps than that are averaged
 SMOOTHED_SHARE = 25  # a point of the smooth loss curve averages one part in so many of all steps
 INK, MUTED, ACCENT, PEER = "#1f2933", "#7b8794", "#d9480f", "#adb5bd"
 STYLE: Any = {
@@ -46,7 +45,10 @@ def draw(path: Path, config: Config, records: list[dict[str, Any]], comparison: 
         if comparison:
             draw_speed(figure.add_subplot(upper[1]), comparison)
         draw_loss(figure.add_subplot(upper[0] if comparison else upper[:]), records)
-        draw_load(figure.add_subplot(halves[1]), config, records)
+        layers = range(config.layers)
+        loads = [[record["load"][layer] for record in records] for layer in layers]
+        steps = [record["step"] for record in records]
+        draw_load(figure.add_subplot(halves[1]), steps, [f"layer {layer}" for layer in layers], loads)
         figure.savefig(path)
 
 
@@ -82,27 +84,6 @@ def draw_speed(axes: Axes, comparison: Comparison) -> None:
     )
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.spines[:].set_visible(False)
-
-
-def draw_load(axes: Axes, config: Config, records: list[dict[str, Any]]) -> None:
-    rows, experts = config.layers * config.experts, config.experts
-    load = np.array([record["load"] for record in records]).reshape(len(records), rows) * experts
-    parts = np.array_split(load, min(MAX_COLUMNS, len(load)))
-    columns = np.stack([part.mean(axis=0) for part in parts], axis=1)
-    extent = (0, len(records), rows, 0)
-    image = axes.imshow(
-        columns, "RdBu_r", aspect="auto", vmin=0, vmax=2, interpolation="nearest", extent=extent
-    )
-    for layer in range(1, config.layers):
-        axes.axhline(layer * experts, color=INK, linewidth=1.2)
-    axes.set_yticks([(layer + 0.5) * experts for layer in range(config.layers)])
-    axes.set_yticklabels([f"layer {layer}" for layer in range(config.layers)])
-    axes.tick_params(axis="y", length=0, labelcolor=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(title="Load of the experts, a row for each", xlabel="step")
-    bar = axes.figure.colorbar(image, ax=axes, pad=0.01, extend="max", ticks=(0, 1, 2))
-    bar.ax.set_yticklabels(["idle", "even", "2×"])
-    bar.outline.set_visible(False)
 
 
 def smoothed(values: list[float]) -> list[float]:

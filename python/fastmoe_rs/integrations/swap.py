@@ -42,6 +42,7 @@ def accelerate(model: Model) -> Model:
 
 def _switch(model: nn.Module) -> None:
     try:
+        from .adapters import adapt, is_adaptable
         from .transformers import NAME
     except ImportError as error:
         raise _CannotServe(str(error)) from error
@@ -50,18 +51,21 @@ def _switch(model: nn.Module) -> None:
     pretrained = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if pretrained is None:
         raise _CannotServe("it holds no transformers model")
-    experts: list[Any] = [m for m in model.modules() if _is_dispatched(m)]
-    if not experts:
+    adapted = [m for m in model.modules() if is_adaptable(m)]
+    experts: list[Any] = [m for m in model.modules() if is_dispatched(m)]
+    if not experts and not adapted:
         raise _CannotServe(_why_no_experts(pretrained))
-    for module in experts:
+    for module in experts + adapted:
         _check_parameters(module)
+    for module in adapted:
+        adapt(module)
     # Their forward looks the name up on every call. `model.set_experts_implementation` would set it too, but
     # refuses registered names before release 5.7 and skips models whose source code it cannot read.
     for module in experts:
         module.config._experts_implementation = NAME
 
 
-def _is_dispatched(module: nn.Module) -> bool:
+def is_dispatched(module: nn.Module) -> bool:
     """Whether transformers' `use_experts_implementation` made it; both are its marks in every release 5."""
     return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
 

@@ -78,34 +78,79 @@ def fastmoe_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     up = "gate_up_proj" if has_gate else "up_proj"
     w1, w2 = getattr(self, up), self.down_proj
     b1, b2 = (getattr(self, up + "_bias"), self.down_proj_bias) if self.has_bias else (None, None)
-    x_TH = hidden_states.to(w1.dtype)
     out_of_range = "drop" if getattr(self, "_is_expert_parallel", True) else "error"
-    plan = RoutingPlan.from_ids(top_k_index, w1.shape[0], out_of_range=out_of_range)
-    activation = fused_activation(self)
-    if activation is None:
-        if self.is_transposed:
-            w1, w2 = w1.transpose(1, 2), w2.transpose(1, 2)
-        h_RI = functional.grouped_mm(functional.permute(x_TH, plan), w1, plan.offsets, bias=b1)
-        h_RI = self._apply_gate(h_RI) if has_gate else self.act_fn(h_RI)
-        y_RH = functional.grouped_mm(h_RI, w2, plan.offsets, bias=b2)
-        if getattr(self, "has_post_expert_norm", False):
-            y_RH = self.post_expert_norm(y_RH)
-        out_TH = functional.unpermute(y_RH, plan, top_k_weights)
-    else:
+    return experts_mlp(
+        hidden_states,
+        RoutingPlan.from_ids(top_k_index, w1.shape[0], out_of_range=out_of_range),
+        top_k_weights,
+        w1,
+        w2,
+        fused_activation(self) or (self._apply_gate if has_gate else self.act_fn),
+        b1=b1,
+        b2=b2,
+        transposed=self.is_transposed,
+        interleaved=not getattr(self, "is_concatenated", True),
+        norm=self.post_expert_norm if getattr(self, "has_post_expert_norm", False) else None,
+    )
+
+
+def experts_mlp(
+    hidden_states: Tensor,
+    plan: RoutingPlan,
+    weights_TK: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    activation: str | Callable[[Tensor], Tensor],
+    *,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    transposed: bool = False,
+    interleaved: bool = False,
+    norm: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """`functional.moe_mlp` for hidden states of any float dtype, and around the Python code of a model.
+
+    Args:
+        hidden_states: [T, H].
+        activation: a name, for the fused MLP; or a function [R, 2I] to [R, I] ([R, I] to [R, I]), with which
+            it is grouped matrix products around that function.
+        norm: a function [R, H] to [R, H] of each expert's output, with a function as activation only.
+
+    Returns:
+        [T, H] in the dtype of `hidden_states`.
+    """
+    x_TH = hidden_states.to(w1.dtype)
+    if isinstance(activation, str):
         out_TH = functional.moe_mlp(
             x_TH,
-            top_k_index,
-            top_k_weights,
+            None,
+            weights_TK,
             w1,
             w2,
             b1=b1,
             b2=b2,
             activation=activation,
-            transposed=self.is_transposed,
-            interleaved=not getattr(self, "is_concatenated", True),
+            transposed=transposed,
+            interleaved=interleaved,
             plan=plan,
         )
-    return out_TH.to(hidden_states.dtype)
+        return out_TH.to(hidden_states.dtype)
+    if transposed:
+        w1, w2 = w1.transpose(1, 2), w2.transpose(1, 2)
+    h_RI = activation(functional.grouped_mm(functional.permute(x_TH, plan), w1, plan.offsets, bias=b1))
+    y_RH = functional.grouped_mm(h_RI, w2, plan.offsets, bias=b2)
+    y_RH = y_RH if norm is None else norm(y_RH)
+    return functional.unpermute(y_RH, plan, weights_TK).to(hidden_states.dtype)
+
+
+def gated(act_fn: Callable[[Tensor], Tensor]) -> str | Callable[[Tensor], Tensor]:
+    """The activation act_fn(gate) * up of `experts_mlp`: its name where it can be fused."""
+
+    def gate_up(h_RI: Tensor) -> Tensor:
+        gate, up = h_RI.chunk(2, dim=-1)
+        return act_fn(gate) * up
+
+    return _GATED.get(ungated_name(act_fn) or "") or gate_up
 
 
 def fused_activation(experts: Any) -> str | None:
@@ -116,7 +161,7 @@ def fused_activation(experts: Any) -> str | None:
     """
     if getattr(experts, "has_post_expert_norm", False):
         return None
-    activation = _activation(experts.act_fn) if hasattr(experts, "act_fn") else None
+    activation = ungated_name(experts.act_fn) if hasattr(experts, "act_fn") else None
     if not getattr(experts, "has_gate", True):
         return activation
     gate = type(experts)._apply_gate
@@ -131,10 +176,28 @@ def fused_activation(experts: Any) -> str | None:
     return None
 
 
-def _activation(act_fn: Callable[[Tensor], Tensor]) -> str | None:
+def ungated_name(act_fn: Callable[[Tensor], Tensor]) -> str | None:
+    """The name by which `functional.moe_mlp` knows an activation; None where it does not."""
     if type(act_fn) is nn.GELU:
         return "gelu" if act_fn.approximate == "none" else "gelu_tanh"
     return _ACTIVATIONS.get(type(act_fn) if isinstance(act_fn, nn.Module) else act_fn)
 
 
 ExpertsInterface.register(NAME, fastmoe_experts)
+
+
+def fp8_experts(self: Any, *args: Any) -> Tensor:
+    """Raises NotImplementedError: experts in FP8 have a registry of their own, and kernels that we lack."""
+    raise NotImplementedError(
+        f"fastmoe_rs does not compute {type(self).__name__} in float8: load the checkpoint with "
+        "quantization_config=FineGrainedFP8Config(dequantize=True), or use "
+        "experts_implementation='grouped_mm'"
+    )
+
+
+try:
+    from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
+except ImportError:  # releases that have no such registry
+    pass
+else:
+    FP8ExpertsInterface.register(NAME, fp8_experts)

@@ -2,8 +2,8 @@
 //! share: any bytes make a case.
 
 use fastmoe_core::{
-    Capacity, Drop, Error, Order, OutOfRange, PlanOut, PlanSpec, Router, Score, Serial, route_rows,
-    validate_plan,
+    Capacity, Drop, Error, GroupLosers, GroupScore, Groups, Order, OutOfRange, PerExpert, PlanOut, PlanSpec,
+    Router, Score, Serial, route_rows, validate_plan,
 };
 use std::cmp::Ordering;
 
@@ -151,63 +151,120 @@ pub fn plan_agrees(bytes: &[u8]) {
     assert_eq!(again.inverse, built.inverse);
 }
 
+pub const SCORES: [Score; 3] = [Score::Softmax, Score::Sigmoid, Score::SqrtSoftplus];
+
 /// Routes the logits that the bytes describe and compares ids, weights and scores with the definition.
 pub fn route_agrees(bytes: &[u8]) {
     let mut choices = Choices(bytes);
-    let experts = 1 + choices.below(80);
-    let top_k = 1 + choices.below(experts);
+    let n_group = 1 + choices.below(6);
+    let size = 1 + choices.below(80 / n_group);
+    let experts = n_group * size;
+    let groups = (choices.below(2) == 1).then(|| Groups {
+        n_group,
+        topk_group: 1 + choices.below(n_group),
+        score: if size > 1 { [GroupScore::Top2, GroupScore::Max][choices.below(2)] } else { GroupScore::Max },
+        losers: [GroupLosers::NegInfinity, GroupLosers::Zero][choices.below(2)],
+    });
     let router = Router {
-        top_k,
-        score: [Score::Softmax, Score::Sigmoid][choices.below(2)],
+        top_k: 1 + choices.below(groups.map_or(experts, |groups| groups.topk_group * size)),
+        softcap: [None, Some(4.0)][choices.below(2)],
+        score: SCORES[choices.below(3)],
         order: [Order::ScoreTopk, Order::TopkScore][choices.below(2)],
+        groups,
         renormalize: choices.below(2) == 1,
+        renormalize_eps: [1e-20, 0.0, 0.25][choices.below(3)],
         scale: [1.0, 2.5][choices.below(2)],
     };
-    let bias: Option<Vec<f32>> =
-        (choices.below(2) == 1).then(|| (0..experts).map(|_| choices.float()).collect());
+    let k = router.top_k;
+    let mut per_expert = || -> Option<Vec<f32>> {
+        (choices.below(2) == 1).then(|| (0..experts).map(|_| choices.float()).collect())
+    };
+    let (bias, scale) = (per_expert(), per_expert());
     let tokens = (choices.0.len() / experts).min(16);
     let logits: Vec<f32> = (0..tokens * experts).map(|_| choices.float()).collect();
-    let mut ids = vec![-7; tokens * top_k];
-    let mut weights = vec![-7.0; tokens * top_k];
+    let mut ids = vec![-7; tokens * k];
+    let mut weights = vec![-7.0; tokens * k];
     let mut scores = vec![-7.0; tokens * experts];
-    route_rows(&router, experts, &logits, bias.as_deref(), &mut ids, &mut weights, &mut scores);
+    let per_expert = PerExpert { bias: bias.as_deref(), scale: scale.as_deref() };
+    route_rows(&router, experts, &logits, per_expert, &mut ids, &mut weights, &mut scores);
 
     for t in 0..tokens {
-        let logits = &logits[t * experts..][..experts];
         let scores = &scores[t * experts..][..experts];
+        let ids: Vec<usize> = ids[t * k..][..k].iter().map(|&id| id as usize).collect();
         let by_score = router.order == Order::ScoreTopk;
-        let keys = match &bias {
-            None => logits.to_vec(),
-            Some(bias) => {
-                (if by_score { scores } else { logits }).iter().zip(bias).map(|(v, b)| v + b).collect()
-            }
-        };
-        let mut wanted: Vec<usize> = (0..experts).collect();
-        wanted.sort_by(best_first(&keys));
-        wanted.truncate(top_k);
-        let ids: Vec<usize> = ids[t * top_k..][..top_k].iter().map(|&id| id as usize).collect();
-        assert_eq!(ids, wanted, "keys {keys:?}");
+        let logits = &logits[t * experts..][..experts];
+        let capped: Vec<f64> = logits.iter().map(|&x| soft_cap(router.softcap, x.into())).collect();
 
-        close(scores, &score(router.score, logits));
+        close(scores, &score(router.score, &capped));
+        let keys: Vec<f32> = if bias.is_none() && groups.is_none() {
+            logits.to_vec()
+        } else {
+            let source = if by_score { scores } else { logits };
+            let bias = bias.iter().flatten().chain(std::iter::repeat(&0.0));
+            let mut keys: Vec<f32> = source.iter().zip(bias).map(|(v, b)| v + b).collect();
+            if let Some(groups) = &groups {
+                limit(groups, &mut keys);
+            }
+            keys
+        };
+        // Soft-capping rounds, so that the keys above are not those of the router where they are logits.
+        if router.softcap.is_none() || by_score && (bias.is_some() || groups.is_some()) {
+            let mut wanted: Vec<usize> = (0..experts).collect();
+            wanted.sort_by(best_first(&keys));
+            wanted.truncate(k);
+            assert_eq!(ids, wanted, "keys {keys:?}");
+        }
+
         let mut chosen: Vec<f64> = if by_score {
             ids.iter().map(|&id| f64::from(scores[id])).collect()
         } else {
-            score(router.score, &ids.iter().map(|&id| logits[id]).collect::<Vec<_>>())
+            score(router.score, &ids.iter().map(|&id| capped[id]).collect::<Vec<_>>())
         };
         if router.renormalize {
-            let sum = chosen.iter().sum::<f64>() + 1e-20;
+            let sum = chosen.iter().sum::<f64>() + router.renormalize_eps;
             chosen.iter_mut().for_each(|weight| *weight /= sum);
         }
-        chosen.iter_mut().for_each(|weight| *weight *= router.scale);
-        close(&weights[t * top_k..][..top_k], &chosen);
+        for (weight, &id) in chosen.iter_mut().zip(&ids) {
+            *weight *= router.scale * scale.as_ref().map_or(1.0, |scale| f64::from(scale[id]));
+        }
+        close(&weights[t * k..][..k], &chosen);
     }
 }
 
+/// The keys with those outside the best groups overwritten.
+fn limit(groups: &Groups, keys: &mut [f32]) {
+    let size = keys.len() / groups.n_group;
+    let worth: Vec<f32> = keys
+        .chunks(size)
+        .map(|group| {
+            let mut order: Vec<usize> = (0..size).collect();
+            order.sort_by(best_first(group));
+            match groups.score {
+                GroupScore::Max => group[order[0]],
+                GroupScore::Top2 => group[order[0]] + group[order[1]],
+            }
+        })
+        .collect();
+    let mut order: Vec<usize> = (0..groups.n_group).collect();
+    order.sort_by(best_first(&worth));
+    for &loser in &order[groups.topk_group..] {
+        keys[loser * size..][..size].fill(match groups.losers {
+            GroupLosers::NegInfinity => f32::NEG_INFINITY,
+            GroupLosers::Zero => 0.0,
+        });
+    }
+}
+
+fn soft_cap(cap: Option<f64>, x: f64) -> f64 {
+    cap.map_or(x, |cap| cap * (x / cap).tanh())
+}
+
 /// Scores in f64.
-pub fn score(score: Score, logits: &[f32]) -> Vec<f64> {
-    let logits = logits.iter().map(|&x| f64::from(x));
+pub fn score(score: Score, logits: &[f64]) -> Vec<f64> {
+    let logits = logits.iter().copied();
     match score {
         Score::Sigmoid => logits.map(|x| 1.0 / (1.0 + (-x).exp())).collect(),
+        Score::SqrtSoftplus => logits.map(|x| (x.max(0.0) + (-x.abs()).exp().ln_1p()).sqrt()).collect(),
         Score::Softmax => {
             let max = logits.clone().fold(f64::NEG_INFINITY, f64::max);
             let sum: f64 = logits.clone().map(|x| (x - max).exp()).sum();
@@ -220,7 +277,7 @@ pub fn score(score: Score, logits: &[f32]) -> Vec<f64> {
 fn close(given: &[f32], wanted: &[f64]) {
     for (&given, &wanted) in given.iter().zip(wanted) {
         let error = (f64::from(given) - wanted).abs();
-        let fits = error <= 5e-6 * wanted.abs() + 1e-18;
+        let fits = error <= 5e-6 * wanted.abs() + 1e-18 || given == wanted as f32;
         assert!(fits || given.is_nan() && wanted.is_nan(), "given {given}, wanted {wanted}");
     }
 }

@@ -1,0 +1,117 @@
+//! The router on the device, with the bits of `fastmoe_core::route_rows`: the launches of `route.cu` and
+//! `grad_route.cu`.
+
+use crate::rows::blocks;
+use crate::{Buffer, DType, Queue, Result};
+use fastmoe_core::{GroupLosers, GroupScore, Order, Router, Score};
+
+/// Logits to route, and where the decision goes.
+#[derive(Clone, Copy)]
+pub struct Route<'a> {
+    /// The rules.
+    pub router: &'a Router,
+    /// Of the logits.
+    pub dtype: DType,
+    /// T.
+    pub tokens: usize,
+    /// E.
+    pub experts: usize,
+    /// `[T, E]`.
+    pub logits: Buffer,
+    /// `[E]` f32, or null.
+    pub bias: Buffer,
+    /// `[E]` f32, or null.
+    pub expert_scale: Buffer,
+    /// `[T, K]` i64.
+    pub ids: Buffer,
+    /// `[T, K]` f32.
+    pub weights: Buffer,
+    /// `[T, E]` f32.
+    pub scores: Buffer,
+}
+
+fn score(score: Score) -> i32 {
+    match score {
+        Score::Softmax => 0,
+        Score::Sigmoid => 1,
+        Score::SqrtSoftplus => 2,
+    }
+}
+
+fn order(order: Order) -> i32 {
+    match order {
+        Order::ScoreTopk => 0,
+        Order::TopkScore => 1,
+    }
+}
+
+impl Route<'_> {
+    /// # Safety
+    /// The buffers have these sizes and stay until the kernel has run; the router passes its check.
+    pub unsafe fn launch(&self, queue: &Queue<'_>) -> Result<()> {
+        #[repr(C)]
+        #[derive(Clone, Copy)]
+        struct Params {
+            logits: u64,
+            bias: u64,
+            expert_scale: u64,
+            ids: u64,
+            weights: u64,
+            scores: u64,
+            bad_token: u64,
+            tokens: i32,
+            experts: i32,
+            top_k: i32,
+            score: i32,
+            order: i32,
+            renormalize: i32,
+            eps: f32,
+            scale: f32,
+            softcap: f32,
+            n_group: i32,
+            topk_group: i32,
+            group_score: i32,
+            group_losers: i32,
+        }
+        let router = self.router;
+        let params = Params {
+            logits: self.logits.address,
+            bias: self.bias.address,
+            expert_scale: self.expert_scale.address,
+            ids: self.ids.address,
+            weights: self.weights.address,
+            scores: self.scores.address,
+            bad_token: 0,
+            tokens: self.tokens as i32,
+            experts: self.experts as i32,
+            top_k: router.top_k as i32,
+            score: score(router.score),
+            order: order(router.order),
+            renormalize: router.renormalize.into(),
+            eps: router.renormalize_eps as f32,
+            scale: router.scale as f32,
+            softcap: router.softcap.unwrap_or(0.0) as f32,
+            n_group: router.groups.map_or(0, |groups| groups.n_group as i32),
+            topk_group: router.groups.map_or(0, |groups| groups.topk_group as i32),
+            group_score: router.groups.map_or(0, |groups| match groups.score {
+                GroupScore::Max => 0,
+                GroupScore::Top2 => 1,
+            }),
+            group_losers: router.groups.map_or(0, |groups| match groups.losers {
+                GroupLosers::NegInfinity => 0,
+                GroupLosers::Zero => 1,
+            }),
+        };
+        let memory = [
+            self.logits.read(),
+            self.bias.read(),
+            self.expert_scale.read(),
+            self.ids.read_write(),
+            self.weights.write(),
+            self.scores.write(),
+        ];
+        let blocks = blocks(queue.gpu, self.tokens);
+        // SAFETY: this is the kernel's struct, and as promised by the caller.
+        unsafe { queue.launch(&format!("route_{}", self.dtype.suffix()), blocks, &params, &memory) }
+    }
+}

@@ -1,0 +1,39 @@
+// Copies of boxes by the tensor memory accelerator.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "emulator/failure.h"
+
+namespace emulator {
+
+// A two-dimensional tensor and the box that one copy takes; as large as CUDA's CUtensorMap.
+struct alignas(64) TensorMap {
+  uint64_t base;                           // address
+  uint64_t width, height, stride_bytes;    // in elements; from one row to the next
+  uint32_t box_width, box_height, element_bytes;
+  uint32_t swizzled;                       // 128-byte swizzle
+  uint64_t mark, unused[9];
+};
+static_assert(sizeof(TensorMap) == 128);
+
+// Refuses what cuTensorMapEncodeTiled refuses: throws Failure.
+TensorMap make_tensor_map(const void* base, uint32_t element_bytes, uint64_t width, uint64_t height, uint64_t stride_bytes,
+                          uint32_t box_width, uint32_t box_height, bool swizzled);
+
+// The bulk groups of one thread's stores, with the stamps of those not waited for.
+struct StoreGroups {
+  struct Store { int group; uint32_t stamp; };
+  std::vector<Store> stores;
+  int group = 0;
+};
+
+void tensor_load(uint32_t to, const TensorMap* map, uint32_t barrier, int x, int y, const Where& where);
+void tensor_store(const TensorMap* map, uint32_t from, int x, int y, const Where& where);
+void commit_stores();
+void wait_stores(int newest_left);
+
+// The address where the 128-byte swizzle puts what belongs at `address`.
+inline uint32_t swizzle128(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+}  // namespace emulator

@@ -1,0 +1,75 @@
+// Gradients of weights, for every GPU since Ampere: over the sorted rows r of each expert e
+//
+//   out[e] = sum of a[r]^T b[r]      [M, N]
+//
+// where one factor may be gathered: dL/dW1 = grad_hidden^T x[gather], dL/dW2 = grad_out[gather]^T scaled_act; transposed
+// weights have the factors exchanged. E experts, R sorted rows. An expert without rows gets zeros. Where `sum` is given
+// it is the gradient in float, added to.
+//
+// Entry points: grad_weight_<math>_<BM>x<BN>_<which factor may be gathered>, see tile/entries.cuh.
+#include "tile/entries.cuh"
+#include "tile/persistent.cuh"
+#include "tile/runs.cuh"
+#include "tile/walk.cuh"
+
+using namespace tile;
+
+template <class T> struct GradWeightParams {
+  Global<const T> a;            // [R, M], gathered [T, M]
+  Global<const T> b;            // [R, N], gathered [T, N]
+  Global<const int> gather_a;   // [R] row of a for each sorted row, -1 for zeros; null: the sorted row
+  Global<const int> gather_b;   // [R] the same for b
+  Global<const int> offsets;    // [E+1] first sorted row of each expert
+  Global<T> out;                // [E, M, N], not used where `sum` is given
+  Global<float> sum;            // [E, M, N] or null
+  int m, n;                     // M, N
+  int experts;                  // E
+};
+
+template <class S, Major MAJOR> struct GradWeight {
+  using T = typename S::Element;
+  static constexpr bool ALIGNED = MAJOR != Major::ANY;
+  using Tile = MatrixWalk::Tile;
+  const GradWeightParams<T>& p;
+
+  PTX_D MatrixWalk walk() const { return {p.experts, ceil_div(p.m, S::BM), ceil_div(p.n, S::BN)}; }
+
+  template <class A, class B> PTX_D int start(const Tile& tile, A& a, B& b) const {
+    const int first = load_readonly(p.offsets + tile.expert), rows = load_readonly(p.offsets + (tile.expert + 1)) - first;
+    if (rows == 0) return 0;
+    a.start(Rows<T>{p.a, p.gather_a, p.m}.from(first), rows, [&](int i) { return tile.m * S::BM + i < p.m ? tile.m * S::BM + i : -1; });
+    b.start(Rows<T>{p.b, p.gather_b, p.n}.from(first), rows, [&](int i) { return tile.n * S::BN + i < p.n ? tile.n * S::BN + i : -1; });
+    return ceil_div(rows, S::SLICE);
+  }
+
+  PTX_D void begin(const Tile&, typename S::Sums& c) const { begin_with_zeros<S>(c); }
+
+  PTX_D void finish(const Tile& tile, typename S::Sums& c) const {
+    for_each_row<S>(c, [&](int i, Run& left, Run& right) {
+      const int row = tile.m * S::BM + S::warp_row() + i, at = tile.n * S::BN + S::run_column(0);
+      const int64_t start = (static_cast<int64_t>(tile.expert) * p.m + row) * p.n;
+      if (p.sum) {
+        add_run(p.sum + start, at, left, row < p.m);
+        add_run(p.sum + start, at + S::BN / 2, right, row < p.m);
+      } else {
+        store_run<ALIGNED>(p.out + start, at, p.n, left, row < p.m);
+        store_run<ALIGNED>(p.out + start, at + S::BN / 2, p.n, right, row < p.m);
+      }
+    });
+  }
+
+  PTX_D void add_run(Global<float> row, int column, const Run& v, bool exists) const {
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      for (int b = 0; b < 2; b++) {
+        const int at = column + 8 * j + 2 * quad_lane() + b;
+        if (exists && at < p.n) store(row + at, load(row + at) + v[j][b]);
+      }
+  }
+};
+
+template <class S, Major MAJOR, bool GATHER_A, bool GATHER_B> PTX_D void grad_weight(const GradWeightParams<typename S::Element>& p) {
+  run_tiles<S, MAJOR, MAJOR>(GradWeight<S, MAJOR>{p}, Operand<S, S::BM, MAJOR, GATHER_A>(true), Operand<S, S::BN, MAJOR, GATHER_B>(true));
+}
+
+WEIGHT_ENTRIES(grad_weight, GradWeightParams)

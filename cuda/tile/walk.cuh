@@ -1,0 +1,98 @@
+// Which tiles a block computes: block b the tiles b, b + blocks, b + 2 blocks, ... of one list over all experts.
+//
+// Within an expert the list goes through bands of 8 tiles along m, each column of a band at a time and every other band
+// backwards, so that the blocks at work share rows of A and columns of B in the L2 cache.
+#pragma once
+#include "tile/shape.cuh"
+
+namespace tile {
+
+PTX_D constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+struct Place { int m, n; };
+
+PTX_D Place place_in_bands(int tile, int tiles_m, int tiles_n) {
+  constexpr int BAND = 8;
+  const int band = tile / (BAND * tiles_n), first = band * BAND, within = tile - first * tiles_n;
+  const int height = tiles_m - first < BAND ? tiles_m - first : BAND;
+  const int n = within / height;
+  return {first + within % height, band % 2 ? tiles_n - 1 - n : n};
+}
+
+// Tiles over the sorted rows: those of each expert, then the unused ones behind the last expert as one more.
+class RowWalk {
+  Global<const int> offsets;
+  int experts, rows, tile_rows, tiles_n;
+  int tile = block_id() - block_count();
+  int begin = 0, end = 0;  // the expert's tiles
+  int expert = -1, first = 0, last = 0;
+
+  PTX_D int offset(int e) const { return e > experts ? rows : load_readonly(offsets + e); }
+
+  // A warp looks at 32 experts at a time. False where there are no more tiles.
+  PTX_D bool find_expert() {
+    for (int from = expert + 1; from <= experts; from += 32) {
+      const int lane = thread_id() % 32, e = from + lane < experts ? from + lane : experts;
+      const int row = offset(e), next = offset(e + 1);
+      const int tiles = from + lane <= experts ? ceil_div(next - row, tile_rows) * tiles_n : 0;
+      int sum = tiles;
+      for (int delta = 1; delta < 32; delta *= 2) {
+        const int below = shfl_up(sum, delta);
+        if (lane >= delta) sum += below;
+      }
+      if (const uint32_t found = ptx::ballot(tile < end + sum)) {
+        const int who = lowest_bit(found);
+        const auto of_who = [&](int value) { return redux_add(lane == who ? value : 0); };
+        end += of_who(sum);
+        begin = end - of_who(tiles);
+        expert = from + who;
+        first = of_who(row);
+        last = of_who(next);
+        return true;
+      }
+      end += redux_add(tiles);
+    }
+    return false;
+  }
+
+ public:
+  struct Tile {
+    int expert;      // E: no expert's rows
+    int row, end;    // the tile's first sorted row, the end of the expert's
+    int n;           // index along n
+    bool used;
+  };
+
+  PTX_D RowWalk(Global<const int> offsets, int experts, int rows, int tile_rows, int tiles_n)
+      : offsets(offsets), experts(experts), rows(rows), tile_rows(tile_rows), tiles_n(tiles_n) {}
+
+  PTX_D bool next(Tile& out) {
+    tile += block_count();
+    if (tile >= end && !find_expert()) return false;
+    const Place place = place_in_bands(tile - begin, ceil_div(last - first, tile_rows), tiles_n);
+    out = {expert, first + place.m * tile_rows, last, place.n, expert < experts};
+    return true;
+  }
+};
+
+// Tiles over matrices of one size, one for each expert.
+class MatrixWalk {
+  int tile = block_id() - block_count();
+  int experts, tiles_m, tiles_n;
+
+ public:
+  struct Tile { int expert, m, n; };
+
+  PTX_D MatrixWalk(int experts, int tiles_m, int tiles_n) : experts(experts), tiles_m(tiles_m), tiles_n(tiles_n) {}
+
+  PTX_D bool next(Tile& out) {
+    tile += block_count();
+    const int expert = tile / (tiles_m * tiles_n);
+    if (expert >= experts) return false;
+    const Place place = place_in_bands(tile - expert * tiles_m * tiles_n, tiles_m, tiles_n);
+    out = {expert, place.m, place.n};
+    return true;
+  }
+};
+
+}  // namespace tile

@@ -1,0 +1,169 @@
+"""`python -m fastmoe_rs params`: the size of a model, beside that of a dense one that is as fast."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .counting import BITS, Count, count
+
+GIGA = 1e9
+
+
+class UnknownModel(ValueError):
+    """Neither a configuration that can be read nor the name of a preset."""
+
+
+@cache
+def presets() -> dict[str, Any]:
+    """Configurations and published figures by name. Each has `config` and `published`; where a figure was not
+    published as a number, `unconfirmed` says so."""
+    return json.loads(resources.files(__package__).joinpath("presets.json").read_text())
+
+
+def load(model: str) -> tuple[str, dict[str, Any]]:
+    """A name, and a dict with `config` and maybe more, for a path or for what identifies a preset.
+
+    Args:
+        model: a `config.json`, a folder that holds one, or the name of a preset; capitals, the owner before a
+            "/" and what follows the beginning of the name do not matter.
+
+    Raises:
+        UnknownModel: it is none of these, or the file is no JSON object.
+    """
+    path = Path(model)
+    if path.is_dir():
+        path /= "config.json"
+    if path.is_file():
+        try:
+            config = json.loads(path.read_text())
+        except ValueError as error:
+            raise UnknownModel(f"{path} is not JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise UnknownModel(f"{path} holds a {type(config).__name__}, wanted a JSON object")
+        return str(path), {"config": config}
+    wanted = model.rpartition("/")[2].lower()
+    matches = [name for name in presets() if wanted and name.lower().startswith(wanted)]
+    exact = [name for name in matches if name.lower() == wanted]
+    if len(exact or matches) != 1:
+        if matches:
+            raise UnknownModel(f"{model!r} could be {' or '.join(matches)}")
+        raise UnknownModel(f"got {model!r}, wanted a config.json or one of {', '.join(presets())}")
+    name = (exact or matches)[0]
+    return name, presets()[name]
+
+
+def facts(counted: Count, context: int, tokens: int) -> dict[str, Any]:
+    """Everything the report says, as plain numbers: parameters, bytes, FLOPs."""
+    active = counted.active - counted.lookup
+    dense_bytes = {name: counted.active * bits / 8 for name, bits in BITS.items()}
+    return {
+        "model_type": counted.model_type,
+        "experts": counted.experts,
+        "top_k": counted.top_k,
+        "parts": {
+            name: {"total": part.total, "active": part.active}
+            for name, part in counted.parts.items()
+            if part.total
+        },
+        "total": counted.total,
+        "active": counted.active,
+        "active_without_lookup": active,
+        "memory_bytes": {name: counted.memory(bits) for name, bits in BITS.items()},
+        "per_token": {
+            "context": context,
+            "tokens_a_step": tokens,
+            "forward_flops": counted.flops(context),
+            "training_flops": 3 * counted.flops(context),
+            "weight_bytes": {name: counted.weights_read(tokens, bits) for name, bits in BITS.items()},
+            "cache_bytes_bf16": counted.cache_read(context),
+        },
+        "dense_of_equal_active_size": {
+            "parameters": counted.active,
+            "intermediate_size": counted.dense_intermediate,
+            "memory_bytes": dense_bytes,
+            "forward_flops_per_token": counted.flops(context),
+            "weight_bytes_per_token": {name: active / tokens * bits / 8 for name, bits in BITS.items()},
+        },
+    }
+
+
+def report(model: str, *, context: int = 0, tokens: int = 1, as_json: bool = False) -> str:
+    """What the command prints.
+
+    Args:
+        model: see `load`.
+        context: tokens that attention looks back on.
+        tokens: tokens decoded in one step.
+        as_json: one JSON object instead of a table.
+
+    Raises:
+        UnknownModel: see `load`.
+        ValueError, KeyError: see `counting.count`.
+    """
+    name, entry = load(model)
+    counted = count(entry["config"])
+    numbers = facts(counted, context, tokens)
+    published: dict[str, Any] = {key: entry[key] for key in ("published", "unconfirmed") if key in entry}
+    if as_json:
+        return json.dumps({"name": name, **numbers, **published}, indent=2)
+    return "\n".join([f"{name} ({counted.model_type})", *_table(numbers), *_published(published)])
+
+
+def _table(numbers: dict[str, Any]) -> list[str]:
+    token, dense = numbers["per_token"], numbers["dense_of_equal_active_size"]
+    lines = ["", _row("parameters, billions", "all", "active for a token")]
+    for part, of in numbers["parts"].items():
+        if part == "routed experts":
+            part += f", {numbers['top_k']} of {numbers['experts']}"
+        lines.append(_row(f"  {part}", *(f"{value / GIGA:.3f}" for value in of.values())))
+    lines.append(_row("  together", f"{numbers['total'] / GIGA:.2f}", f"{numbers['active'] / GIGA:.2f}"))
+    without = numbers["active_without_lookup"]
+    lines.append(_row("  without the table of input embeddings", "", f"{without / GIGA:.2f}"))
+
+    lines += ["", _row("", "this model", "dense, equally active")]
+    intermediate = f"{dense['intermediate_size']:,}"
+    lines.append(
+        _row("parameters, billions", f"{numbers['total'] / GIGA:.2f}", f"{dense['parameters'] / GIGA:.2f}")
+    )
+    lines.append(_row("intermediate size of the MLPs", "", intermediate))
+    for dtype, size in numbers["memory_bytes"].items():
+        lines.append(
+            _row(
+                f"weights in {dtype}, GB", f"{size / GIGA:.1f}", f"{dense['memory_bytes'][dtype] / GIGA:.1f}"
+            )
+        )
+    context, tokens = token["context"], token["tokens_a_step"]
+    forward = f"{token['forward_flops'] / GIGA:.1f}"
+    training = f"{token['training_flops'] / GIGA:.1f}"
+    lines.append(_row(f"GFLOPs a token, context {context}", forward, forward))
+    lines.append(_row("  in training", training, training))
+    for dtype, size in token["weight_bytes"].items():
+        lines.append(
+            _row(
+                f"GB of {dtype} weights read a token, {tokens} a step",
+                f"{size / GIGA:.2f}",
+                f"{dense['weight_bytes_per_token'][dtype] / GIGA:.2f}",
+            )
+        )
+    cache = f"{token['cache_bytes_bf16'] / GIGA:.3f}"
+    lines.append(_row("GB of bf16 keys and values read a token", cache, cache))
+    return lines
+
+
+def _row(label: str, *values: str) -> str:
+    return f"{label:<50}" + "".join(f"{value:>22}" for value in values)
+
+
+def _published(entry: dict[str, Any]) -> list[str]:
+    if not entry:
+        return []
+    figures = entry["published"]
+    active = figures.get("active", "unconfirmed")
+    lines = ["", f"published: {figures['total']} in all, {active} active ({figures['source']})"]
+    if "unconfirmed" in entry:
+        lines.append(f"unconfirmed: {entry['unconfirmed']}")
+    return lines

@@ -1,0 +1,222 @@
+"""Holds every instruction of cuda/ptx/device on a GPU against its emulation on the CPU, bit for bit.
+
+python tests/gpu/conformance.py            # both sides here: needs g++, nvcc (make toolchain) and a GPU
+python tests/gpu/conformance.py --build    # compiles into out/conformance, for --built elsewhere
+python tests/gpu/conformance.py --state    # whether the sources are those that last passed; never fails
+"""
+
+import argparse
+import ctypes as c
+import datetime
+import hashlib
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILT = ROOT / "out/conformance"
+RECORD = Path(__file__).with_suffix(".json")
+IN_WORDS, OUT_WORDS = 4096, 8192
+PARAMS_BYTES = 320  # two tensor maps of 128 bytes, two pointers, rounded up to 64
+ARCHS = ("80", "90a")
+PROBES = ["lanes", "conversions", "arithmetic", "approximations", "memory", "copies", "matrices"]
+PROBES += ["products_bf16", "products_f16", "products_tf32", "named_barriers"]
+HOPPER = ["boxes", "warpgroup_bf16", "warpgroup_f16", "warpgroup_transposed", "arrivals"]
+PROBES += HOPPER
+# Twice the documented relative errors of exp2, rcp, tanh and erf: either side may be off by one of them.
+APPROXIMATION_ERRORS = (2**-21, 2**-22, 2**-9.987, 2**-21)
+
+
+def device_half() -> str:
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "cuda/ptx/device").glob("*.cuh")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def state() -> str:
+    record = json.loads(RECORD.read_text())
+    if record["device_half"] is None:
+        return "cuda/ptx/device: not yet run on a GPU"
+    moved = "" if record["device_half"] == device_half() else "; the sources have moved on since"
+    return f"cuda/ptx/device: passed on {record['gpu']} on {record['date']}{moved}"
+
+
+def build() -> None:
+    BUILT.mkdir(parents=True, exist_ok=True)
+    tests = ROOT / "cuda/tests"
+    subprocess.run(["make", "--silent", "-C", tests, f"OUT={BUILT}", BUILT / "libprobes.so"], check=True)
+    nvcc = Path(os.environ.get("FASTMOE_NVCC_ROOT", ROOT / ".venv/cuda/nvidia/cu13")) / "bin/nvcc"
+    for arch in ARCHS:
+        image = BUILT / f"probes.{arch}.cubin"
+        command: list[str | Path] = [
+            nvcc,
+            f"-arch=sm_{arch}",
+            "-cubin",
+            "-std=c++20",
+            "-O3",
+            "-x",
+            "cu",
+            f"-I{ROOT / 'cuda'}",
+        ]
+        subprocess.run([*command, tests / "probes.cuh", "-o", image], check=True)
+
+
+def launch_params(maps: bytes, source: int, target: int) -> bytes:
+    return (maps + struct.pack("<QQ", source, target)).ljust(PARAMS_BYTES, b"\0")
+
+
+def words_of_seed(seed: int) -> bytes:
+    return random.Random(seed).randbytes(4 * IN_WORDS)
+
+
+class Emulator:
+    def __init__(self) -> None:
+        self.library = c.CDLL(str(BUILT / "libprobes.so"))
+        for name in ("emulator_launch", "emulator_tensor_map"):
+            getattr(self.library, name).restype = c.c_char_p
+        self.library.emulator_set_schedule(0, 0, c.c_uint64(0), 1, 1)
+
+    def run(self, probe: str, words: bytes) -> bytes:
+        size = 4 * (IN_WORDS + OUT_WORDS)
+        memory = c.create_string_buffer(size + 1024)
+        source = (c.addressof(memory) + 1023) // 1024 * 1024
+        target = source + 4 * IN_WORDS
+        c.memmove(source, words, len(words))
+        maps = c.create_string_buffer(256 + 64)
+        at = (c.addressof(maps) + 63) // 64 * 64
+        for i, base in enumerate((source, target)):
+            error = self.library.emulator_tensor_map(
+                c.c_void_p(at + 128 * i),
+                c.c_void_p(base),
+                2,
+                c.c_uint64(64),
+                c.c_uint64(128),
+                c.c_uint64(128),
+                64,
+                64,
+                1,
+            )
+            if error:
+                raise RuntimeError(error.decode())
+        params = launch_params(c.string_at(at, 256), source, target)
+        error = self.library.emulator_launch(
+            f"probe_{probe}".encode(), c.c_int64(1), params, c.c_size_t(len(params))
+        )
+        if error:
+            raise RuntimeError(error.decode())
+        return c.string_at(target, 4 * OUT_WORDS)
+
+
+class Gpu:
+    def __init__(self) -> None:
+        self.cuda = c.CDLL("libcuda.so.1")
+        self.call("cuInit", 0)
+        device, context, self.module = c.c_int(), c.c_void_p(), c.c_void_p()
+        self.call("cuDeviceGet", c.byref(device), 0)
+        self.call("cuDevicePrimaryCtxRetain", c.byref(context), device)
+        self.call("cuCtxSetCurrent", context)
+        name, major, minor = c.create_string_buffer(100), c.c_int(), c.c_int()
+        self.call("cuDeviceGetName", name, 100, device)
+        self.call("cuDeviceGetAttribute", c.byref(major), 75, device)  # compute capability, as in cuda.h
+        self.call("cuDeviceGetAttribute", c.byref(minor), 76, device)
+        self.name = name.value.decode()
+        self.hopper = (major.value, minor.value) == (9, 0)
+        if major.value != 8 and not self.hopper:
+            raise SystemExit(f"{self.name}: conformance is compiled for compute capabilities 8.x and 9.0")
+        image = BUILT / f"probes.{'90a' if self.hopper else '80'}.cubin"
+        self.call("cuModuleLoad", c.byref(self.module), str(image).encode())
+        self.memory = c.c_uint64()
+        self.call("cuMemAlloc_v2", c.byref(self.memory), c.c_size_t(4 * (IN_WORDS + OUT_WORDS)))
+
+    def call(self, name: str, *arguments: object) -> None:
+        status = getattr(self.cuda, name)(*arguments)
+        if status:
+            raise RuntimeError(f"{name}: CUDA error {status}")
+
+    def tensor_map(self, base: int) -> bytes:
+        storage = c.create_string_buffer(128 + 64)
+        at = (c.addressof(storage) + 63) // 64 * 64
+        sizes, strides = (c.c_uint64 * 2)(64, 128), (c.c_uint64 * 1)(128)
+        box, steps = (c.c_uint32 * 2)(64, 64), (c.c_uint32 * 2)(1, 1)
+        # 16-bit elements (1), rank 2, no interleaving, 128-byte swizzle (3), no L2 promotion, zeros outside.
+        rest = (1, 2, c.c_void_p(base), sizes, strides, box, steps, 0, 3, 0, 0)
+        self.call("cuTensorMapEncodeTiled", c.c_void_p(at), *rest)
+        return c.string_at(at, 128)
+
+    def run(self, probe: str, words: bytes) -> bytes:
+        source = self.memory.value
+        target = source + 4 * IN_WORDS
+        function, threads, shared = c.c_void_p(), (c.c_uint32 * 2)(), c.c_uint64()
+        self.call("cuModuleGetFunction", c.byref(function), self.module, f"probe_{probe}".encode())
+        self.call(
+            "cuModuleGetGlobal_v2", c.byref(shared), None, self.module, f"probe_{probe}_launch".encode()
+        )
+        self.call("cuMemcpyDtoH_v2", threads, shared, c.c_size_t(8))
+        self.call("cuMemcpyHtoD_v2", c.c_uint64(source), words, c.c_size_t(len(words)))
+        self.call("cuMemsetD8_v2", c.c_uint64(target), c.c_ubyte(0), c.c_size_t(4 * OUT_WORDS))
+        maps = self.tensor_map(source) + self.tensor_map(target) if self.hopper else bytes(256)
+        params = c.create_string_buffer(launch_params(maps, source, target), PARAMS_BYTES)
+        pointers = (c.c_void_p * 1)(c.addressof(params))
+        self.call("cuLaunchKernel", function, 1, 1, 1, threads[0], 1, 1, threads[1], None, pointers, None)
+        self.call("cuCtxSynchronize")
+        out = c.create_string_buffer(4 * OUT_WORDS)
+        self.call("cuMemcpyDtoH_v2", out, c.c_uint64(target), c.c_size_t(4 * OUT_WORDS))
+        return out.raw
+
+
+def differences(probe: str, emulated: bytes, device: bytes) -> int:
+    if probe == "approximations":
+        pairs = zip(
+            struct.unpack(f"<{OUT_WORDS}f", emulated), struct.unpack(f"<{OUT_WORDS}f", device), strict=True
+        )
+        return sum(
+            abs(a - b) > abs(a) * APPROXIMATION_ERRORS[i // 128] for i, (a, b) in enumerate(pairs) if i < 512
+        )
+    return sum(emulated[i : i + 4] != device[i : i + 4] for i in range(0, len(emulated), 4))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--build", action="store_true", help="compile only")
+    parser.add_argument("--state", action="store_true", help="say what the record says")
+    parser.add_argument("--built", action="store_true", help="use what --build has left in out/conformance")
+    parser.add_argument("--seeds", type=int, default=50)
+    options = parser.parse_args()
+    if options.state:
+        print(state())
+        return 0
+    if not options.built:
+        build()
+    emulator = Emulator()
+    if options.build:
+        for probe in PROBES:
+            emulator.run(probe, words_of_seed(0))
+        print(f"{BUILT}: {len(PROBES)} probes built, and run on the CPU")
+        return 0
+    gpu = Gpu()
+    failed = []
+    for probe in PROBES:
+        if probe in HOPPER and not gpu.hopper:
+            print(f"skipped {probe}: {gpu.name} lacks these instructions")
+            continue
+        wrong = sum(
+            differences(probe, emulator.run(probe, w), gpu.run(probe, w))
+            for w in map(words_of_seed, range(options.seeds))
+        )
+        print(f"{'differs' if wrong else 'equal'} {probe}" + (f": {wrong} words" if wrong else ""))
+        failed += [probe] * bool(wrong)
+    if not failed and gpu.hopper:
+        record = {"device_half": device_half(), "date": datetime.date.today().isoformat(), "gpu": gpu.name}
+        RECORD.write_text(json.dumps(record, indent=2) + "\n")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""Counting parameters from configurations: against transformers' own modules, and the published figures."""
+
+import json
+import re
+from decimal import Decimal
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Llama4ForConditionalGeneration,
+    SwitchTransformersForConditionalGeneration,
+)
+
+from fastmoe_rs import cli, counting, params
+from transformers_models import config
+
+BIASED = {"attention_bias": True}
+FAMILIES = [
+    ("afmoe", BIASED),
+    ("deepseek_v2", {}),
+    ("deepseek_v2", BIASED | {"q_lora_rank": None, "n_shared_experts": 1}),
+    ("deepseek_v3", {}),
+    ("deepseek_v3", BIASED | {"tie_word_embeddings": True}),
+    ("dots1", BIASED | {"n_shared_experts": 1}),
+    ("exaone_moe", {}),
+    ("flex_olmo", {}),
+    ("glm4_moe", BIASED | {"use_qk_norm": True}),
+    ("gpt_oss", {}),
+    ("gpt_oss", {"attention_bias": False}),
+    ("granitemoe", BIASED | {"tie_word_embeddings": True}),
+    ("granitemoeshared", {"shared_intermediate_size": 20}),
+    ("llama4_text", {"interleave_moe_layer_step": 2, "moe_layers": None, "num_hidden_layers": 4}),
+    ("minimax_m2", {}),
+    ("mixtral", {}),
+    ("mixtral", {"head_dim": 20, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    ("olmoe", BIASED),
+    ("phimoe", BIASED | {"lm_head_bias": True}),
+    ("qwen2_moe", {}),
+    ("qwen3_moe", {"decoder_sparse_step": 2, "num_hidden_layers": 5, "mlp_only_layers": [3]}),
+    ("solar_open", {}),
+]
+
+
+def modules_count(auto, configuration):
+    with torch.device("meta"):
+        model = auto(configuration)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("family", "options"), FAMILIES, ids=lambda value: str(value))
+def test_counts_what_transformers_builds(family, options):
+    shrunk = config(family, **options)
+    counted = counting.count(shrunk.to_dict())
+    assert counted.total == modules_count(AutoModelForCausalLM.from_config, shrunk)
+    routed = counted.parts["routed experts"]
+    assert routed.active * counted.experts == routed.total * counted.top_k
+    assert counted.active == counted.total - routed.total + routed.active
+
+
+def test_counts_dbrx():
+    shrunk = AutoConfig.for_model(
+        "dbrx",
+        d_model=32,
+        n_heads=4,
+        n_layers=2,
+        vocab_size=64,
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
+    )
+    shrunk.ffn_config.ffn_hidden_size, shrunk.ffn_config.hidden_size = 24, 32
+    assert counting.count(shrunk.to_dict()).total == modules_count(AutoModelForCausalLM.from_config, shrunk)
+
+
+def test_counts_the_vision_tower_of_llama4():
+    text = config("llama4_text").to_dict()
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    sizes = {"projector_input_dim": 12, "projector_output_dim": 20, "vision_output_dim": 20}
+    shrunk = AutoConfig.for_model("llama4", text_config=text, vision_config=vision | sizes)
+    counted = counting.count(shrunk.to_dict())
+    assert counted.total == modules_count(Llama4ForConditionalGeneration, shrunk)
+    assert counted.parts["vision tower"].active == 0
+
+
+def test_counts_switch_transformers():
+    sizes = {"d_model": 16, "d_kv": 6, "d_ff": 20, "num_heads": 3, "num_experts": 4, "vocab_size": 40}
+    layers = {"num_layers": 4, "num_sparse_encoder_layers": 2}
+    layers |= {"num_decoder_layers": 6, "num_sparse_decoder_layers": 3}
+    shrunk = AutoConfig.for_model("switch_transformers", **sizes, **layers, router_bias=True)
+    counted = counting.count(shrunk.to_dict())
+    assert counted.total == modules_count(SwitchTransformersForConditionalGeneration, shrunk)
+
+
+@pytest.mark.parametrize("name", params.presets())
+def test_presets_have_the_published_sizes(name):
+    """The total within 1%; the active figure within 1%, or one unit of a last digit that may be cut off."""
+    entry = params.presets()[name]
+    published = entry["published"]
+    counted = counting.count(entry["config"])
+    assert counted.total / 1e9 == pytest.approx(float(published["total"][:-1]), rel=0.01)
+    if "active" not in published:
+        assert "active" in entry["unconfirmed"]
+        return
+    unlooked = counted.lookup if published.get("active_without_lookup") else 0
+    active = Decimal(published["active"][:-1])
+    unit, active = 10.0 ** active.as_tuple().exponent, float(active)
+    assert (counted.active - unlooked) / 1e9 == pytest.approx(active, abs=max(unit, 0.01 * active))
+
+
+def test_flops_are_those_that_torch_counts():
+    shrunk = config("mixtral", num_local_experts=2, num_experts_per_tok=2)
+    model = AutoModelForCausalLM.from_config(
+        shrunk, attn_implementation="eager", experts_implementation="eager"
+    )
+    with FlopCounterMode(display=False) as counter:
+        model(torch.arange(3, 13)[None])
+    # Every one of 10 tokens attends to all 10: masked scores are computed too.
+    assert counter.get_total_flops() == 10 * counting.count(shrunk.to_dict()).flops(context=10)
+
+
+def test_bytes_of_a_step():
+    counted = counting.count(params.load("mixtral-8x7b")[1]["config"])
+    read = counted.active - counted.lookup
+    assert counted.weights_read() == pytest.approx(2 * read)
+    assert counted.weights_read(10**6, bits=8) * 10**6 == pytest.approx(counted.total - counted.lookup)
+    assert counted.memory(4) == counted.total / 2
+    assert counted.cache_read(100) == 100 * 32 * 2 * 8 * 128 * 2
+    assert counted.dense_intermediate == 2 * 14336
+
+
+def test_the_command(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(params.presets()["OLMoE-1B-7B"]["config"]))
+    assert cli.main(["params", str(tmp_path), "--json", "--context", "10", "--tokens", "4"]) == 0
+    from_file = json.loads(capsys.readouterr().out)
+    assert cli.main(["params", "allenai/olmoe-1b-7b", "--json", "--context", "10", "--tokens", "4"]) == 0
+    from_name = json.loads(capsys.readouterr().out)
+    assert from_file.pop("name") == str(path)
+    assert from_name["published"]["total"] == "6.9B"
+    assert from_file.items() <= from_name.items()
+    assert from_file["parts"]["routed experts"] == {
+        "total": 64 * 16 * 3 * 2048 * 1024,
+        "active": 8 * 16 * 3 * 2048 * 1024,
+    }
+    assert cli.main(["params", "grok-1"]) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "routed experts, 2 of 8",
+        "315.68",
+        "314B in all, unconfirmed active",
+        "dense, equally active",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "got .*nothing.*, wanted a config.json or one of Mixtral-8x7B-v0.1"),
+        ("[1]", "holds a list, wanted a JSON object"),
+        ("{", "is not JSON"),
+        ('{"model_type": "bert"}', "model_type: got 'bert', wanted one of afmoe, dbrx"),
+        (
+            '{"model_type": "switch_transformers", "d_model": 8, "num_heads": 1, "d_ff": 8, '
+            '"num_experts": 2, "d_kv": 8, "num_layers": 1, '
+            '"num_decoder_layers": 1, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, '
+            '"vocab_size": 9, "tie_word_embeddings": false}',
+            "tie_word_embeddings: got False, wanted True",
+        ),
+        ('{"model_type": "mixtral", "hidden_size": 8}', "the configuration has no num_hidden_layers"),
+    ],
+)
+def test_what_cannot_be_counted(content, message, tmp_path, capsys):
+    path = tmp_path / "nothing.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["params", str(path)])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+
+
+def test_an_ambiguous_name():
+    with pytest.raises(
+        params.UnknownModel, match=r"'mixtral' could be Mixtral-8x7B-v0.1 or Mixtral-8x22B-v0.1"
+    ):
+        params.load("mixtral")
