@@ -3,9 +3,10 @@
 import os
 
 import hypothesis
-import nvidia
 import pytest
 import torch
+
+import nvidia
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("repeatable")

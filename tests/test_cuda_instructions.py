@@ -2,8 +2,9 @@
 
 import re
 
-import nvidia
 import pytest
+
+import nvidia
 import sass
 
 # The instructions that those headers have no function for, and what makes them up.

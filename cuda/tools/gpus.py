@@ -1,4 +1,4 @@
-"""What limits a kernel on a GPU: the numbers of the hardware, the blocks that fit, the cycles that a loop needs."""
+"""What limits a kernel on a GPU: the hardware's numbers, the blocks that fit, the cycles that a loop needs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MACS = 16 * 8 * 16  # of a product of a warp; one of tf32 has half as many and t
 class Gpu:
     """A multiprocessor (CUDA C++ Programming Guide, "Compute Capabilities").
 
-    `macs` are 16-bit multiply-adds a cycle of mma.sync with sums in float32, of which tf32 has half as many. `l2_bytes`
-    are a cycle's share of the level-2 cache's bandwidth. None is what no source tells.
+    `macs` are 16-bit multiply-adds a cycle of mma.sync with sums in float32, of which tf32 has half as many.
+    `l2_bytes` are a cycle's share of the level-2 cache's bandwidth. None is what no source tells.
     """
 
     name: str
@@ -45,7 +45,7 @@ GPUS = (
 
 
 def blocks_per_multiprocessor(gpu: Gpu, kernel: Kernel) -> int:
-    """The blocks of a kernel that a multiprocessor holds at a time; 0 where its shared memory is too small."""
+    """The blocks that a multiprocessor holds at a time; 0 where its shared memory is too small."""
     warps = kernel.threads // 32
     registers_of_a_warp = -(-kernel.registers * 32 // 256) * 256
     return min(
@@ -65,7 +65,7 @@ class Loop:
     l2_bytes: float  # at most: what no cache above level 2 holds
 
     def share_of_peak(self, gpu: Gpu) -> tuple[float, float]:
-        """From no overlap between the products and the issue of other instructions, to perfect overlap of all."""
+        """From products that overlap with no other instruction's issue to perfect overlap of all."""
         cycles = MACS / gpu.macs
         others = self.others / SCHEDULERS
         bounds = [cycles, (1 + self.others) / SCHEDULERS, self.shared_bytes / SHARED_BYTES_A_CYCLE]

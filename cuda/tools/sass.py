@@ -1,4 +1,4 @@
-"""Machine code of NVIDIA GPUs (SASS) as nvdisasm prints it: functions, control flow, and the main loop of a kernel."""
+"""Machine code of NVIDIA GPUs (SASS) as nvdisasm prints it: functions, control flow, main loops."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Instruction:
 
     @property
     def conditional(self) -> bool:
-        # Uniform branches have their predicate among the operands, BRA.U !UP0, 0x190, or in the opcode, BRA.U.ANY.
+        # Uniform branches have it among the operands, BRA.U !UP0, 0x190, or in the opcode, BRA.U.ANY.
         return bool(self.predicate) or "," in self.operands or self.opcode.endswith((".ANY", ".ALL"))
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class Function:
         return [instruction.target, *(following if instruction.conditional else [])]
 
     def _loops(self) -> list[frozenset[int]]:
-        """The body of every backward branch: all from which the branch is reached without passing its target."""
+        """The body of each backward branch: all from which it is reached without passing its target."""
         before: dict[int, list[int]] = {}
         for index in range(len(self.code)):
             for successor in self._successors(index):
