@@ -1,4 +1,4 @@
-"""What limits a kernel on a GPU: the hardware's numbers, the blocks that fit, the cycles that a loop needs."""
+"""What limits a kernel on a GPU: the hardware's numbers, the blocks that fit, the cycles of a loop."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Loop:
 
 def loop(kernel: Kernel) -> Loop | None:
     """None for kernels without matrix products by mma.sync."""
-    code = kernel.function.main_loop()
+    code = kernel.main_loop
     products = [instruction for instruction in code if instruction.name == "HMMA"]
     if not products:
         return None

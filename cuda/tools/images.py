@@ -1,9 +1,12 @@
-"""The compiled kernels in target/kernels: their launch shapes, their resources and their machine code."""
+"""The compiled kernels in target/kernels: launch shapes, resources, what matters of the machine code."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
 import nvidia
 import sass
@@ -22,24 +25,30 @@ class Kernel:
     shared_bytes: int
     registers: int
     local_bytes: int
-    function: sass.Function
+    opcodes: Counter[str]
+    main_loop: list[sass.Instruction]
 
 
 def families() -> list[str]:
     return sorted(path.stem for path in (nvidia.CUDA / "kernels").glob("*.cu"))
 
 
+@cache
 def kernels(code: str) -> list[Kernel]:
     """The kernels of all families that are compiled for sm_<code>, in the order of their sources."""
-    found = []
-    for family in families():
-        cubin = nvidia.IMAGES / f"{family}.{code}.cubin"
-        if cubin.exists():
-            functions = sass.disassemble(cubin)
-            ptx, log = (cubin.with_suffix(suffix).read_text() for suffix in (".ptx", ".log"))
-            names = re.findall(r"\.entry (\w+)", ptx)
-            found += [kernel(name, family, code, ptx, log, functions[name]) for name in names]
-    return found
+    with ThreadPoolExecutor() as pool:
+        of_families = pool.map(lambda family: image(family, code), families())
+        return [kernel for of_family in of_families for kernel in of_family]
+
+
+def image(family: str, code: str) -> list[Kernel]:
+    cubin = nvidia.IMAGES / f"{family}.{code}.cubin"
+    if not cubin.exists():
+        return []
+    functions = sass.disassemble(cubin)
+    ptx, log = (cubin.with_suffix(suffix).read_text() for suffix in (".ptx", ".log"))
+    names = re.findall(r"\.entry (\w+)", ptx)
+    return [kernel(name, family, code, ptx, log, functions[name]) for name in names]
 
 
 def kernel(name: str, family: str, code: str, ptx: str, log: str, function: sass.Function) -> Kernel:
@@ -56,5 +65,6 @@ def kernel(name: str, family: str, code: str, ptx: str, log: str, function: sass
         shared_bytes=int.from_bytes(launch[4:], "little") + count.get("bytes smem", 0),
         registers=count["registers"],
         local_bytes=sum(count[f"bytes {kind}"] for kind in ("stack frame", "spill stores", "spill loads")),
-        function=function,
+        opcodes=Counter(instruction.opcode for instruction in function.code),
+        main_loop=function.main_loop(),
     )
