@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import torch
 
-import nvidia
+import toolkit
 
 ALL_KERNELS = os.environ.get("FASTMOE_CUDA_ARCHS") == "all"
 
@@ -33,7 +33,7 @@ def set_threads():
 @pytest.fixture(scope="session")
 def cuda_tools():
     """nvcc, nvdisasm and the headers of CUTLASS."""
-    for path in (nvidia.NVCC, nvidia.NVDISASM, nvidia.CUTLASS):
+    for path in (toolkit.NVCC, toolkit.NVDISASM, toolkit.CUTLASS):
         if not path.exists():
             reason = f"{path} is missing: make toolchain"
             pytest.fail(reason) if ALL_KERNELS else pytest.skip(reason)

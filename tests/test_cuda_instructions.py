@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-import nvidia
 import sass
+import toolkit
 
 # The instructions that those headers have no function for, and what makes them up.
 ALONE = {
@@ -14,16 +14,16 @@ ALONE = {
     "tanh_approx": "MUFU.TANH",
     "load_streaming": r"LDG.E.128\S*.CONSTANT|LDG.E\S*.NA\S*.128\S*.CONSTANT",
 }
-DEVICE = nvidia.CUDA / "ptx" / "device"
-SOURCE = nvidia.CUDA / "oracle" / "same_code.cu"
+DEVICE = toolkit.CUDA / "ptx" / "device"
+SOURCE = toolkit.CUDA / "oracle" / "same_code.cu"
 
 
 @pytest.fixture(scope="module")
 def functions(tmp_path_factory, cuda_tools):
     cubin = tmp_path_factory.mktemp("cuda") / "same_code.cubin"
-    includes = [f"-I{path}" for path in (nvidia.CUDA, nvidia.CUTLASS)]
+    includes = [f"-I{path}" for path in (toolkit.CUDA, toolkit.CUTLASS)]
     flags = ["-std=c++17", "-diag-suppress=554", "-DCUTLASS_ENABLE_GDC_FOR_SM90"]
-    nvidia.run(nvidia.NVCC, "-cubin", "-arch=sm_90a", *flags, *includes, "-o", cubin, SOURCE)
+    toolkit.run(toolkit.NVCC, "-cubin", "-arch=sm_90a", *flags, *includes, "-o", cubin, SOURCE)
     return sass.disassemble(cubin)
 
 

@@ -80,7 +80,7 @@ def test_fragments_are_read_by_ldmatrix(tiles):
 
 
 def test_main_loops_are_lean(cuda_images):
-    """Few other instructions per product on sm_80 in the tiles of large problems; docs/kernels.md says why."""
+    """Few other instructions per product on sm_80 in the tiles of large problems; see docs/kernels.md."""
     kernels = [kernel for kernel in images.kernels("80") if re.search("_b?f16_128x(256|128)_", kernel.name)]
     assert len(kernels) == 32
     others = {kernel.name: loop(kernel).others for kernel in kernels}

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-import nvidia
+import toolkit
 
-SHIPPED = [path for folder in ("kernels", "tile") for path in sorted((nvidia.CUDA / folder).glob("*.cu*"))]
-KERNELS = [*SHIPPED, *sorted((nvidia.CUDA / "tests").glob("*.cuh"))]
+SHIPPED = [path for folder in ("kernels", "tile") for path in sorted((toolkit.CUDA / folder).glob("*.cu*"))]
+KERNELS = [*SHIPPED, *sorted((toolkit.CUDA / "tests").glob("*.cuh"))]
 # Inline assembly, CUDA's built-in names, and all that compilers reserve: __syncthreads, __shfl_sync ...
 BARE = re.compile(
     r"\basm\b|\bextern\b|\b(?:thread|block)Idx\b|\b(?:block|grid)Dim\b|\bwarpSize\b|\batomic[A-Z]\w*"

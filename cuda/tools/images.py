@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
-import nvidia
 import sass
+import toolkit
 
 CODES = ("80", "90a", "100f", "120f")
 
@@ -30,7 +30,7 @@ class Kernel:
 
 
 def families() -> list[str]:
-    return sorted(path.stem for path in (nvidia.CUDA / "kernels").glob("*.cu"))
+    return sorted(path.stem for path in (toolkit.CUDA / "kernels").glob("*.cu"))
 
 
 @cache
@@ -42,7 +42,7 @@ def kernels(code: str) -> list[Kernel]:
 
 
 def image(family: str, code: str) -> list[Kernel]:
-    cubin = nvidia.IMAGES / f"{family}.{code}.cubin"
+    cubin = toolkit.IMAGES / f"{family}.{code}.cubin"
     if not cubin.exists():
         return []
     functions = sass.disassemble(cubin)

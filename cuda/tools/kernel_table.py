@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-import nvidia
+import toolkit
 from gpus import GPUS, blocks_per_multiprocessor, loop
 from images import CODES, Kernel, kernels
 
-PAGE = nvidia.ROOT / "docs" / "kernels.md"
+PAGE = toolkit.ROOT / "docs" / "kernels.md"
 INTRODUCTION = """\
 # The CUDA kernels in numbers
 
@@ -73,7 +73,7 @@ def resources(compiled: Compiled) -> str:
         first = next(iter(of.values()))
         registers = [str(of[code].registers) if code in of else "" for code in CODES]
         blocks = [str(blocks_per_multiprocessor(gpu, of[gpu.code])) if gpu.code in of else "" for gpu in GPUS]
-        rows[name] = [str(first.threads), f"{first.shared_bytes / 1024:g}", *registers, *blocks]
+        rows[name] = [str(first.threads), f"{first.shared_bytes / 1024:.3g}", *registers, *blocks]
     registers = [f"regs {code}" for code in CODES]
     return table(["kernel", "threads", "shared KiB", *registers, *(gpu.name for gpu in GPUS)], rows)
 
@@ -102,6 +102,6 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    if missing := [path for path in (nvidia.NVDISASM, nvidia.IMAGES) if not path.exists()]:
+    if missing := [path for path in (toolkit.NVDISASM, toolkit.IMAGES) if not path.exists()]:
         sys.exit(f"{missing[0]} is missing: make toolchain kernels")
     PAGE.write_text(page())

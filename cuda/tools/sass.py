@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import nvidia
+import toolkit
 
 INSTRUCTION_BYTES = 16
 MMA = re.compile(r"HMMA|IMMA|QMMA|HGMMA|UTCHMMA")
@@ -96,7 +96,7 @@ def bytes_moved(instruction: Instruction) -> int:
 
 def disassemble(cubin: Path) -> dict[str, Function]:
     """The functions of a cubin by name."""
-    _, functions = json.loads(nvidia.run(nvidia.NVDISASM, "-json", cubin))
+    _, functions = json.loads(toolkit.run(toolkit.NVDISASM, "-json", cubin))
     return {function["function-name"]: parse(function) for function in functions}
 
 
