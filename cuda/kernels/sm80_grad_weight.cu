@@ -17,11 +17,13 @@ using namespace tile;
 template <class T> struct GradWeightParams {
   Global<const T> a;            // [R, M], gathered [T, M]
   Global<const T> b;            // [R, N], gathered [T, N]
-  Global<const int> gather_a;   // [R] row of a for each sorted row, -1 for zeros; null: the sorted row
+  Global<const int> gather_a;   // [R] row of a for each sorted row, zeros where it is none; null: the sorted row
   Global<const int> gather_b;   // [R] the same for b
   Global<const int> offsets;    // [E+1] first sorted row of each expert
   Global<T> out;                // [E, M, N], not used where `sum` is given
   Global<float> sum;            // [E, M, N] or null
+  int tokens;                   // T, rows of a factor that is gathered
+  int rows;                     // R
   int m, n;                     // M, N
   int experts;                  // E
 };
@@ -35,10 +37,12 @@ template <class S, Major MAJOR> struct GradWeight {
   PTX_D MatrixWalk walk() const { return {p.experts, ceil_div(p.m, S::BM), ceil_div(p.n, S::BN)}; }
 
   template <class A, class B> PTX_D int start(const Tile& tile, A& a, B& b) const {
-    const int first = load_readonly(p.offsets + tile.expert), rows = load_readonly(p.offsets + (tile.expert + 1)) - first;
-    if (rows == 0) return 0;
-    a.start(Rows<T>{p.a, p.gather_a, p.m}.from(first), rows, [&](int i) { return tile.m * S::BM + i < p.m ? tile.m * S::BM + i : -1; });
-    b.start(Rows<T>{p.b, p.gather_b, p.n}.from(first), rows, [&](int i) { return tile.n * S::BN + i < p.n ? tile.n * S::BN + i : -1; });
+    const int first = row_offset(p.offsets, tile.expert, p.rows), rows = row_offset(p.offsets, tile.expert + 1, p.rows) - first;
+    if (rows <= 0) return 0;
+    a.start(Rows<T>{p.a, p.gather_a, p.m, p.tokens}.from(first), rows,
+            [&](int i) { return tile.m * S::BM + i < p.m ? tile.m * S::BM + i : -1; });
+    b.start(Rows<T>{p.b, p.gather_b, p.n, p.tokens}.from(first), rows,
+            [&](int i) { return tile.n * S::BN + i < p.n ? tile.n * S::BN + i : -1; });
     return ceil_div(rows, S::SLICE);
   }
 

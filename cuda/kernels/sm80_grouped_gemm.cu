@@ -40,7 +40,7 @@ template <class S, Major MW> struct Gemm {
 
   template <class A, class B> PTX_D int start(const RowWalk::Tile& tile, A& a, B& b) const {
     if (!tile.used) return 0;
-    a.start(Rows<T>{p.a, {nullptr}, p.inner}, p.inner, [&](int i) { return tile.row + i < tile.end ? tile.row + i : -1; });
+    a.start(Rows<T>{p.a, {nullptr}, p.inner, 0}, p.inner, [&](int i) { return tile.row + i < tile.end ? tile.row + i : -1; });
     b.start(expert_matrix(p.w, tile.expert, p.columns, p.inner, p.transposed), p.inner,
             [&](int i) { return column(tile.n, 0, i); });
     return ceil_div(p.inner, S::SLICE);

@@ -1,6 +1,6 @@
 // Up projection with the activation behind it, for every GPU since Ampere:
 //
-//   hidden[r] = x[gather[r]] W1[e]^T + b1[e]      for the sorted rows r of expert e, a row of zeros where gather is -1
+//   hidden[r] = x[gather[r]] W1[e]^T + b1[e]      for the sorted rows r of expert e, x a row of zeros where gather is -1
 //   act[r]    = activation(hidden[r])
 //
 // T tokens, H hidden, I intermediate, E experts, R sorted rows; N = 2I columns for gated activations, else I. Rows behind
@@ -17,12 +17,13 @@ using namespace tile;
 
 template <class T> struct UpParams {
   Global<const T> x;          // [T, H]
-  Global<const int> gather;   // [R] token of each sorted row or -1; null: x has the sorted rows
+  Global<const int> gather;   // [R] token of each sorted row, zeros where it is none; null: x has the sorted rows
   Global<const int> offsets;  // [E+1] first sorted row of each expert
   Global<const T> w1;         // [E, N, H], transposed [E, H, N]
   Global<const T> b1;         // [E, N] or null
   Global<T> hidden;           // [R, N], null where not wanted
   Global<T> act;              // [R, I]
+  int tokens;                 // T, not used without gather
   int rows;                   // R
   int hidden_size;            // H
   int intermediate;           // I
@@ -54,9 +55,10 @@ template <class S, Major MA, Major MB> struct Up {
 
   template <class A, class B> PTX_D int start(const RowWalk::Tile& tile, A& a, B& b) const {
     if (!tile.used) return 0;
-    const Rows<T> tokens{p.x, p.gather, p.hidden_size};
+    const Rows<T> tokens{p.x, p.gather, p.hidden_size, p.tokens};
     a.start(tokens, p.hidden_size, [&](int i) { return tile.row + i < tile.end ? tile.row + i : -1; });
-    b.start(expert_matrix(p.w1, tile.expert, columns, p.hidden_size, p.transposed), p.hidden_size, [&](unsigned i) { return column(tile.n, i / (S::BN / 2), i % (S::BN / 2)); });
+    b.start(expert_matrix(p.w1, tile.expert, columns, p.hidden_size, p.transposed), p.hidden_size,
+            [&](unsigned i) { return column(tile.n, i / (S::BN / 2), i % (S::BN / 2)); });
     return ceil_div(p.hidden_size, S::SLICE);
   }
 

@@ -17,7 +17,7 @@
   TILE_ENTRY(kernel, Params, math, Math, __VA_ARGS__, nt, tile::Major::K, tile::Major::K) \
   TILE_ENTRY(kernel, Params, math, Math, __VA_ARGS__, nn, tile::Major::K, tile::Major::MN)
 #define ROW_ANY(kernel, Params, math, Math) \
-  TILE_ENTRY(kernel, Params, math, Math, 64, 128, 32, 2, 3, any, tile::Major::ANY, tile::Major::ANY)
+  TILE_ENTRY(kernel, Params, math, Math, 64, 128, 32, 2, 2, any, tile::Major::ANY, tile::Major::ANY)
 #define ROW_TILES_16(kernel, Params, math, Math)            \
   ROW_TILE(kernel, Params, math, Math, 128, 256, 64, 4, 1)  \
   ROW_TILE(kernel, Params, math, Math, 128, 128, 64, 3, 2)  \

@@ -5,25 +5,31 @@
 
 namespace tile {
 
-// Rows of a matrix in memory; where `gather` is given, row r is row gather[r] of `base`, and zeros where that is -1.
+// Rows of a matrix in memory; where `gather` is given, row r is row gather[r] of the `count` of `base`, and zeros where that
+// is -1, or anything else that is none of them.
 template <class Element> struct Rows {
   Global<const Element> base;
   Global<const int> gather;
   int64_t pitch;
+  int count;
 
-  PTX_D int index(int row) const { return gather ? load_readonly(gather + row) : row; }
+  PTX_D int index(int row) const {
+    if (!gather) return row;
+    const int at = load_readonly(gather + row);
+    return static_cast<uint32_t>(at) < static_cast<uint32_t>(count) ? at : -1;
+  }
   PTX_D Global<const Element> at(int index) const { return base + index * pitch; }
   // The rows from `first` on.
   PTX_D Rows from(int first) const {
-    if (gather) return {base, gather + first, pitch};
-    return {at(first), gather, pitch};
+    if (gather) return {base, gather + first, pitch, count};
+    return {at(first), gather, pitch, count};
   }
 };
 
 // An expert's matrix as an operand along N: `all` is [E, columns, k], transposed [E, k, columns].
 template <class Element>
 PTX_D Rows<Element> expert_matrix(Global<const Element> all, int expert, int columns, int k, bool transposed) {
-  return {all + static_cast<int64_t>(expert) * columns * k, {nullptr}, transposed ? columns : k};
+  return {all + static_cast<int64_t>(expert) * columns * k, {nullptr}, transposed ? columns : k, 0};
 }
 
 // The copies of a thread of an operand that extends SIZE along m or n, all with the same swizzle.

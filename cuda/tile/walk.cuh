@@ -19,6 +19,12 @@ PTX_D Place place_in_bands(int tile, int tiles_m, int tiles_n) {
   return {first + within % height, band % 2 ? tiles_n - 1 - n : n};
 }
 
+// First row of expert e; offsets beyond the rows do no harm.
+PTX_D int row_offset(Global<const int> offsets, int e, int rows) {
+  const int row = load_readonly(offsets + e);
+  return row < 0 ? 0 : row < rows ? row : rows;
+}
+
 // Tiles over the sorted rows: those of each expert, then the unused ones behind the last expert as one more.
 class RowWalk {
   Global<const int> offsets;
@@ -27,14 +33,14 @@ class RowWalk {
   int begin = 0, end = 0;  // the expert's tiles
   int expert = -1, first = 0, last = 0;
 
-  PTX_D int offset(int e) const { return e > experts ? rows : load_readonly(offsets + e); }
+  PTX_D int offset(int e) const { return e > experts ? rows : row_offset(offsets, e, rows); }
 
   // A warp looks at 32 experts at a time. False where there are no more tiles.
   PTX_D bool find_expert() {
     for (int from = expert + 1; from <= experts; from += 32) {
       const int lane = thread_id() % 32, e = from + lane < experts ? from + lane : experts;
       const int row = offset(e), next = offset(e + 1);
-      const int tiles = from + lane <= experts ? ceil_div(next - row, tile_rows) * tiles_n : 0;
+      const int tiles = from + lane <= experts && next > row ? ceil_div(next - row, tile_rows) * tiles_n : 0;
       int sum = tiles;
       for (int delta = 1; delta < 32; delta *= 2) {
         const int below = shfl_up(sum, delta);

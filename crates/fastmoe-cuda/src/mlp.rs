@@ -9,8 +9,6 @@ use crate::{Buffer, Queue, Result, scratch_size};
 pub struct Mlp {
     /// Sizes and flags.
     pub sizes: Sizes,
-    /// T.
-    pub tokens: usize,
     /// K.
     pub top_k: usize,
     /// `[T, H]`.
@@ -100,7 +98,7 @@ impl Mlp {
     fn combine(&self, y: Buffer, weights: Buffer, out: Buffer) -> Combine {
         Combine {
             dtype: self.sizes.math.dtype,
-            tokens: self.tokens,
+            tokens: self.sizes.tokens,
             top_k: self.top_k,
             columns: self.sizes.hidden,
             y,
@@ -150,7 +148,7 @@ impl Mlp {
         grads: &MlpGrads,
     ) -> Result<()> {
         let Self { sizes, offsets, gather, inverse, .. } = *self;
-        let Sizes { math, rows, experts, transposed, .. } = sizes;
+        let Sizes { math, tokens, rows, experts, transposed, .. } = sizes;
         let names = ["sorted_weights", "grad_hidden", "scaled_act", "slopes", "grad_rows"];
         let mut pieces = [Buffer::default(); 5];
         for ((piece, name), bytes) in pieces.iter_mut().zip(names).zip(self.backward_pieces(grads)) {
@@ -173,9 +171,11 @@ impl Mlp {
         let none = Buffer::default();
         let sorted = |rows, columns| Factor { rows, gather: none, columns };
         let gathered = |rows| Factor { rows, gather, columns: sizes.hidden };
+        let weight =
+            |a, b, out| GradWeight { math, tokens, rows, experts, offsets, a, b, out }.transposed(transposed);
         // SAFETY: as promised by the caller; scratch memory has the sizes that it was taken with.
         unsafe {
-            let slots = self.tokens * self.top_k;
+            let slots = tokens * self.top_k;
             SortWeights { slots, rows, weights: self.weights, gather, inverse, sorted: weights }
                 .launch(queue)?;
             if pieces[1..4].iter().any(|piece| !piece.is_null()) {
@@ -196,7 +196,7 @@ impl Mlp {
             if !grads.weights.is_null() {
                 GradScore {
                     dtype: math.dtype,
-                    tokens: self.tokens,
+                    tokens: self.sizes.tokens,
                     top_k: self.top_k,
                     experts,
                     columns: sizes.hidden,
@@ -212,14 +212,14 @@ impl Mlp {
             }
             if !grads.w2.is_null() {
                 let (left, right) = (gathered(grad_out), sorted(scaled_act, sizes.intermediate));
-                GradWeight::of(math, experts, offsets, transposed, left, right, grads.w2).launch(queue)?;
+                weight(left, right, grads.w2).launch(queue)?;
             }
             if !grads.b2.is_null() {
                 bias(sizes.hidden, grad_out, gather, weights, grads.b2).launch(queue)?;
             }
             if !grads.w1.is_null() {
                 let (left, right) = (sorted(grad_hidden, sizes.up()), gathered(self.x));
-                GradWeight::of(math, experts, offsets, transposed, left, right, grads.w1).launch(queue)?;
+                weight(left, right, grads.w1).launch(queue)?;
             }
             if !grads.b1.is_null() {
                 bias(sizes.up(), grad_hidden, none, none, grads.b1).launch(queue)?;

@@ -85,6 +85,8 @@ fn name(kernel: &str, math: Math, tile: Tile, variant: &str) -> String {
 pub struct Sizes {
     /// What is multiplied.
     pub math: Math,
+    /// T.
+    pub tokens: usize,
     /// N, the sorted rows.
     pub rows: usize,
     /// H.
@@ -141,6 +143,7 @@ impl Up {
             b1: u64,
             hidden: u64,
             act: u64,
+            tokens: i32,
             rows: i32,
             hidden_size: i32,
             intermediate: i32,
@@ -161,6 +164,7 @@ impl Up {
             b1: b1.address,
             hidden: hidden.address,
             act: act.address,
+            tokens: sizes.tokens as i32,
             rows: sizes.rows as i32,
             hidden_size: sizes.hidden as i32,
             intermediate: sizes.intermediate as i32,
@@ -290,6 +294,7 @@ impl GradHidden {
             grad_hidden: u64,
             scaled_act: u64,
             slopes: u64,
+            tokens: i32,
             rows: i32,
             hidden_size: i32,
             intermediate: i32,
@@ -315,6 +320,7 @@ impl GradHidden {
             grad_hidden: self.grad_hidden.address,
             scaled_act: self.scaled_act.address,
             slopes: self.slopes.address,
+            tokens: sizes.tokens as i32,
             rows: sizes.rows as i32,
             hidden_size: sizes.hidden as i32,
             intermediate: sizes.intermediate as i32,
@@ -365,6 +371,10 @@ pub struct Factor {
 pub struct GradWeight {
     /// What is multiplied.
     pub math: Math,
+    /// T, the rows of a gathered factor.
+    pub tokens: usize,
+    /// N, the sorted rows.
+    pub rows: usize,
     /// E.
     pub experts: usize,
     /// `[E + 1]`.
@@ -378,18 +388,9 @@ pub struct GradWeight {
 }
 
 impl GradWeight {
-    /// The gradient of a weight `[E, left, right]`, or `[E, right, left]` where transposed.
-    pub fn of(
-        math: Math,
-        experts: usize,
-        offsets: Buffer,
-        transposed: bool,
-        left: Factor,
-        right: Factor,
-        out: Buffer,
-    ) -> Self {
-        let (a, b) = if transposed { (right, left) } else { (left, right) };
-        Self { math, experts, offsets, a, b, out }
+    /// The same with the factors exchanged where the weight is transposed.
+    pub fn transposed(self, transposed: bool) -> Self {
+        if transposed { Self { a: self.b, b: self.a, ..self } } else { self }
     }
 
     /// # Safety
@@ -405,11 +406,13 @@ impl GradWeight {
             offsets: u64,
             out: u64,
             sum: u64,
+            tokens: i32,
+            rows: i32,
             m: i32,
             n: i32,
             experts: i32,
         }
-        let Self { math, experts, offsets, a, b, out } = *self;
+        let Self { math, tokens, rows, experts, offsets, a, b, out } = *self;
         let aligned = aligned(math.dtype, &[a.columns, b.columns], &[a.rows, b.rows, out]);
         let tile = weight_tile(queue.gpu, math, aligned, b.columns);
         let params = Params {
@@ -420,6 +423,8 @@ impl GradWeight {
             offsets: offsets.address,
             out: out.address,
             sum: 0,
+            tokens: tokens as i32,
+            rows: rows as i32,
             m: a.columns as i32,
             n: b.columns as i32,
             experts: experts as i32,

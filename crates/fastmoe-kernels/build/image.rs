@@ -10,7 +10,7 @@ use crate::arch::Arch;
 use crate::ptxas::{self, Kernel};
 use crate::toolchain::Nvcc;
 
-const TO_PTX: &[&str] = &["-ptx", "-std=c++17", "-Werror=all-warnings", "-diag-suppress=554"];
+const TO_PTX: &[&str] = &["-ptx", "-std=c++17", "-Werror=all-warnings"];
 const TO_CUBIN: &[&str] = &["-cubin", "-Xptxas=-v"];
 /// The effort of zstd, at most 22.
 const ZSTD_LEVEL: i32 = 19;

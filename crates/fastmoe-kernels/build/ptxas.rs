@@ -61,11 +61,19 @@ pub fn refuse_local_memory(kernels: &[Kernel], source: &str) -> Result<(), Strin
             source.lines().filter_map(|line| line.trim().strip_prefix("// local memory: ")?.split_once(": "));
         given.into_iter().any(|(kernel, reason)| kernel == name && !reason.trim().is_empty())
     };
-    match kernels.iter().find(|kernel| kernel.local_bytes > 0 && !allowed(&kernel.name)) {
-        None => Ok(()),
-        Some(Kernel { name, local_bytes, registers, .. }) => Err(format!(
-            "kernel {name} keeps {local_bytes} bytes a thread in local memory ({registers} registers); \
-             where this is meant, the source says `// local memory: {name}: <reason>`"
-        )),
+    let complaints = kernels.iter().filter(|kernel| kernel.local_bytes > 0 && !allowed(&kernel.name)).map(
+        |Kernel { name, local_bytes, registers, .. }| {
+            format!(
+                "kernel {name} keeps {local_bytes} bytes a thread in local memory ({registers} registers)"
+            )
+        },
+    );
+    let complaints: Vec<_> = complaints.collect();
+    if complaints.is_empty() {
+        return Ok(());
     }
+    Err(format!(
+        "{}; where that is meant, the source says `// local memory: <kernel>: <reason>`",
+        complaints.join("\n")
+    ))
 }

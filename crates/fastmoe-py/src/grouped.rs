@@ -119,9 +119,18 @@ pub fn grouped_mm_grad_weight(
         let math = math(py, &x)?;
         let factor =
             |rows: &Tensor, columns| Factor { rows: rows.buffer(), gather: Buffer::default(), columns };
-        let (left, right) = (factor(&grad_out, outer), factor(&x, inner));
         let offsets = offsets.buffer();
-        let weight = GradWeight::of(math, experts, offsets, transposed, left, right, grad_w.buffer());
+        let weight = GradWeight {
+            math,
+            tokens: rows,
+            rows,
+            experts,
+            offsets,
+            a: factor(&grad_out, outer),
+            b: factor(&x, inner),
+            out: grad_w.buffer(),
+        }
+        .transposed(transposed);
         let bias = grad_bias.as_ref().map(|grad_bias| GradBias {
             dtype: math.dtype,
             experts,

@@ -288,6 +288,7 @@ impl Problem {
         Ok(fastmoe_cuda::Mlp {
             sizes: fastmoe_cuda::Sizes {
                 math: math(py, &self.x)?,
+                tokens: sizes.tokens,
                 rows: sizes.rows,
                 hidden: sizes.hidden,
                 intermediate: sizes.intermediate,
@@ -296,7 +297,6 @@ impl Problem {
                 transposed: layout.transposed,
                 interleaved: layout.interleaved,
             },
-            tokens: sizes.tokens,
             top_k: sizes.top_k,
             x: self.x.buffer(),
             w1: self.w1.buffer(),

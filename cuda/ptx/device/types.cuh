@@ -3,6 +3,8 @@
 #include <cuda.h>
 #include <stdint.h>
 
+#include <type_traits>
+
 #define PTX_D __device__ __forceinline__
 
 // `name` is the entry point's symbol; `body` a device function of `const Params&`. The launch shape is kept beside it
@@ -21,7 +23,7 @@ struct f16 { uint16_t bits; };
 template <class T> struct Global {
   T* at;
   PTX_D Global operator+(int64_t elements) const { return {at + elements}; }
-  PTX_D operator Global<const T>() const { return {at}; }
+  template <class U, class = std::enable_if_t<std::is_same_v<U, const T>>> PTX_D operator Global<U>() const { return {at}; }
   template <class U> PTX_D Global<U> as() const { return {reinterpret_cast<U*>(at)}; }
   PTX_D explicit operator bool() const { return at != nullptr; }
   PTX_D bool aligned(int bytes) const { return reinterpret_cast<uint64_t>(at) % bytes == 0; }

@@ -4,18 +4,10 @@
 // accumulator, d[4j + 2h + i] = (16 (t / 32) + t % 32 / 4 + 8h, 8j + 2 (t % 4) + i).
 #pragma once
 #include "ptx/device/types.cuh"
+#include "ptx/device/descriptor.cuh"
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 namespace ptx {
-
-// K-major: rows of 64 elements along K, 8 rows an atom, atoms 1024 bytes apart.
-PTX_D uint64_t descriptor(Shared tile) {
-  return static_cast<uint64_t>((tile.at & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
-// MN-major: 64 elements along M or N a row, 8 deep an atom, atoms 1024 bytes apart along K and `stride` along M or N.
-PTX_D uint64_t descriptor_transposed(Shared tile, uint32_t stride) {
-  return static_cast<uint64_t>((tile.at & 0x3ffff) >> 4) | static_cast<uint64_t>(stride >> 4) << 16 | 64ull << 32 | 1ull << 62;
-}
 
 // Before the first product, and after registers of an accumulator were written.
 PTX_D void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -2,15 +2,9 @@
 #pragma once
 #include "emulator/wgmma.h"
 #include "ptx/host/warp.h"
+#include "ptx/device/descriptor.cuh"
 
 namespace ptx {
-
-inline uint64_t descriptor(Shared tile) {
-  return static_cast<uint64_t>((tile.at & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
-inline uint64_t descriptor_transposed(Shared tile, uint32_t stride) {
-  return static_cast<uint64_t>((tile.at & 0x3ffff) >> 4) | static_cast<uint64_t>(stride >> 4) << 16 | 64ull << 32 | 1ull << 62;
-}
 
 inline void wgmma_fence() { emulator::current->products.fenced = true; }
 inline void wgmma_commit() {

@@ -1,0 +1,92 @@
+"""What the kernels compile to: the instructions that are meant, and none of those that betray a mistake."""
+
+import re
+
+import pytest
+
+import images
+import kernel_table
+from gpus import loop
+
+NEVER = {
+    r"LDL|STL": "local memory",
+    r"D(FMA|ADD|MUL)": "double precision",
+    r"(ATOM|RED)\S*\.F\d": "a sum of floats whose order is left to chance",
+}
+PRODUCTS = {
+    "bf16": {"HMMA.16816.F32.BF16"},
+    "f16": {"HMMA.16816.F32"},
+    "tf32": {"HMMA.1688.F32.TF32"},
+    "f32": set(),
+}
+
+
+@pytest.fixture(scope="module", params=images.CODES)
+def kernels(request, cuda_images):
+    return images.kernels(request.param)
+
+
+@pytest.fixture
+def tiles(kernels):
+    """The grouped products: kernel, what is multiplied, layout."""
+    named = [(kernel, re.search(r"_(b?f16|t?f32)_\d+x\d+_(\w+)$", kernel.name)) for kernel in kernels]
+    found = [(kernel, *name.groups()) for kernel, name in named if name]
+    assert {math for _, math, _ in found} == set(PRODUCTS)
+    return found
+
+
+def opcodes(code, pattern):
+    return {opcode for opcode in code if re.match(pattern, opcode)}
+
+
+def test_every_family_is_compiled(kernels):
+    meant = {family for family in images.families() if not re.match("sm(90|100|120)_", family)}
+    assert {kernel.family for kernel in kernels} >= meant
+
+
+@pytest.mark.parametrize("pattern", NEVER, ids=NEVER.get)
+def test_never(kernels, pattern):
+    found = {kernel.name: opcodes(kernel.opcodes, pattern) for kernel in kernels}
+    assert {name: codes for name, codes in found.items() if codes} == {}
+
+
+def test_tiles_know_which_memory_they_access(tiles):
+    found = {kernel.name: opcodes(kernel.opcodes, r"(LD|ST)(\.|$)") for kernel, *_ in tiles}
+    assert {name: codes for name, codes in found.items() if codes} == {}
+
+
+def test_products_are_those_of_the_name(kernels, tiles):
+    meant = {kernel.name: PRODUCTS[math] for kernel, math, _ in tiles}
+    found = {kernel.name: opcodes(kernel.opcodes, "HMMA") for kernel in kernels}
+    assert found == {name: meant.get(name, set()) for name in found}
+
+
+def test_slices_are_copied_asynchronously(tiles):
+    """16 bytes at a time, past the level-1 cache, in the loop of the products; `any` takes all sizes."""
+    for kernel, math, layout in tiles:
+        code = kernel.opcodes if math == "f32" else [instruction.opcode for instruction in kernel.main_loop]
+        copies = opcodes(code, "LDGSTS")
+        assert bool(copies) == (layout != "any"), kernel.name
+        assert copies == opcodes(copies, r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128$"), kernel.name
+
+
+def test_fragments_are_read_by_ldmatrix(tiles):
+    """All of 16 bits, transposed where they run along M or N; of tf32 those along K."""
+    plain, transposed = {"LDSM.16.M88.4"}, {"LDSM.16.MT88.4"}
+    of_layout = {"nt": plain, "nn": plain | transposed, "a": transposed, "b": transposed, "any": plain}
+    for kernel, math, layout in tiles:
+        meant = {"f32": set(), "tf32": of_layout[layout] - transposed}.get(math, of_layout[layout])
+        assert opcodes([instruction.opcode for instruction in kernel.main_loop], "LDSM") == meant, kernel.name
+
+
+def test_main_loops_are_lean(cuda_images):
+    """Few other instructions per product on sm_80 in the tiles of large problems; see docs/kernels.md."""
+    kernels = [kernel for kernel in images.kernels("80") if re.search("_b?f16_128x(256|128)_", kernel.name)]
+    assert len(kernels) == 32
+    others = {kernel.name: loop(kernel).others for kernel in kernels}
+    limit = {name: 2 if name.startswith("grad_weight") else 1.25 for name in others}
+    assert {name: count for name, count in others.items() if count > limit[name]} == {}
+
+
+def test_table_is_current(cuda_images):
+    assert kernel_table.PAGE.read_text() == kernel_table.page(), "make kernel-table writes it anew"
