@@ -81,7 +81,7 @@ class Experts(nn.Module):
         super().__init__()
         _check.positive(hidden_size=hidden_size, intermediate_size=intermediate_size, num_experts=num_experts)
         width = _width(activation, intermediate_size)
-        self.activation, self.num_experts = activation, num_experts
+        self.activation = activation
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
@@ -250,7 +250,8 @@ class MoE(nn.Module):
             _check.wanted("identity_experts", identity_experts, "at least 0")
         if shared_gate and shared_intermediate_size is None:
             _check.wanted("shared_gate", True, "False without a shared_intermediate_size")
-        self.capacity_factor, self.identity_experts = capacity_factor, identity_experts
+        self.num_experts, self.identity_experts = num_experts, identity_experts
+        self.capacity_factor = capacity_factor
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         if router is None:
             if top_k is None:
@@ -289,9 +290,9 @@ class MoE(nn.Module):
             plan = self._plan(router)
         if self.counters is not None:
             self.counters.add(router.ids, router.logits, _dropped(router.ids, plan))
-        y_TH = self.experts(x_TH, None, router.weights, plan=plan)
+        y_TH = self.experts(x_TH, router.ids, router.weights, plan=plan)
         if self.identity_experts:
-            weight_T = identity_weight(router.ids, router.weights, self.experts.num_experts)
+            weight_T = identity_weight(router.ids, router.weights, self.num_experts)
             y_TH = y_TH + (weight_T[:, None] * x_TH).to(y_TH.dtype)
         if self.shared is not None:
             weights_TS = router.shared_weights
@@ -312,7 +313,7 @@ class MoE(nn.Module):
         return self.counters.stats()
 
     def _plan(self, router: RouterOutput) -> RoutingPlan:
-        experts, capacity = self.experts.num_experts, None
+        experts, capacity = self.num_experts, None
         if self.capacity_factor is not None:
             capacity = math.ceil(self.capacity_factor * router.ids.numel() / experts)
         seats = router.ids if router.seats is None else router.seats

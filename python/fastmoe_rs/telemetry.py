@@ -256,8 +256,8 @@ def watch(model: nn.Module) -> Watch:
     counters, hooks = {}, []
     for name, router in routers.items():
         if name in ours:
-            weight = ours[name].experts.w2
-            counters[name] = ours[name].counters = Counters(weight.shape[0], weight.device)
+            device = next(ours[name].parameters()).device
+            counters[name] = ours[name].counters = Counters(ours[name].num_experts, device)
         else:
             weight = [parameter for parameter in router.parameters() if parameter.ndim == 2][-1]
             counters[name] = Counters(weight.shape[0], weight.device)
