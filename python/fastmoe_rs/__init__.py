@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ._native import __version__, empty_cache, memory_stats
 
 if TYPE_CHECKING:
-    from . import functional, losses, nn, reference, routing, sinks, telemetry
+    from . import checkpoints, functional, losses, nn, reference, routing, sinks, telemetry
     from .drift import freeze_routers, routing_drift
     from .integrations import accelerate
     from .plan import RoutingPlan
@@ -28,6 +28,7 @@ __all__ = [
     "RoutingPlan",
     "__version__",
     "accelerate",
+    "checkpoints",
     "empty_cache",
     "freeze_routers",
     "functional",
@@ -50,6 +51,7 @@ _SOURCES = {
     "ExpertCollapseWarning": "telemetry",
     "RoutingPlan": "plan",
     "accelerate": "integrations",
+    "checkpoints": "checkpoints",
     "freeze_routers": "drift",
     "functional": "functional",
     "load_routing": "replay",
