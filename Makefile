@@ -46,7 +46,7 @@ emulate-asan: ## make emulate under AddressSanitizer and UndefinedBehaviorSaniti
 kernels: $(TOOLCHAIN) ## Compile the CUDA kernels for every architecture, a GPU is not needed
 	FASTMOE_CUDA_ARCHS=all cargo build --release --locked --package fastmoe-kernels
 
-kernel-table: kernels ## Write docs/kernels.md: registers, occupancy and main loops of the compiled kernels
+kernel-table: kernels develop ## Write docs/kernels.md: registers, occupancy and main loops of the compiled kernels
 	$(BIN)/python cuda/tools/kernel_table.py
 
 toolchain: $(CUDA)/.setup ## Install nvcc and a disassembler into .venv/cuda

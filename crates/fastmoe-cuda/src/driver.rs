@@ -1,6 +1,6 @@
 //! What the backend needs of a driver: devices, images, launches. libcuda is one; the CPU emulator is another.
 
-use crate::Result;
+use crate::{Error, Result};
 use std::collections::HashMap;
 
 /// A stream of a device; 0 is the default stream.
@@ -57,6 +57,9 @@ pub struct Device {
 
 /// A driver. Every method may be called from any thread.
 pub trait Driver: Send + Sync {
+    /// The CUDA version that it supports: `1000 * major + 10 * minor`.
+    fn version(&self) -> Result<i32>;
+
     /// The number of devices.
     fn device_count(&self) -> Result<i32>;
 
@@ -65,6 +68,11 @@ pub trait Driver: Send + Sync {
 
     /// Loads everything that this build has for a device, by name. Not while a stream of it is being captured.
     fn load(&self, device: i32) -> Result<HashMap<&'static str, Kernel>>;
+
+    /// A kernel that [`load`](Self::load) did not give.
+    fn kernel(&self, name: &str) -> Result<Kernel> {
+        Err(Error::NoKernel { name: name.to_owned() })
+    }
 
     /// Puts a kernel with one parameter struct into a stream.
     ///

@@ -1,8 +1,8 @@
 //! A device with its kernels loaded, and launches into a stream of it.
 
+use crate::Result;
 use crate::driver::{Access, Device, Driver, Kernel, Region, Stream};
 use crate::libcuda::Libcuda;
-use crate::{Error, Result};
 use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
 
@@ -43,6 +43,11 @@ impl Gpu {
     /// Loads the kernels of a device.
     pub fn load(driver: &'static dyn Driver, index: i32) -> Result<Self> {
         Ok(Self { driver, index, device: driver.device(index)?, kernels: driver.load(index)? })
+    }
+
+    /// A device whose driver makes up its kernels.
+    pub(crate) fn without_kernels(driver: &'static dyn Driver, device: Device) -> Self {
+        Self { driver, index: 0, device, kernels: HashMap::new() }
     }
 }
 
@@ -128,12 +133,13 @@ impl Queue<'_> {
         if blocks == 0 {
             return Ok(());
         }
-        let kernel = self.gpu.kernels.get(name).ok_or_else(|| Error::NoKernel { name: name.to_owned() })?;
+        let loaded = self.gpu.kernels.get(name).copied();
+        let kernel = loaded.map_or_else(|| self.gpu.driver.kernel(name), Ok)?;
         // SAFETY: the struct lives for the call; drivers copy its bytes, padding included, and look at none of them.
         let params = unsafe { std::slice::from_raw_parts((&raw const *params).cast(), size_of::<P>()) };
         let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
         // SAFETY: as promised by the caller.
-        unsafe { self.gpu.driver.launch(self.gpu.index, self.stream, *kernel, blocks, params, memory) }
+        unsafe { self.gpu.driver.launch(self.gpu.index, self.stream, kernel, blocks, params, memory) }
     }
 
     /// Sets a word of device memory, in the order of the stream.

@@ -89,12 +89,9 @@ impl Libcuda {
             .map_err(|error| Error::NoDriver { reason: error.to_string() })?;
         let call = Functions::load(&library)?;
         let driver = Self { call, contexts: Mutex::default(), _library: library };
-        let mut given = 0;
-        // SAFETY: as the driver's documentation says; outputs point to locals.
-        unsafe {
-            driver.check("cuInit", (driver.call.init)(0))?;
-            driver.check("cuDriverGetVersion", (driver.call.driver_version)(&mut given))?;
-        }
+        // SAFETY: as the driver's documentation says.
+        driver.check("cuInit", unsafe { (driver.call.init)(0) })?;
+        let given = driver.version()?;
         if given < wanted {
             return Err(Error::DriverTooOld { given, wanted });
         }
@@ -207,6 +204,13 @@ impl Libcuda {
 }
 
 impl Driver for Libcuda {
+    fn version(&self) -> Result<i32> {
+        let mut version = 0;
+        // SAFETY: the output points to a local.
+        self.check("cuDriverGetVersion", unsafe { (self.call.driver_version)(&mut version) })?;
+        Ok(version)
+    }
+
     fn device_count(&self) -> Result<i32> {
         let mut count = 0;
         // SAFETY: the output points to a local.
@@ -236,9 +240,7 @@ impl Driver for Libcuda {
 
     fn load(&self, device: i32) -> Result<HashMap<&'static str, Kernel>> {
         let (major, minor) = self.device(device)?.capability;
-        let families = fastmoe_kernels::images().chunk_by(|a, b| a.family == b.family);
-        let images: Vec<_> =
-            families.filter_map(|of| fastmoe_kernels::image(of[0].family, major, minor)).collect();
+        let images: Vec<_> = fastmoe_kernels::images_of(major, minor).collect();
         if images.is_empty() {
             let mut built: Vec<_> = fastmoe_kernels::images().iter().map(|image| image.arch.name()).collect();
             built.sort_unstable();

@@ -6,6 +6,7 @@
 mod array;
 mod backend;
 mod call;
+mod cuda;
 mod dlpack;
 mod element;
 mod error;
@@ -21,6 +22,8 @@ mod tensor;
 
 #[pyo3::pymodule(gil_used = false)]
 mod _native {
+    #[pymodule_export]
+    use super::cuda::{cuda_info, images, mlp_launches};
     #[pymodule_export]
     use super::grouped::{grouped_mm, grouped_mm_grad_weight};
     #[pymodule_export]
