@@ -20,7 +20,7 @@ from .layers import moe_layers
 from .nn import MoE, SharedExpert
 from .reference import GATED
 
-__all__ = ["dense_student", "distillation_loss", "merge_experts"]
+__all__ = ["dense_student", "distillation_loss", "merge_experts", "merge_weights"]
 
 
 def merge_experts(moe: MoE, load: Tensor | None = None, *, gather: int | None = None) -> SharedExpert:
@@ -44,29 +44,46 @@ def merge_experts(moe: MoE, load: Tensor | None = None, *, gather: int | None = 
             for which `SharedExpert` has no place.
     """
     experts = moe.experts
-    count, hidden, _ = experts.w2.shape
     if experts.b1 is not None:
         _check.wanted("moe", "experts with biases", "experts without")
-    share = _shares(load, experts.w2)
-    if gather is None:
-        w1, w2 = (torch.einsum("e,eij->ij", share.to(w.dtype), w) for w in (experts.w1, experts.w2))
-        pieces = [(w1, w2)]
-    else:
-        if not 1 <= gather <= count:
-            _check.wanted("gather", gather, f"None or 1 to {count}, the number of experts")
-        best, ids = share.topk(gather)
-        scaled = experts.w2[ids] * (best / best.sum())[:, None, None].to(experts.w2.dtype)
-        pieces = list(zip(experts.w1[ids], scaled, strict=True))
+    gated = experts.activation in GATED
+    merged = merge_weights(experts.w1, experts.w2, load, gather, gated=gated)
     if moe.shared is not None:
-        pieces.append((moe.shared.w1, moe.shared.w2))
-    first, second = _side_by_side(pieces, experts.activation in GATED)
-    dense = SharedExpert(
-        hidden, second.shape[1], activation=experts.activation, device="meta", dtype=second.dtype
-    ).to_empty(device=second.device)
+        merged = _side_by_side([merged, (moe.shared.w1, moe.shared.w2)], gated)
+    w1, w2 = merged
+    dense = SharedExpert(*w2.shape, activation=experts.activation, device="meta", dtype=w2.dtype).to_empty(
+        device=w2.device
+    )
     with torch.no_grad():
-        dense.w1.copy_(first)
-        dense.w2.copy_(second)
+        dense.w1.copy_(w1)
+        dense.w2.copy_(w2)
     return dense.train(moe.training)
+
+
+def merge_weights(
+    w1: Tensor, w2: Tensor, load: Tensor | None = None, gather: int | None = None, *, gated: bool = True
+) -> tuple[Tensor, Tensor]:
+    """What `merge_experts` does, on the weights alone.
+
+    Args:
+        w1: [E, 2I, H], gate rows then up rows; [E, I, H] when the activation has no gate.
+        w2: [E, H, I].
+        load, gather: see `merge_experts`.
+        gated: whether w1 has gate rows.
+
+    Returns:
+        w1 [2J, H] ([J, H]) and w2 [H, J] with J = I, or gather * I.
+    """
+    experts = w2.shape[0]
+    share = _shares(load, w2)
+    if gather is None:
+        first, second = (torch.einsum("e,eij->ij", share.to(w.dtype), w) for w in (w1, w2))
+        return first, second
+    if not 1 <= gather <= experts:
+        _check.wanted("gather", gather, f"None or 1 to {experts}, the number of experts")
+    best, ids = share.topk(gather)
+    scaled = w2[ids] * (best / best.sum())[:, None, None].to(w2.dtype)
+    return _side_by_side(list(zip(w1[ids], scaled, strict=True)), gated)
 
 
 def dense_student(

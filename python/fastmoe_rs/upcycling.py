@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from . import _check
+from .kernels import wide
 from .layers import moe_layers
 from .nn import MoE, SharedExpert
 from .reference import GATED
 
-__all__ = ["DenseMLP", "copy_experts", "dense_mlp", "upcycle", "upcycle_model"]
+__all__ = ["DenseMLP", "copy_experts", "dense_mlp", "is_dense_mlp", "upcycle", "upcycle_model"]
 
 
 class DenseMLP(NamedTuple):
@@ -91,14 +92,14 @@ def copy_experts(
     if noise:
         for w in (w1, w2):
             w += normal(w) * (noise * w[0].std())
-    if redraw:
-        size = w2.shape[2]
-        order = torch.rand(num_experts, size, generator=generator, device=w2.device).argsort(1)
-        redrawn = order < round(redraw * size)  # [E, I]
-        # Gate and up are matrices of their own.
-        for w in (*w1.split(size, 1), w2.transpose(1, 2)):
-            chosen = redrawn[:, :, None].expand(w.shape)
-            _redraw_(w, chosen, normal(w))
+    size = w2.shape[2]
+    count = round(redraw * size)
+    units = torch.rand(num_experts, size, generator=generator, device=w2.device).argsort(1)[:, :count]
+    for expert, redrawn in enumerate(units if count else ()):
+        # Gate and up are matrices of their own, in whose statistics each is drawn.
+        for w in (*w1[expert].split(size), w2[expert].T):
+            old = w[redrawn].to(wide(w.dtype))
+            w.index_copy_(0, redrawn, (normal(old) * old.std(correction=0) + old.mean()).to(w.dtype))
     return w1, w2
 
 
@@ -179,7 +180,7 @@ def upcycle_model(model: nn.Module, num_experts: int, top_k: int, *, every: int 
     names = [
         name
         for name, module in model.named_modules()
-        if name and not name.startswith(shared) and _is_dense_mlp(module)
+        if name and not name.startswith(shared) and is_dense_mlp(module)
     ]
     names = names[every - 1 :: every]
     if not names:
@@ -191,20 +192,13 @@ def upcycle_model(model: nn.Module, num_experts: int, top_k: int, *, every: int 
     return len(names)
 
 
-def _is_dense_mlp(module: nn.Module) -> bool:
+def is_dense_mlp(module: nn.Module) -> bool:
+    """Whether `dense_mlp` reads it."""
     try:
         dense_mlp(module)
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _redraw_(w: Tensor, chosen: Tensor, normal: Tensor) -> None:
-    """Overwrite the chosen elements of w [E, I, H] with `normal`, in the mean and deviation they have."""
-    count = chosen.sum((1, 2), keepdim=True).clamp(min=1)
-    mean = (w * chosen).sum((1, 2), keepdim=True) / count
-    deviation = (((w - mean) * chosen).square().sum((1, 2), keepdim=True) / count).sqrt()
-    w.copy_(torch.where(chosen, normal * deviation + mean, w))
 
 
 def _activation(mlp: Any) -> str:
