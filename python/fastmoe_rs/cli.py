@@ -86,7 +86,9 @@ def add_params(parser: argparse.ArgumentParser) -> None:
         "Parameters, memory, FLOPs and bytes per token of a model, beside an equally fast dense one."
     )
     parser.add_argument(
-        "model", help="a config.json of Hugging Face transformers, or the name of a known model"
+        "model",
+        nargs="?",
+        help="a config.json of transformers, or the name of a known model; without it, a list of those",
     )
     parser.add_argument("--context", help="tokens of context (default: 0)", default=0, type=whole(0))
     parser.add_argument("--tokens", help="tokens decoded a step (default: 1)", default=1, type=whole(1))
@@ -185,8 +187,11 @@ def explain(options: argparse.Namespace) -> int:
 
 
 def params(options: argparse.Namespace) -> int:
-    from .params import report
+    from .params import overview, report
 
+    if options.model is None:
+        print(overview(as_json=options.json))
+        return 0
     try:
         text = report(options.model, context=options.context, tokens=options.tokens, as_json=options.json)
     except (KeyError, ValueError) as error:
