@@ -7,7 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-DEVICES = ("cpu", "meta")
+DEVICES = ("cpu", "cuda", "meta")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -31,7 +31,7 @@ def tensor(name: str, value: Tensor, rank: str) -> None:
     if not isinstance(value, Tensor):
         wanted(name, type(value).__name__, f"a torch tensor {rank}", TypeError)
     if value.device.type not in DEVICES:
-        wanted(name, f"a tensor on {value.device}", "one on a device with kernels: cpu")
+        wanted(name, f"a tensor on {value.device}", "one on a device with kernels: cpu or cuda")
     if value.ndim != rank.count(",") + 1:
         wanted(name, f"shape {tuple(value.shape)}", rank)
     if value.layout != torch.strided:

@@ -48,6 +48,7 @@ __all__ = [
     "empty_cache",
     "grouped_mm",
     "grouped_mm_grad_weight",
+    "load_cuda",
     "memory_stats",
     "mlp_backward",
     "mlp_forward",
@@ -228,3 +229,6 @@ def memory_stats() -> _MemoryStats:
 
 def cpu_info() -> _CpuInfo:
     """Architecture, features, the instruction set in use and those that may be forced, kernels."""
+
+def load_cuda(device: int) -> None:
+    """Load the kernels for a CUDA device, as the first call on it does; RuntimeError says why it cannot."""
