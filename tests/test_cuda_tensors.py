@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmoe_rs import RoutingPlan, functional, losses, nn, ops, routing, watch
+from fastmoe_rs.integrations import swap
 
 KINDS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 LAYERS = {
@@ -300,3 +301,66 @@ print("done")
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
     )
     assert done.stdout == "done\n", done.stderr
+
+
+@pytest.fixture
+def matmul_precision():
+    """Sets the precision of float32 products, by the old or the new door of torch, for a test."""
+    matmul = torch.backends.cuda.matmul
+
+    def set_precision(door, precision):
+        if door == "old":
+            torch.set_float32_matmul_precision({"tf32": "high", "ieee": "highest"}[precision])
+        elif hasattr(matmul, "fp32_precision"):
+            matmul.fp32_precision = precision
+        else:
+            pytest.skip("torch has no fp32_precision before 2.9")
+
+    yield set_precision
+    if hasattr(matmul, "fp32_precision"):
+        matmul.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.emulated_only(reason="runs the kernels")
+@pytest.mark.parametrize("door", ["old", "new"])
+def test_float32_products_use_tf32_where_torch_does(matmul_precision, door):
+    x, w = torch.randn(40, 64), torch.randn(1, 32, 64)
+    truth = x.double() @ w[0].double().T
+    errors = {}
+    for precision in ("ieee", "tf32"):
+        matmul_precision(door, precision)
+        y = functional.grouped_mm(x, w, torch.tensor([0, 40]))
+        errors[precision] = ((y - truth).abs().max() / truth.abs().max()).item()
+    assert errors["ieee"] < 1e-6
+    assert 1e-5 < errors["tf32"] < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "loads", "reason"),
+    [
+        (
+            torch.float32,
+            "CUDA: no NVIDIA driver on this machine",
+            r"Experts is on cuda:0\. CUDA: no NVIDIA driver",
+        ),
+        (torch.float64, None, r"Experts holds torch\.float64, which is served on the CPU only"),
+        (torch.bfloat16, None, None),
+    ],
+)
+def test_accelerate_asks_the_gpu_of_a_model(fake, monkeypatch, dtype, loads, reason):
+    asked = []
+
+    def load_cuda(device):
+        asked.append(device)
+        if loads:
+            raise RuntimeError(loads)
+
+    monkeypatch.setattr(swap._native, "load_cuda", load_cuda)
+    experts = nn.Experts(16, 12, 6, device="cuda", dtype=dtype)
+    if reason is None:
+        swap._check_parameters(experts)
+    else:
+        with pytest.raises(swap._CannotServe, match=reason):
+            swap._check_parameters(experts)
+    assert set(asked) == {0}

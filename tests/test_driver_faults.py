@@ -207,3 +207,25 @@ class TestRunning:
         fault()
         for grad, want in zip(torch.autograd.grad(out, inputs), expected, strict=True):
             assert torch.equal(grad, want)
+
+    def test_scratch_memory_that_torch_does_not_have(self):
+        """On a GPU torch raises OutOfMemoryError here, on the CPU a RuntimeError of its own."""
+        code = """
+import re, resource
+import torch
+from fastmoe_rs import RoutingPlan, functional
+x, w1, w2 = (torch.randn(s).bfloat16() for s in ((2**18, 1), (1, 8192, 1), (1, 1, 4096)))
+weights, plan = torch.rand(2**18, 1), RoutingPlan.from_ids(torch.zeros(2**18, 1, dtype=torch.int64), 1)
+used = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), -1))
+try:
+    functional.moe_mlp(x, None, weights, w1, w2, plan=plan)
+except RuntimeError as error:
+    print(error)
+few = RoutingPlan.from_ids(torch.zeros(3, 1, dtype=torch.int64), 1)
+print(functional.moe_mlp(x[:3], None, weights[:3], w1, w2, plan=few).isfinite().all().item())
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        first, _, last = done.stdout.strip().partition("\n")
+        assert f"tried to allocate {2 * 2**18 * (4096 + 1)} bytes" in first, done.stderr
+        assert last == "True"

@@ -69,16 +69,22 @@ pub fn check_indices<const N: usize>(
     Ok(check(copies.each_ref().map(Vec::as_slice))?)
 }
 
-/// What the products of tensors like this one are computed in: float32 in full, or in tf32 where
-/// `torch.set_float32_matmul_precision` allows it.
+/// What the products of tensors like this one are computed in: float32 in full, or in tf32 where torch allows it.
 pub fn math(py: Python<'_>, tensor: &Tensor) -> Result<Math> {
     let dtype = tensor.cuda_float()?;
-    let precision = |py: Python<'_>| -> PyResult<bool> {
-        let torch = py.import(intern!(py, "torch"))?;
-        let precision = torch.call_method0(intern!(py, "get_float32_matmul_precision"))?;
-        Ok(precision.extract::<String>()? != "highest")
-    };
-    Ok(Math { dtype, tf32: dtype == CudaType::F32 && precision(py)? })
+    Ok(Math { dtype, tf32: dtype == CudaType::F32 && allows_tf32(py)? })
+}
+
+fn allows_tf32(py: Python<'_>) -> PyResult<bool> {
+    let torch = py.import(intern!(py, "torch"))?;
+    match torch.call_method0(intern!(py, "get_float32_matmul_precision")) {
+        Ok(precision) => Ok(precision.extract::<String>()? != "highest"),
+        // torch refuses to say it in the old words once it was set in the new ones.
+        Err(_) => {
+            let matmul = py.import("torch.backends.cuda")?.getattr("matmul")?;
+            Ok(matmul.getattr("fp32_precision")?.extract::<String>()? == "tf32")
+        }
+    }
 }
 
 impl Tensor {
