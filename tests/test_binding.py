@@ -457,6 +457,7 @@ def test_no_tokens():
     assert all(grad.count_nonzero() == 0 for grad in grads.values())
 
 
+@pytest.mark.cpu_only(reason="takes minutes in an emulator")
 def test_the_gil_is_released_during_work():
     ticks, stop = [], threading.Event()
 
@@ -565,6 +566,7 @@ def test_forced_isa(isa):
     assert python(code, FASTMOE_CPU_ISA=isa) == isa
 
 
+@pytest.mark.cpu_only(reason="about the instruction set of the CPU")
 @pytest.mark.parametrize(
     "use",
     [

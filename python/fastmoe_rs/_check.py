@@ -7,7 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-DEVICES = ("cpu", "meta")
+DEVICES = ("cpu", "cuda", "meta")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -30,6 +30,11 @@ def dimensions(name: str, value: Tensor, rank: str) -> None:
     """A tensor on any device; `rank` spells its dimensions, as in "[T, H]"."""
     if not isinstance(value, Tensor):
         wanted(name, type(value).__name__, f"a torch tensor {rank}", TypeError)
+<<<<<<< HEAD
+=======
+    if value.device.type not in DEVICES:
+        wanted(name, f"a tensor on {value.device}", "one on a device with kernels: cpu or cuda")
+>>>>>>> device
     if value.ndim != rank.count(",") + 1:
         wanted(name, f"shape {tuple(value.shape)}", rank)
 
