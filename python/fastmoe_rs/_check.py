@@ -30,11 +30,6 @@ def dimensions(name: str, value: Tensor, rank: str) -> None:
     """A tensor on any device; `rank` spells its dimensions, as in "[T, H]"."""
     if not isinstance(value, Tensor):
         wanted(name, type(value).__name__, f"a torch tensor {rank}", TypeError)
-<<<<<<< HEAD
-=======
-    if value.device.type not in DEVICES:
-        wanted(name, f"a tensor on {value.device}", "one on a device with kernels: cpu or cuda")
->>>>>>> device
     if value.ndim != rank.count(",") + 1:
         wanted(name, f"shape {tuple(value.shape)}", rank)
 
@@ -48,7 +43,7 @@ def tensor(name: str, value: Tensor, rank: str) -> None:
     """A tensor on a device that has kernels."""
     dimensions(name, value, rank)
     if value.device.type not in DEVICES:
-        wanted(name, f"a tensor on {value.device}", "one on a device with kernels: cpu")
+        wanted(name, f"a tensor on {value.device}", "one on a device with kernels: cpu or cuda")
     if value.layout != torch.strided:
         wanted(name, f"layout {value.layout}", "a strided tensor", TypeError)
 

@@ -76,11 +76,8 @@ __all__ = [
     "empty_cache",
     "grouped_mm",
     "grouped_mm_grad_weight",
-<<<<<<< HEAD
     "images",
-=======
     "load_cuda",
->>>>>>> device
     "memory_stats",
     "mlp_backward",
     "mlp_forward",
@@ -263,7 +260,6 @@ def memory_stats() -> _MemoryStats:
 def cpu_info() -> _CpuInfo:
     """Architecture, features, the instruction set in use and those that may be forced, kernels."""
 
-<<<<<<< HEAD
 def images(capability: tuple[int, int] | None = None) -> list[_Image]:
     """The compiled CUDA kernels of this build by family, or those that a device of a compute capability runs.
 
@@ -296,7 +292,6 @@ def mlp_launches(
     Forward and, for `train`, backward. Each launch has its kernel, the blocks of its grid, and all the memory
     that it is given: name, bytes, use.
     """
-=======
+
 def load_cuda(device: int) -> None:
     """Load the kernels for a CUDA device, as the first call on it does; RuntimeError says why it cannot."""
->>>>>>> device

@@ -1,12 +1,8 @@
 //! A device with its kernels loaded, and launches into a stream of it.
 
-use crate::Result;
 use crate::driver::{Access, Device, Driver, Kernel, Region, Stream};
 use crate::libcuda::Libcuda;
-<<<<<<< HEAD
-=======
-use crate::{Error, Result, emulator};
->>>>>>> device
+use crate::{Result, emulator};
 use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
 
@@ -62,38 +58,11 @@ impl Gpu {
         gpus.push(Box::leak(Box::new(gpu)));
         Ok(gpus[gpus.len() - 1])
     }
-<<<<<<< HEAD
-
-    /// Loads the kernels of a device.
-    pub fn load(driver: &'static dyn Driver, index: i32) -> Result<Self> {
-        Ok(Self { driver, index, device: driver.device(index)?, kernels: driver.load(index)? })
-    }
 
     /// A device whose driver makes up its kernels.
     pub(crate) fn without_kernels(driver: &'static dyn Driver, device: Device) -> Self {
         Self { driver, index: 0, device, kernels: HashMap::new() }
     }
-}
-
-/// Whether `FASTMOE_CHECK=1` asks for inputs to be checked on the device, at the price of waiting for it.
-pub fn checks() -> bool {
-    static CHECKS: LazyLock<bool> =
-        LazyLock::new(|| std::env::var("FASTMOE_CHECK").is_ok_and(|set| set == "1"));
-    *CHECKS
-}
-
-/// The device that the emulator stands for, where `FASTMOE_BACKEND=emulator` sends CPU tensors to it.
-pub fn emulated() -> Result<Option<&'static Gpu>> {
-    static EMULATED: LazyLock<Result<Option<Gpu>>> = LazyLock::new(|| {
-        if std::env::var("FASTMOE_BACKEND").is_ok_and(|backend| backend == "emulator") {
-            Gpu::load(crate::emulator::driver()?, 0).map(Some)
-        } else {
-            Ok(None)
-        }
-    });
-    EMULATED.as_ref().map(Option::as_ref).map_err(Clone::clone)
-=======
->>>>>>> device
 }
 
 /// Memory of a tensor on the device, or null.

@@ -21,12 +21,8 @@ mod rows;
 
 pub use dtype::DType;
 pub use error::{Error, Result};
-<<<<<<< HEAD
 pub use fastmoe_kernels::{Image, images, images_of};
-pub use gpu::{Buffer, Gpu, Queue, checks, driver, emulated, scratch_size};
-=======
 pub use gpu::{Buffer, Gpu, Queue, checks, driver, emulating, scratch_size};
->>>>>>> device
 pub use mlp::{Mlp, MlpGrads};
 pub use plan::Plan;
 pub use products::{Factor, GradWeight, Math, Product, Sizes};
