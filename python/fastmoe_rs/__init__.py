@@ -16,7 +16,18 @@ from typing import TYPE_CHECKING, Any
 from ._native import __version__, empty_cache, memory_stats
 
 if TYPE_CHECKING:
-    from . import checkpoints, functional, losses, nn, reference, routing, sinks, telemetry
+    from . import (
+        checkpoints,
+        distillation,
+        functional,
+        losses,
+        nn,
+        reference,
+        routing,
+        sinks,
+        telemetry,
+        upcycling,
+    )
     from .drift import freeze_routers, routing_drift
     from .integrations import accelerate
     from .plan import RoutingPlan
@@ -29,6 +40,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "checkpoints",
+    "distillation",
     "empty_cache",
     "freeze_routers",
     "functional",
@@ -44,6 +56,7 @@ __all__ = [
     "save_routing",
     "sinks",
     "telemetry",
+    "upcycling",
     "watch",
 ]
 
@@ -52,6 +65,7 @@ _SOURCES = {
     "RoutingPlan": "plan",
     "accelerate": "integrations",
     "checkpoints": "checkpoints",
+    "distillation": "distillation",
     "freeze_routers": "drift",
     "functional": "functional",
     "load_routing": "replay",
@@ -65,6 +79,7 @@ _SOURCES = {
     "save_routing": "replay",
     "sinks": "sinks",
     "telemetry": "telemetry",
+    "upcycling": "upcycling",
     "watch": "telemetry",
 }
 

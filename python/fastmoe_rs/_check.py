@@ -7,7 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-DEVICES = ("cpu", "meta")
+DEVICES = ("cpu", "cuda", "meta")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -43,7 +43,7 @@ def tensor(name: str, value: Tensor, rank: str) -> None:
     """A tensor on a device that has kernels."""
     dimensions(name, value, rank)
     if value.device.type not in DEVICES:
-        wanted(name, f"a tensor on {value.device}", "one on a device with kernels: cpu")
+        wanted(name, f"a tensor on {value.device}", "one on a device with kernels: cpu or cuda")
     if value.layout != torch.strided:
         wanted(name, f"layout {value.layout}", "a strided tensor", TypeError)
 

@@ -14,6 +14,7 @@ from . import __version__
 from .demo import BadArgument, Config, DemoError
 
 FAILED, BAD_ARGUMENT, INTERRUPTED = 1, 2, 130
+MATHS = ("bf16", "f16", "tf32", "f32")
 DTYPES = ("float32", "bfloat16", "float16")
 OUT = Path("out/demo")
 SAVE_EVERY = 50
@@ -65,7 +66,19 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 def add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.description = "Check this installation; exit status 1 when something is broken."
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(command=doctor)
+    parser.add_argument(
+        "--explain",
+        nargs=5,
+        type=whole(1),
+        metavar=("T", "H", "I", "E", "K"),
+        help="instead, what the layer of these sizes does on a GPU that need not be there: tokens, hidden and"
+        " intermediate size, experts, experts per token",
+    )
+    parser.add_argument("--gpu", help="the GPU of --explain (default: %(default)s)", default="H200")
+    parser.add_argument(
+        "--dtype", help="what --explain multiplies (default: %(default)s)", choices=MATHS, default="bf16"
+    )
+    parser.set_defaults(command=doctor, parser=parser)
 
 
 def add_params(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +86,9 @@ def add_params(parser: argparse.ArgumentParser) -> None:
         "Parameters, memory, FLOPs and bytes per token of a model, beside an equally fast dense one."
     )
     parser.add_argument(
-        "model", help="a config.json of Hugging Face transformers, or the name of a known model"
+        "model",
+        nargs="?",
+        help="a config.json of transformers, or the name of a known model; without it, a list of those",
     )
     parser.add_argument("--context", help="tokens of context (default: 0)", default=0, type=whole(0))
     parser.add_argument("--tokens", help="tokens decoded a step (default: 1)", default=1, type=whole(1))
@@ -148,14 +163,35 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def doctor(options: argparse.Namespace) -> int:
+    if options.explain:
+        return explain(options)
     from .doctor import examine, show
 
     return show(examine(), as_json=options.json)
 
 
-def params(options: argparse.Namespace) -> int:
-    from .params import report
+def explain(options: argparse.Namespace) -> int:
+    from . import gpus
+    from .explain import Layer, report
 
+    tokens, hidden, intermediate, experts, top_k = options.explain
+    layer = Layer(tokens, hidden, intermediate, experts, top_k, math=options.dtype)
+    if layer.top_k > layer.experts:
+        options.parser.error(f"argument --explain: K {layer.top_k} is more than E {layer.experts}")
+    try:
+        gpu = gpus.find(options.gpu)
+    except KeyError as error:
+        options.parser.error(f"argument --gpu: {error.args[0]}")
+    print(report(layer, gpu, as_json=options.json))
+    return 0
+
+
+def params(options: argparse.Namespace) -> int:
+    from .params import overview, report
+
+    if options.model is None:
+        print(overview(as_json=options.json))
+        return 0
     try:
         text = report(options.model, context=options.context, tokens=options.tokens, as_json=options.json)
     except (KeyError, ValueError) as error:

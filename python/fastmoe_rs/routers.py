@@ -123,6 +123,7 @@ class Router(nn.Module):
 
     def forward(self, x_TH: Tensor, ids_TK: Tensor | None = None, **inputs: Any) -> RouterOutput:
         """Route x [T, H]; with `ids_TK`, weigh these experts instead of choosing. `inputs` go to `choose`."""
+        _check.like("x", x_TH, "the weight", self.weight, dtype=False)
         if self.jitter and self.training:
             x_TH = routing.input_jitter(x_TH, self.jitter, seed=self.seed)
         logits_TE = F.linear(x_TH, self.weight, self.bias)
