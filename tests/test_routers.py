@@ -276,6 +276,53 @@ def test_any_module_that_returns_a_routing():
     torch.testing.assert_close(watched.stats()["0"].load, stats.load)
 
 
+class Rounded(nn.Router):
+    """Whole tiles for every expert while it trains, the example of docs/routing.md."""
+
+    def choose(self, logits, x):
+        plain = super().choose(logits, x)
+        if not self.training:
+            return plain
+        rounded = routing.round_tokens(Routing(*plain[:3]), tile=4)
+        return plain._replace(ids=rounded.ids, weights=rounded.weights)
+
+    def rows(self, tokens):
+        return tokens * self.top_k + 4 * len(self.weight)
+
+
+def test_choice_of_a_subclass():
+    moe = nn.MoE(H, I, E, router=Rounded(H, E, 2, renormalize=True, dtype=torch.float64), dtype=torch.float64)
+    x = torch.randn(T, H, dtype=torch.float64)
+    y, stats = moe(x, return_stats=True)
+    plain = functional.route(x @ moe.router.weight.T, 2, renormalize=True)
+    ids, weights, _ = routing.round_tokens(plain, 4)
+    torch.testing.assert_close(y, by_dense_weights(moe, x, ids, weights))
+    assert (stats.routes % 4 == 0).all()
+    assert len(stats.plan.gather) == T * 2 + 4 * E
+    moe.eval()
+    torch.testing.assert_close(moe(x), by_dense_weights(moe, x, plain.ids, plain.weights))
+
+
+class ProductKeys(torch.nn.Linear):
+    """The two best of 9 experts by the sums of 3 row and 3 column logits."""
+
+    def forward(self, x):
+        rows, columns = super().forward(x).chunk(2, dim=1)
+        ids, weights, _ = routing.product_key_route(rows, columns, 2)
+        return Routing(ids, weights, (rows[:, :, None] + columns[:, None, :]).flatten(1).softmax(1))
+
+
+def test_product_keys_in_a_layer():
+    moe = nn.MoE(H, I, 9, router=ProductKeys(H, 6, bias=False, dtype=torch.float64), dtype=torch.float64)
+    x = torch.randn(T, H, dtype=torch.float64)
+    y, stats = moe(x, return_stats=True)
+    rows, columns = moe.router.weight[:3], moe.router.weight[3:]
+    keys = (rows[:, None] + columns[None]).flatten(0, 1)
+    ids, weights, scores = functional.route(x @ keys.T, 2, order="topk_score")
+    torch.testing.assert_close(y, moe.experts(x, ids, weights))
+    torch.testing.assert_close(stats.router.scores, scores)
+
+
 def test_load_ignores_ids_that_are_no_expert():
     ids = torch.tensor([[0, -1], [E, 1], [-5, 10**9], [0, 2]])
     router = nn.RouterOutput(ids, torch.ones(4, 2), torch.ones(4, E), torch.ones(4, E))

@@ -1,7 +1,8 @@
 """The router of `nn.MoE` as a module: a linear layer that gives logits, and a choice of experts by them.
 
 A router of your own for `nn.MoE` is any module that takes x [T, H], and ids [T, K] to be weighed instead of
-choosing when a recorded routing is replayed, and returns a `RouterOutput` or a `functional.Routing`.
+choosing when a recorded routing is replayed, and returns a `RouterOutput` or a `functional.Routing`. A method
+`rows(tokens)`, if it has one, tells how many rows the plan needs where ids have room for more.
 
 Legend: T tokens, H hidden size, E experts, K experts per token, S shared experts.
 """
