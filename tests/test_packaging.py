@@ -129,13 +129,32 @@ def test_every_kernel_is_there_for_every_target(unpacked):
     """The images in the wheel itself: each family of cuda/kernels, compiled for all that can run it."""
     if os.environ.get("FASTMOE_CUDA_ARCHS") != "all":
         pytest.skip("the wheel has all images where FASTMOE_CUDA_ARCHS=all built it, as .ci/run does")
-    code = "import json, fastmoe_rs._native as n; print(json.dumps([[i['family'], i['arch']] for i in n.images()]))"
+    code = """
+import json, fastmoe_rs._native
+print(json.dumps([(image["family"], image["arch"]) for image in fastmoe_rs._native.images()]))
+"""
     images = json.loads(run(sys.executable, code, PYTHONPATH=str(unpacked)))
     own = {"sm90": {"90a"}, "sm100": {"100f"}, "sm120": {"120f"}}
     portable = {"80", "90a", "100f", "120f", "ptx"}
     families = [path.stem for path in (ROOT / "cuda" / "kernels").glob("*.cu")]
     wanted = {(family, arch) for family in families for arch in own.get(family.partition("_")[0], portable)}
     assert {tuple(image) for image in images} == wanted
+
+
+def test_carries_no_emulator(unpacked, clean_python):
+    code = """
+import numpy as np, fastmoe_rs
+try:
+    fastmoe_rs.RoutingPlan.from_ids(np.array([[1, 0]]), 3)
+except RuntimeError as error:
+    print(error)
+"""
+    message = "FASTMOE_BACKEND=emulator: this build has no emulator; unset it to use the CPU backend"
+    assert run(clean_python, code, FASTMOE_BACKEND="emulator") == message
+    module = (unpacked / "fastmoe_rs" / "_native.abi3.so").read_bytes()
+    assert b"FASTMOE_BACKEND" in module
+    for name in (b"FASTMOE_EMULATOR", b"emulator_launch"):
+        assert name not in module
 
 
 class TestWithoutTorch:

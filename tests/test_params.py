@@ -105,7 +105,7 @@ def test_presets_have_the_published_sizes(name):
     published = entry["published"]
     counted = counting.count(entry["config"])
     assert counted.total / 1e9 == pytest.approx(float(published["total"][:-1]), rel=0.01)
-    if "active" not in published:
+    if "unconfirmed" in entry:
         assert "active" in entry["unconfirmed"]
         return
     unlooked = counted.lookup if published.get("active_without_lookup") else 0
@@ -154,10 +154,36 @@ def test_the_command(tmp_path, capsys):
     for words in (
         "routed experts, 2 of 8",
         "315.68",
-        "314B in all, unconfirmed active",
+        "314B in all (counted +0.5%), 86B active (counted -2.6%): model card of xai-org/grok-1",
+        "unconfirmed: active parameters",
         "dense, equally active",
     ):
         assert words in text
+
+
+def test_the_command_without_a_model_lists_the_presets(capsys):
+    assert cli.main(["params"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == list(params.presets())
+    for line, entry in zip(lines, params.presets().values(), strict=True):
+        assert entry["published"]["total"] in line
+        assert line.endswith(entry["published"]["source"])
+        assert ("unconfirmed" in line) == ("unconfirmed" in entry)
+    assert cli.main(["params", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert listed["Mixtral-8x7B-v0.1"]["total"] == 46_702_792_704
+    assert listed["Grok-1"]["unconfirmed"].startswith("active")
+
+
+WANTED = """Mixtral-8x7B-v0.1 Mixtral-8x22B-v0.1 DeepSeek-V2 DeepSeek-V3 Llama-4-Scout-17B-16E
+    Llama-4-Maverick-17B-128E Grok-1 Qwen3-30B-A3B OLMoE-1B-7B gpt-oss-120b Switch-Base-128"""
+
+
+def test_presets_are_complete_and_name_their_sources():
+    assert set(WANTED.split()) <= params.presets().keys()
+    for name, entry in params.presets().items():
+        assert entry["published"]["source"], name
+        assert ("active" in entry["published"]) or ("unconfirmed" in entry), name
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,9 @@ from transformers import (
     AutoModelForSeq2SeqLM,
 )
 
+from fastmoe_rs.integrations import adapters
+from fastmoe_rs.integrations.swap import is_dispatched
+
 AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModel)
 
 # Each family takes those of these sizes that its configuration has.
@@ -189,6 +192,11 @@ def build_experts(family, **overrides):
         c for n, c in vars(modeling(shrunk)).items() if n.endswith("Experts") and hasattr(c, "_apply_gate")
     )
     return randomise(experts(shrunk))
+
+
+def served(model):
+    """The modules whose forward fastmoe_rs computes, once the model is accelerated."""
+    return [m for m in model.modules() if is_dispatched(m) or adapters.is_adaptable(m)]
 
 
 def tokens(shape=(2, 9)):

@@ -77,6 +77,7 @@ __all__ = [
     "grouped_mm",
     "grouped_mm_grad_weight",
     "images",
+    "load_cuda",
     "memory_stats",
     "mlp_backward",
     "mlp_forward",
@@ -291,3 +292,6 @@ def mlp_launches(
     Forward and, for `train`, backward. Each launch has its kernel, the blocks of its grid, and all the memory
     that it is given: name, bytes, use.
     """
+
+def load_cuda(device: int) -> None:
+    """Load the kernels for a CUDA device, as the first call on it does; RuntimeError says why it cannot."""

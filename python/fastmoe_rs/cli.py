@@ -1,9 +1,10 @@
-"""The commands of `python -m fastmoe_rs`: demo, doctor and params."""
+"""The commands of `python -m fastmoe_rs`: demo, doctor, params and convert."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ MATHS = ("bf16", "f16", "tf32", "f32")
 DTYPES = ("float32", "bfloat16", "float16")
 OUT = Path("out/demo")
 SAVE_EVERY = 50
+# Those of `checkpoints`, which needs torch.
+LAYOUTS = ("per-expert", "mixtral", "fused", "transposed", "interleaved", "gpt-oss", "fastmoe_rs")
 DEFAULTS = Config()
 DEMO_MODULES = ("torch", "rich", "matplotlib", "safetensors")
 
@@ -32,10 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status: 0, 1 when it failed, 2 when an argument is bad."""
     parser = Parser(prog="fastmoe_rs", description="Fast Mixture-of-Experts layers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"fastmoe_rs {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="{demo,doctor,params}", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="{demo,doctor,params,convert}", required=True)
     add_demo(commands.add_parser("demo", help="train a small language model", allow_abbrev=False))
     add_doctor(commands.add_parser("doctor", help="check this installation", allow_abbrev=False))
     add_params(commands.add_parser("params", help="count a model's parameters", allow_abbrev=False))
+    add_convert(commands.add_parser("convert", help="change a checkpoint's layout", allow_abbrev=False))
     options = parser.parse_args(arguments)
     return options.command(options)
 
@@ -82,12 +86,37 @@ def add_params(parser: argparse.ArgumentParser) -> None:
         "Parameters, memory, FLOPs and bytes per token of a model, beside an equally fast dense one."
     )
     parser.add_argument(
-        "model", help="a config.json of Hugging Face transformers, or the name of a known model"
+        "model",
+        nargs="?",
+        help="a config.json of transformers, or the name of a known model; without it, a list of those",
     )
     parser.add_argument("--context", help="tokens of context (default: 0)", default=0, type=whole(0))
     parser.add_argument("--tokens", help="tokens decoded a step (default: 1)", default=1, type=whole(1))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(command=params, parser=parser)
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Write a safetensors checkpoint with another layout of its experts' weights."
+    parser.add_argument("source", help="a safetensors file, or a folder with one or with an index", type=Path)
+    parser.add_argument("target", help="a new file or folder", type=Path)
+    parser.add_argument("--to", help="the layout wanted", choices=LAYOUTS, required=True)
+    parser.add_argument(
+        "--from", help="the layout it has; found out if left out", choices=LAYOUTS, dest="from_"
+    )
+    parser.add_argument("--experts", help="experts a layer, if not those of config.json", type=whole(1))
+    parser.add_argument(
+        "--max-shard-size", help="of a file, as 500MB (default: 5GB)", default=5 * 10**9, type=size
+    )
+    parser.set_defaults(command=convert, parser=parser)
+
+
+def size(text: str) -> int:
+    """Bytes of a text such as 500MB."""
+    match = re.fullmatch(r"(\d+)(?:([KMGT])B)?", text, re.ASCII)
+    if not match or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"wanted a size such as 500MB or 5GB, got {text!r}")
+    return int(match[1]) * 1000 ** (" KMGT".index(match[2] or " "))
 
 
 def whole(minimum: int) -> Callable[[str], int]:
@@ -158,11 +187,43 @@ def explain(options: argparse.Namespace) -> int:
 
 
 def params(options: argparse.Namespace) -> int:
-    from .params import report
+    from .params import overview, report
 
+    if options.model is None:
+        print(overview(as_json=options.json))
+        return 0
     try:
         text = report(options.model, context=options.context, tokens=options.tokens, as_json=options.json)
     except (KeyError, ValueError) as error:
         options.parser.error(f"argument model: {error.args[0]}")
     print(text)
+    return 0
+
+
+def convert(options: argparse.Namespace) -> int:
+    missing = [name for name in ("torch", "safetensors") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"convert needs {', '.join(missing)}: pip install {' '.join(missing)}", file=sys.stderr)
+        return FAILED
+    from .checkpoints import convert_checkpoint
+
+    try:
+        report = convert_checkpoint(
+            options.source,
+            options.target,
+            options.to,
+            from_=options.from_,
+            experts=options.experts,
+            max_shard_size=options.max_shard_size,
+        )
+    except (OSError, ValueError) as error:
+        print(f"{options.parser.prog}: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"stopped; nothing was written to {options.target}", file=sys.stderr)
+        return INTERRUPTED
+    print(
+        f"{report.layers} layers of {report.experts} experts from {report.source!r} to {report.target!r}: "
+        f"{options.target}, {len(report.files)} file{'s' * (len(report.files) > 1)}"
+    )
     return 0

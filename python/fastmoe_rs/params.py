@@ -110,7 +110,40 @@ def report(model: str, *, context: int = 0, tokens: int = 1, as_json: bool = Fal
     published: dict[str, Any] = {key: entry[key] for key in ("published", "unconfirmed") if key in entry}
     if as_json:
         return json.dumps({"name": name, **numbers, **published}, indent=2)
-    return "\n".join([f"{name} ({counted.model_type})", *_table(numbers), *_published(published)])
+    lines = [f"{name} ({counted.model_type})", *_table(numbers)]
+    if published:
+        lines += ["", "published: " + _published(published["published"], numbers)]
+    if "unconfirmed" in published:
+        lines.append(f"unconfirmed: {entry['unconfirmed']}")
+    return "\n".join(lines)
+
+
+def overview(*, as_json: bool = False) -> str:
+    """The presets: what is counted, what is published and where.
+
+    Args:
+        as_json: one JSON object instead of a table.
+    """
+    found = {name: facts(count(entry["config"]), 0, 1) for name, entry in presets().items()}
+    if as_json:
+        shown = ("total", "active", "active_without_lookup")
+        return json.dumps(
+            {
+                name: {key: found[name][key] for key in shown}
+                | {key: entry[key] for key in ("published", "unconfirmed") if key in entry}
+                for name, entry in presets().items()
+            },
+            indent=2,
+        )
+    lines = [f"{'billions of parameters':<26}{'all':>9}{'active':>9}   published"]
+    for name, entry in presets().items():
+        numbers = found[name]
+        mark = "unconfirmed, " if "unconfirmed" in entry else ""
+        lines.append(
+            f"{name:<26}{numbers['total'] / GIGA:>9.2f}{numbers['active'] / GIGA:>9.2f}   "
+            f"{mark}{_published(entry['published'], numbers)}"
+        )
+    return "\n".join(lines)
 
 
 def _table(numbers: dict[str, Any]) -> list[str]:
@@ -158,12 +191,12 @@ def _row(label: str, *values: str) -> str:
     return f"{label:<50}" + "".join(f"{value:>22}" for value in values)
 
 
-def _published(entry: dict[str, Any]) -> list[str]:
-    if not entry:
-        return []
-    figures = entry["published"]
-    active = figures.get("active", "unconfirmed")
-    lines = ["", f"published: {figures['total']} in all, {active} active ({figures['source']})"]
-    if "unconfirmed" in entry:
-        lines.append(f"unconfirmed: {entry['unconfirmed']}")
-    return lines
+def _published(figures: dict[str, Any], numbers: dict[str, Any]) -> str:
+    """The figures of others, and by how much those of the configuration differ from them."""
+    active = "active_without_lookup" if figures.get("active_without_lookup") else "active"
+    said = []
+    for figure, number, what in (("total", "total", "in all"), ("active", active, "active")):
+        if figure in figures:
+            counted = numbers[number] / GIGA / float(figures[figure].removesuffix("B")) - 1
+            said.append(f"{figures[figure]} {what} (counted {counted:+.1%})")
+    return f"{', '.join(said)}: {figures['source']}"

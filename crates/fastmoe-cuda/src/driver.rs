@@ -95,9 +95,9 @@ pub trait Driver: Send + Sync {
     /// The address is a word of device memory that stays until then.
     unsafe fn set_word(&self, device: i32, stream: Stream, address: u64, value: i32) -> Result<()>;
 
-    /// A 32-bit word, once all that is in the stream has run.
+    /// Copies device memory to the host, once all that is in the stream has run.
     ///
     /// # Safety
-    /// The address is a word of device memory.
-    unsafe fn word(&self, device: i32, stream: Stream, address: u64) -> Result<i32>;
+    /// The address begins as many bytes of device memory as `into` has.
+    unsafe fn read(&self, device: i32, stream: Stream, address: u64, into: &mut [u8]) -> Result<()>;
 }

@@ -22,7 +22,7 @@ mod rows;
 pub use dtype::DType;
 pub use error::{Error, Result};
 pub use fastmoe_kernels::{Image, images, images_of};
-pub use gpu::{Buffer, Gpu, Queue, checks, driver, emulated, scratch_size};
+pub use gpu::{Buffer, Gpu, Queue, checks, driver, emulating, scratch_size};
 pub use mlp::{Mlp, MlpGrads};
 pub use plan::Plan;
 pub use products::{Factor, GradWeight, Math, Product, Sizes};

@@ -144,8 +144,8 @@ impl Driver for Recorder {
         Ok(())
     }
 
-    unsafe fn word(&self, _: i32, _: Stream, _: u64) -> Result<i32> {
-        Ok(0)
+    unsafe fn read(&self, _: i32, _: Stream, _: u64, _: &mut [u8]) -> Result<()> {
+        Ok(())
     }
 }
 

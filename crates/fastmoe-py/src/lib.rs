@@ -27,7 +27,7 @@ mod _native {
     #[pymodule_export]
     use super::grouped::{grouped_mm, grouped_mm_grad_weight};
     #[pymodule_export]
-    use super::info::cpu_info;
+    use super::info::{cpu_info, load_cuda};
     #[pymodule_export]
     use super::memory::{empty, empty_cache, memory_stats};
     #[pymodule_export]
