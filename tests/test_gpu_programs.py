@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -32,10 +34,17 @@ def test_tests_of_a_gpu_are_skipped_with_the_reason() -> None:
     assert " passed" not in done.stdout
 
 
-def test_benchmark_of_a_gpu_records_and_reports(tmp_path: Path) -> None:
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The program bench/gpu/run.py as a module."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    monkeypatch.syspath_prepend(ROOT / "bench/gpu")
+    return importlib.import_module("run")
+
+
+def test_benchmark_of_a_gpu_records_and_reports(bench: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
-    done = run("bench/gpu/run.py", "--device", "cpu", "--quick", "--only", "train", "--out", path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert bench.main(["--device", "cpu", "--quick", "--only", "train", "--out", str(path)]) == 0
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     assert [entry["kind"] for entry in entries] == ["machine", "ceilings", "routing", *["cell"] * 3]
     for cell in entries[3:]:
@@ -53,31 +62,31 @@ def test_benchmark_of_a_gpu_records_and_reports(tmp_path: Path) -> None:
     assert "| torch_grouped |" in page
 
 
-def test_benchmark_of_a_gpu_stops_in_time(tmp_path: Path) -> None:
+def test_benchmark_of_a_gpu_stops_in_time(bench: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
-    done = run("bench/gpu/run.py", "--device", "cpu", "--quick", "--budget-seconds", 0, "--out", path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert bench.main(["--device", "cpu", "--quick", "--budget-seconds", "0", "--out", str(path)]) == 0
     left = [entry for entry in map(json.loads, path.read_text().splitlines()) if entry["kind"] == "left out"]
     assert len(left) == 6
     assert "the time was used up" in path.with_suffix(".md").read_text()
 
 
-def test_wrong_answers_end_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
-    for folder in ("bench", "bench/gpu"):
-        monkeypatch.syspath_prepend(ROOT / folder)
-    import measure
-    import problems
+def test_wrong_answers_end_the_benchmark(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import peers
 
-    problem = problems.Problems("cpu").of(problems.cells(quick=True)[0])
-    out = measure.Runner(measure.PATHS[0], problem).answer()["out"]
-    assert measure.check_ours(problem, out) < measure.BOUND
-    with pytest.raises(ArithmeticError, match="fastmoe_rs is wrong on tiny T32 forward"):
-        measure.check_ours(problem, out * 1.1)
+    right = peers.moe_mlp
+    monkeypatch.setattr(peers, "moe_mlp", lambda *args, **options: right(*args, **options) * 1.1)
+    path = tmp_path / "record.jsonl"
+    assert bench.main(["--device", "cpu", "--quick", "--out", str(path)]) == 1
+    assert "fastmoe_rs is wrong on tiny T32 forward" in capsys.readouterr().err
+    assert json.loads(path.read_text().splitlines()[-1])["kind"] == "wrong"
 
 
 @no_gpu
-def test_benchmark_of_a_gpu_says_that_there_is_none() -> None:
-    done = run("bench/gpu/run.py")
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
+def test_benchmark_of_a_gpu_says_that_there_is_none(
+    bench: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main([]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
     assert "no CUDA device" in line

@@ -45,11 +45,11 @@ class Record:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file = path.open("w")
+        path.write_text("")
 
     def add(self, entry: dict) -> None:
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
 
 
 def machine_of(device: str) -> dict:
