@@ -1,5 +1,7 @@
 """Tests on a GPU: `pytest tests/gpu`, or with `--device cpu --quick` a check of the tests themselves."""
 
+import os
+
 import pytest
 import torch
 
@@ -33,6 +35,10 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: has a meaning on CUDA devices only")
+    # Machines with a GPU bring a torch of their own, with warnings that say nothing about this library.
+    config.addinivalue_line("filterwarnings", "default")
+    if config.option.device == "cuda":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # the reference in float64 has large products
 
 
 @pytest.fixture
@@ -48,5 +54,6 @@ def quick(request):
 @pytest.fixture(autouse=True)
 def _poisoned_memory(device):
     """Fills what the allocator will hand out next with NaN: an output that is not written shows."""
-    blocks = [torch.full((1 << power,), float("nan"), device=device) for power in range(6, 22)]
+    largest = 26 if device == "cuda" else 18
+    blocks = [torch.full((1 << power,), float("nan"), device=device) for power in range(6, largest)]
     del blocks

@@ -13,7 +13,7 @@ HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32)
 # Tokens, hidden, intermediate, experts, top_k: one row, tails in every direction, aligned or not, many tiles.
 SMALL = [(13, 24, 20, 5, 2), (1, 64, 32, 4, 1), (33, 40, 33, 9, 3), (70, 128, 64, 4, 2)]
-LARGE = [(1, 2048, 768, 128, 8), (257, 1024, 520, 16, 4), (4096, 512, 384, 8, 2), (1025, 2880, 1440, 32, 4)]
+LARGE = [(1, 2048, 768, 128, 8), (257, 1024, 520, 16, 4), (4096, 512, 384, 8, 2), (1025, 1440, 720, 16, 4)]
 
 
 def to(device, value):

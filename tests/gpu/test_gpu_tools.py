@@ -21,7 +21,7 @@ for dtype in (torch.bfloat16, torch.float32):
 """
 
 
-def run(*command, timeout=300, **environment):
+def run(*command, timeout=180, **environment):
     import os
 
     return subprocess.run(
