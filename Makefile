@@ -18,7 +18,7 @@ GPU_BUILD := $(TOOLCHAIN) $(KERNELS)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup develop demo test emulate emulate-bugs emulate-asan wheel kernels kernel-table toolchain pins bench lint clean
+.PHONY: help setup develop demo test test-emulated emulated emulate emulate-bugs emulate-asan wheel kernels kernel-table toolchain pins bench lint clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +34,24 @@ test: develop ## Run the Python and the Rust tests (ARGS goes to pytest)
 	$(BIN)/python -m pytest $(ARGS)
 	cargo test --workspace --quiet
 
+# A copy of the package whose native module sends CPU tensors to the emulator of a GPU; no wheel has such a module.
+EMULATED := $(abspath target/emulated)
+EMULATED_KERNELS := $(abspath target/emulator/plain/libkernels.so)
+
+EMULATED_TESTS := $(patsubst %,tests/test_%.py,bad_input binding compile cuda_tensors driver_faults functional nn plan \
+	replay route routing training_contexts transformers)
+
+test-emulated: develop emulated ## Run the Python tests with CPU tensors sent through the CUDA path (ARGS goes to pytest)
+	FASTMOE_BACKEND=emulator FASTMOE_EMULATOR=$(EMULATED_KERNELS) FASTMOE_CHECK=1 PYTHONPATH=$(EMULATED)/python \
+		$(BIN)/python -m pytest $(or $(ARGS),$(EMULATED_TESTS))
+
+emulated:
+	FASTMOE_SKIP_CUDA=1 cargo build --profile emulated --locked --package fastmoe-py --features emulator
+	$(MAKE) -C cuda/tests -j2 $(EMULATED_KERNELS)
+	rm -rf $(EMULATED)/python
+	cp -rs $(abspath python) $(EMULATED)/python
+	ln -sf $(EMULATED)/lib_native.so $(EMULATED)/python/fastmoe_rs/_native.abi3.so
+
 emulate: ## Run the CUDA kernels on the CPU, every access checked (RUNS=50: more schedules per test)
 	$(MAKE) -C cuda/tests -j2 run
 
@@ -46,7 +64,7 @@ emulate-asan: ## make emulate under AddressSanitizer and UndefinedBehaviorSaniti
 kernels: $(TOOLCHAIN) ## Compile the CUDA kernels for every architecture, a GPU is not needed
 	FASTMOE_CUDA_ARCHS=all cargo build --release --locked --package fastmoe-kernels
 
-kernel-table: kernels ## Write docs/kernels.md: registers, occupancy and main loops of the compiled kernels
+kernel-table: kernels develop ## Write docs/kernels.md: registers, occupancy and main loops of the compiled kernels
 	$(BIN)/python cuda/tools/kernel_table.py
 
 toolchain: $(CUDA)/.setup ## Install nvcc and a disassembler into .venv/cuda

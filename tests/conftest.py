@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import toolkit
+from moe_cases import EMULATED
 
 ALL_KERNELS = os.environ.get("FASTMOE_CUDA_ARCHS") == "all"
 
@@ -16,6 +17,14 @@ hypothesis.settings.load_profile("repeatable")
 
 # Waiting threads of many small tests would fight for the cores; tests of threads ask for more.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what `make test` or `make test-emulated` cannot run, for the reason that the test gives."""
+    elsewhere = "emulated_only" if not EMULATED else "cpu_only"
+    for item in items:
+        for mark in item.iter_markers(elsewhere):
+            item.add_marker(pytest.mark.skip(reason=f"{elsewhere}: {mark.kwargs['reason']}"))
 
 
 @pytest.fixture(autouse=True)

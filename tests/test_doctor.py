@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from fastmoe_rs import __version__, doctor, functional
+from fastmoe_rs import __version__, _native, doctor, functional
 from fastmoe_rs.cli import main
 
 NAMES = [
@@ -18,8 +19,10 @@ NAMES = [
     "cpu kernels",
     "threads",
     "dlpack table",
-    "cuda",
     "transformers",
+    "torch cuda",
+    "cuda driver",
+    "cuda kernels",
     "self-test float32",
     "self-test bfloat16",
 ]
@@ -120,3 +123,110 @@ def test_a_check_that_breaks_is_a_red_row(monkeypatch):
     assert found.status == "red"
     assert "no such thing" in found.value
     assert found.remedy
+
+
+H200 = {"name": "NVIDIA H200", "capability": (9, 0), "multiprocessors": 132, "shared_bytes": 227 << 10}
+
+
+class TestGpus:
+    """The rows of GPUs that this machine need not have."""
+
+    @pytest.fixture
+    def machine(self, monkeypatch):
+        """Puts devices, an error of the driver, or images into the native module's answers."""
+
+        def put(devices=(H200,), error=None, archs=("90a",), families=("sm80_up",)):
+            def cuda_info():
+                if error:
+                    raise RuntimeError(error)
+                return {"version": (13, 0), "devices": list(devices)}
+
+            def images(capability=None):
+                return [
+                    {"family": family, "arch": arch, "bytes": 1000, "kernels": [{"name": family}]}
+                    for arch in archs
+                    for family in families
+                ]
+
+            monkeypatch.setattr(_native, "cuda_info", cuda_info)
+            monkeypatch.setattr(_native, "images", images)
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+        return put
+
+    def test_a_gpu_has_a_row_with_image_and_kernels(self, machine):
+        machine()
+        found = row(doctor.examine(), "gpu 0")
+        assert found.status == "green"
+        for part in (
+            "NVIDIA H200, 9.0",
+            "image 90a",
+            "kernels of Ampere",
+            "none with the instructions of 9.0",
+        ):
+            assert part in found.value
+        assert found.value.endswith("tiles up to 128x256")
+        assert row(doctor.examine(), "cuda driver").value.endswith("CUDA 13.0, 1 devices")
+        assert row(doctor.examine(), "cuda kernels").value == "1 kernels for 90a, 0.0 MB"
+
+    def test_kernels_of_its_own(self, machine):
+        machine(families=("sm80_up", "sm90_up"))
+        assert "kernels of its own (sm90_up), tiles" in row(doctor.examine(), "gpu 0").value
+
+    def test_little_shared_memory_is_why_tiles_are_smaller(self, machine):
+        machine(
+            [{**H200, "name": "NVIDIA L40S", "capability": (8, 9), "shared_bytes": 99 << 10}], archs=("80",)
+        )
+        found = row(doctor.examine(), "gpu 0").value
+        assert "tiles up to 128x128 (not 128x256: a block has 99 KB of shared memory)" in found
+
+    def test_code_that_the_driver_compiles_is_yellow(self, machine):
+        machine([{**H200, "capability": (8, 7)}], archs=("ptx",))
+        found = row(doctor.examine(), "gpu 0")
+        assert found.status == "yellow"
+        assert "compiles it" in found.remedy
+
+    def test_a_gpu_that_is_too_old_is_yellow(self, machine):
+        machine([{**H200, "name": "Tesla T4", "capability": (7, 5)}])
+        found = row(doctor.examine(), "gpu 0")
+        assert found.status == "yellow"
+        assert "8.0 (Ampere)" in found.remedy
+
+    def test_a_gpu_without_any_image_is_red(self, machine):
+        machine(archs=())
+        rows = doctor.examine()
+        assert row(rows, "gpu 0").status == row(rows, "cuda kernels").status == "red"
+        assert "FASTMOE_CUDA_ARCHS=all" in row(rows, "gpu 0").remedy
+        assert "nvcc" in row(rows, "cuda kernels").remedy
+
+    def test_a_torch_that_does_not_see_the_gpu_is_yellow(self, machine):
+        machine()
+        found = row(doctor.examine(), "torch cuda")
+        assert found.status == "yellow"
+        assert "pytorch.org" in found.remedy
+
+    @pytest.mark.parametrize(
+        ("error", "value", "remedy"),
+        [
+            ("CUDA: the driver is too old: it supports CUDA 12.4", "supports CUDA 12.4", "580 or newer"),
+            ("CUDA: the driver has no cuInit; please update it", "has no cuInit", "please update it"),
+        ],
+    )
+    def test_a_driver_that_does_not_work_is_red(self, machine, error, value, remedy):
+        machine(error=error)
+        found = row(doctor.examine(), "cuda driver")
+        assert found.status == "red"
+        assert value in found.value
+        assert remedy in found.remedy
+        assert not any(row.name.startswith("gpu") for row in doctor.examine())
+
+    def test_no_driver_is_no_fault(self, machine):
+        machine(error="CUDA: no NVIDIA driver on this machine (libcuda.so.1); install one")
+        assert row(doctor.examine(), "cuda driver").status == "green"
+
+    def test_results_of_a_gpu_are_tested_on_it(self, machine, monkeypatch):
+        """With "meta" in the place of the GPU: no result is right there."""
+        machine()
+        monkeypatch.setattr(doctor, "usable_gpus", lambda: ["meta"])
+        found = row(doctor.examine(), "self-test bfloat16 on meta")
+        assert found.status == "red"

@@ -9,10 +9,12 @@ from fastmoe_rs import RoutingPlan, functional, reference
 from moe_cases import (
     ACTIVATIONS,
     DTYPES,
+    WIDEST,
     assert_matches_reference,
     assert_near,
     differentiable,
     mlp_case,
+    needs_float64,
 )
 
 
@@ -95,6 +97,7 @@ def test_mlp_takes_any_dtype_of_ids_and_weights(weights_dtype, ids_dtype):
     assert_near(out, expected)
 
 
+@needs_float64
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_mlp_gradcheck(activation, transposed):
@@ -173,7 +176,7 @@ def test_non_contiguous_inputs():
     out = functional.moe_mlp(*views, **options)
     assert torch.equal(out, expected)
     inputs = (x, weights, w1, w2)
-    direction = torch.randn(24, 13, dtype=torch.float64).T
+    direction = torch.randn(24, 13, dtype=WIDEST).T
     grads = torch.autograd.grad(out, inputs, direction)
     wanted = torch.autograd.grad(expected, inputs, direction.contiguous())
     for grad, want in zip(grads, wanted, strict=True):
@@ -211,7 +214,7 @@ def test_number_of_threads_does_not_change_the_bits(dtype, set_threads):
     hidden=st.integers(1, 70),
     intermediate=st.integers(1, 40),
     experts=st.integers(2, 9),
-    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from(DTYPES[:-1]),
     activation=st.sampled_from(ACTIVATIONS),
     transposed=st.booleans(),
     data=st.data(),
@@ -257,6 +260,7 @@ def test_grouped_mm(counts, transposed, bias, dtype):
     )
 
 
+@needs_float64
 @pytest.mark.parametrize("transposed", [False, True])
 def test_grouped_mm_gradcheck(transposed):
     x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
@@ -299,6 +303,7 @@ def test_permute_and_unpermute(options, dtype):
     assert_matches_reference(functional.unpermute, reference.unpermute, (y, plan, weights), {})
 
 
+@needs_float64
 @pytest.mark.parametrize("options", PLANS.values(), ids=PLANS)
 def test_permute_and_unpermute_gradcheck(options):
     plan = RoutingPlan.from_ids(torch.randint(0, 3, (4, 2)), 3, **options)
@@ -313,7 +318,7 @@ def test_permute_and_unpermute_gradcheck(options):
 
 def test_unpermute_of_permute_counts_the_kept_routes():
     plan = RoutingPlan.from_ids(torch.randint(0, 4, (9, 3)), 4, capacity=3)
-    x = torch.randn(9, 5, dtype=torch.float64)
+    x = torch.randn(9, 5, dtype=WIDEST)
     kept = (plan.inverse >= 0).sum(1, keepdim=True)
     torch.testing.assert_close(functional.unpermute(functional.permute(x, plan), plan), x * kept)
 
@@ -324,7 +329,7 @@ def test_second_derivative_names_what_cannot():
     with pytest.raises(RuntimeError, match=r"moe_mlp cannot be differentiated again"):
         grad.sum().backward()
     plan = RoutingPlan.from_ids(ids, 5)
-    y = torch.randn(26, 4, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(26, 4, dtype=WIDEST, requires_grad=True)
     (grad,) = torch.autograd.grad(functional.unpermute(y, plan, weights).sum(), y, create_graph=True)
     with pytest.raises(RuntimeError, match=r"unpermute cannot be differentiated again"):
         grad.sum().backward()

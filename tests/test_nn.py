@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from fastmoe_rs import RoutingPlan, functional, losses, nn, record_routing, reference, replay_routing
+from moe_cases import WIDEST
 
 
 def small_moe(**options):
@@ -35,11 +36,11 @@ def test_takes_any_leading_dimensions(shape):
     ],
 )
 def test_is_route_then_mlp_then_shared(options):
-    moe = small_moe(dtype=torch.float64, **options)
+    moe = small_moe(dtype=WIDEST, **options)
     with torch.no_grad():
         for tensor in (*moe.parameters(), *moe.buffers()):
             tensor.normal_(std=0.3)
-    x = torch.randn(9, 16, dtype=torch.float64)
+    x = torch.randn(9, 16, dtype=WIDEST)
     router = {name: options[name] for name in ("score", "order", "renormalize", "scale") if name in options}
     bias = moe.router.selection_bias
     ids, weights, _ = reference.route(F.linear(x, moe.router.weight), 2, **router, bias=bias)

@@ -112,6 +112,22 @@ def test_links_only_to_the_c_library(unpacked):
     assert [name for name in needed if not basic.fullmatch(name)] == []
 
 
+def test_carries_no_emulator(unpacked, clean_python):
+    code = """
+import numpy as np, fastmoe_rs
+try:
+    fastmoe_rs.RoutingPlan.from_ids(np.array([[1, 0]]), 3)
+except RuntimeError as error:
+    print(error)
+"""
+    message = "FASTMOE_BACKEND=emulator: this build has no emulator; unset it to use the CPU backend"
+    assert run(clean_python, code, FASTMOE_BACKEND="emulator") == message
+    module = (unpacked / "fastmoe_rs" / "_native.abi3.so").read_bytes()
+    assert b"FASTMOE_BACKEND" in module
+    for name in (b"FASTMOE_EMULATOR", b"emulator_launch"):
+        assert name not in module
+
+
 class TestWithoutTorch:
     def test_import(self, clean_python):
         code = "import sys, fastmoe_rs, fastmoe_rs._native as n; print(n.__version__, 'torch' in sys.modules)"

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmoe_rs import functional, reference
-from moe_cases import DTYPES, assert_near
+from moe_cases import DTYPES, WIDEST, assert_near, needs_float64
 
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 CHOICES = [(score, order) for score in SCORES for order in ("score_topk", "topk_score")]
@@ -75,7 +75,7 @@ def test_groups_leave_only_the_best():
 
 
 def test_sqrt_softplus_of_extreme_logits_is_finite_and_so_is_its_gradient():
-    for dtype in (torch.float32, torch.float64):
+    for dtype in {torch.float32, WIDEST}:
         logits = torch.tensor([[-1e30, -800.0, -110.0, -50.0, 0.0, 50.0, 1e30]], dtype=dtype)
         for module in (functional, reference):
             leaf = logits.clone().requires_grad_()
@@ -132,6 +132,7 @@ def test_infinite_logits_are_ordinary_keys(score, order):
     torch.testing.assert_close(weights, reference.route(logits[1:], 2, score=score, order=order).weights)
 
 
+@needs_float64
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize(("score", "order"), CHOICES)
 def test_gradients(score, order, renormalize):
@@ -146,6 +147,7 @@ def test_gradients(score, order, renormalize):
     assert torch.autograd.gradgradcheck(weights_and_scores, logits)
 
 
+@needs_float64
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize(("score", "order"), CHOICES)
 def test_gradients_with_softcap_groups_and_expert_scale(score, order, renormalize):
@@ -181,6 +183,7 @@ def test_bias_chooses_but_has_no_gradient():
     assert logits.grad is not None
 
 
+@needs_float64
 @pytest.mark.parametrize(("score", "order"), CHOICES)
 def test_route_weights_of_the_picked_experts_are_the_weights(score, order):
     logits = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)

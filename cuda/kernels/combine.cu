@@ -12,7 +12,7 @@ template <class T> struct CombineParams {
   Global<const int> inverse;      // [T, K] sorted row, -1 where dropped: adds nothing
   Global<const float> weights;    // [T, K]; null: ones
   Global<T> out;                  // [T, H]
-  int tokens, top_k, columns;     // T, K, H
+  int tokens, top_k, rows, columns;  // T, K, N, H
 };
 
 template <int N, class T> PTX_D void combine_part(const CombineParams<T>& p, int64_t token, int part) {
@@ -21,7 +21,7 @@ template <int N, class T> PTX_D void combine_part(const CombineParams<T>& p, int
   for (int first = 0; first < p.top_k; first += 32) {
     const int count = p.top_k - first < 32 ? p.top_k - first : 32;
     const int64_t slot = token * p.top_k + first + lane();
-    const int row = lane() < count ? load_readonly(p.inverse + slot) : -1;
+    const int row = lane() < count ? below(p.rows, load_readonly(p.inverse + slot)) : -1;
     const float weight = lane() < count && p.weights ? load_readonly(p.weights + slot) : 1.0f;
     add_rows(total, p.y, p.columns, column, row, weight, BUG(combine_last_slot) ? count & ~1 : count);
   }

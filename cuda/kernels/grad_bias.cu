@@ -4,6 +4,7 @@
 // N sorted rows, C columns, S splits. Each split of an expert's rows is summed in order, then the splits are: the
 // launching side picks S from N / E, and S = 1 needs neither `partial` nor grad_bias_sum.
 #include "tile/rows.cuh"
+#include "tile/walk.cuh"
 
 namespace moe {
 
@@ -14,13 +15,13 @@ template <class T> struct GradBiasParams {
   Global<const int> offsets;   // [E + 1]
   Global<float> partial;       // [S, E, C]; null where S is 1
   Global<T> out;               // [E, C], zeros for an expert without rows
-  int experts, columns, splits;  // E, C, S
+  int experts, sorted, sources, columns, splits;  // E, N, rows of `rows`, C, S
 };
 
 template <int N, class T> PTX_D void grad_bias_part(const GradBiasParams<T>& p, int64_t item, int part) {
   const int expert = static_cast<int>(item / p.splits), split = static_cast<int>(item % p.splits);
-  const int begin = load_readonly(p.offsets + expert);
-  const int64_t rows = load_readonly(p.offsets + expert + 1) - begin;
+  const int begin = tile::row_offset(p.offsets, expert, p.sorted);
+  const int64_t rows = tile::row_offset(p.offsets, expert + 1, p.sorted) - begin;
   const int first = begin + static_cast<int>(rows * split / p.splits);
   const int end = begin + static_cast<int>(rows * (split + 1) / p.splits) - (BUG(bias_last_row) && split + 1 == p.splits);
   const int column = (part * 32 + lane()) * N;
@@ -30,7 +31,7 @@ template <int N, class T> PTX_D void grad_bias_part(const GradBiasParams<T>& p, 
     int source = row + lane();
     float scale = 1.0f;
     if (lane() < count && p.scale) scale = load_readonly(p.scale + source);
-    if (p.gather) source = lane() < count ? load_readonly(p.gather + source) : -1;
+    if (p.gather) source = lane() < count ? below(p.sources, load_readonly(p.gather + source)) : -1;
     add_rows(total, p.rows, p.columns, column, source, scale, count);
   }
   if (column >= p.columns) return;

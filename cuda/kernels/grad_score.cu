@@ -13,7 +13,7 @@ template <class T> struct GradScoreParams {
   Global<const T> b2;            // [E, H]; may be null
   Global<const int> offsets;     // [E + 1]; needed with b2
   Global<float> grad_weights;    // [T, K]
-  int tokens, top_k, experts, columns, blocks;  // T, K, E, H, B
+  int tokens, top_k, rows, experts, columns, blocks;  // T, K, N, E, H, B
 };
 
 // The expert that owns a sorted row.
@@ -35,7 +35,7 @@ template <class T> PTX_D void grad_score_of_tiles(const GradScoreParams<T>& p) {
   const int64_t slots = static_cast<int64_t>(p.tokens) * p.top_k;
   const int64_t threads = static_cast<int64_t>(block_count()) * block_threads();
   for (int64_t slot = static_cast<int64_t>(block_id()) * block_threads() + thread_id(); slot < slots; slot += threads) {
-    const int64_t row = load_readonly(p.inverse + slot);
+    const int64_t row = below(p.rows, load_readonly(p.inverse + slot));
     float sum = 0.0f;
     for (int i = 0; row >= 0 && i < p.blocks; i++) sum = add_rn(sum, load_readonly(p.partial + (row * p.blocks + i)));
     store(p.grad_weights + slot, sum);
@@ -44,7 +44,7 @@ template <class T> PTX_D void grad_score_of_tiles(const GradScoreParams<T>& p) {
 
 // With a bias: a warp for each (t, k). A lane adds its tiles, then the products of its columns; then the lanes.
 template <int N, class T> PTX_D void grad_score_slot(const GradScoreParams<T>& p, int64_t slot) {
-  const int row = load_readonly(p.inverse + slot);
+  const int row = below(p.rows, load_readonly(p.inverse + slot));
   float sum = 0.0f;
   if (row >= 0) {
     for (int i = lane(); i < p.blocks; i += 32)

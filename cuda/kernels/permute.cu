@@ -10,13 +10,13 @@ template <class T> struct PermuteParams {
   Global<const T> x;         // [T, H]
   Global<const int> gather;  // [N] token of each sorted row, -1: zeros
   Global<T> out;             // [N, H]
-  int rows, columns;         // N, H
+  int tokens, rows, columns;  // T, N, H
 };
 
 template <int N, class T> PTX_D void permute_part(const PermuteParams<T>& p, int64_t row, int part) {
   const int column = (part * 32 + lane()) * N;
   if (column >= p.columns) return;
-  const int64_t token = load_readonly(p.gather + row);
+  const int64_t token = below(p.tokens, load_readonly(p.gather + row));
   const Global<T> out = p.out + (row * p.columns + column);
   const Global<const T> x = p.x + (token * p.columns + column);
   const auto cells = token < 0 && !BUG(permute_unused) ? Cells<T, N>{} : Cells<T, N>::load(x);
@@ -47,7 +47,7 @@ template <class T> struct UnpermuteGradParams {
 
 // One (t, k) by one warp. The inner product adds the columns of a lane in order, then the lanes.
 template <int N, class T> PTX_D void unpermute_grad_slot(const UnpermuteGradParams<T>& p, int64_t slot) {
-  const int64_t row = load_readonly(p.inverse + slot);
+  const int64_t row = below(p.rows, load_readonly(p.inverse + slot));
   const float weight = p.weights ? load_readonly(p.weights + slot) : 1.0f;
   const Global<const T> grad = p.grad_out + slot / p.top_k * p.columns;
   float sum = 0.0f;
@@ -98,7 +98,7 @@ PTX_D void sort_weights(const SortWeightsParams& p) {
   const int64_t first = static_cast<int64_t>(block_id()) * block_threads() + thread_id();
   const int64_t threads = static_cast<int64_t>(block_count()) * block_threads();
   for (int64_t slot = first; slot < p.slots; slot += threads)
-    if (const int row = load_readonly(p.inverse + slot); row >= 0) store(p.sorted + row, load_readonly(p.weights + slot));
+    if (const int row = below(p.rows, load_readonly(p.inverse + slot)); row >= 0) store(p.sorted + row, load_readonly(p.weights + slot));
   for (int64_t row = first; row < p.rows; row += threads)
     if (load_readonly(p.gather + row) < 0) store(p.sorted + row, 0.0f);
 }

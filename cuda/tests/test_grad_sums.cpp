@@ -25,7 +25,7 @@ template <class T> void check_grad_bias(const std::string& type, bool gathered) 
   const auto out = output<T>("out", plan.E * C);
   const int splits = any_of({1, 1, 2, 5});
   const auto partial = scratch<float>("partial", splits == 1 ? 0 : static_cast<int64_t>(splits) * plan.E * C, NAN);
-  GradBiasParams<T> p{rows, nullptr, nullptr, offsets, nullptr, out, plan.E, C, splits};
+  GradBiasParams<T> p{rows, nullptr, nullptr, offsets, nullptr, out, plan.E, plan.N, static_cast<int>(sources), C, splits};
   if (gathered) p.gather = gather, p.scale = scale;
   if (splits > 1) p.partial = partial;
   launch(("grad_bias_" + type).c_str(), uniform(1, 5), p);
@@ -66,7 +66,7 @@ template <class T> void check_grad_score(const std::string& type) {
   const auto grad_out = input<T>("grad_out", plan.T * H, [](int64_t) { return normal(); });
   const auto b2 = input<T>("b2", plan.E * H, [](int64_t) { return normal(); });
   const auto grad_weights = output<float>("grad_weights", plan.T * plan.K);
-  GradScoreParams<T> p{partial, inverse, nullptr, nullptr, nullptr, grad_weights, plan.T, plan.K, plan.E, H, B};
+  GradScoreParams<T> p{partial, inverse, nullptr, nullptr, nullptr, grad_weights, plan.T, plan.K, plan.N, plan.E, H, B};
   if (biased) p.grad_out = grad_out, p.b2 = b2, p.offsets = offsets;
   launch(("grad_score_" + type).c_str(), uniform(1, 4), p);
   const auto sum = [&](int64_t slot, bool absolute) {

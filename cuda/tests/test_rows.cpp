@@ -30,7 +30,7 @@ template <class T> void check_combine(const char* kernel) {
   const auto inverse = plan.input_of("inverse", plan.inverse);
   const auto weights = plan.input_of("weights", plan.weights);
   const auto out = output<T>("out", static_cast<int64_t>(plan.T) * H);
-  launch(kernel, uniform(1, 4), CombineParams<T>{y, inverse, weighted ? Global<const float>(weights) : nullptr, out, plan.T, plan.K, H});
+  launch(kernel, uniform(1, 4), CombineParams<T>{y, inverse, weighted ? Global<const float>(weights) : nullptr, out, plan.T, plan.K, plan.N, H});
   expect_equal(out, [&](int64_t i) {
     float total = 0;
     for (int k = 0; k < plan.K; k++) {
@@ -47,7 +47,7 @@ template <class T> void check_permute(const char* kernel) {
   const Rows<T> x("x", static_cast<int64_t>(plan.T) * H);
   const auto gather = plan.input_of("gather", plan.gather);
   const auto out = output<T>("out", static_cast<int64_t>(plan.N) * H);
-  launch(kernel, uniform(1, 4), PermuteParams<T>{x, gather, out, plan.N, H});
+  launch(kernel, uniform(1, 4), PermuteParams<T>{x, gather, out, plan.T, plan.N, H});
   expect_equal(out, [&](int64_t i) {
     const int64_t token = plan.gather[i / H];
     return token < 0 ? from_float<T>(0.0f) : x[token * H + i % H];

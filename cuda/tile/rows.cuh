@@ -12,6 +12,9 @@ PTX_D int lane() { return thread_id() % 32; }
 // Columns that a lane holds when it moves 16 bytes.
 template <class T> constexpr int WIDE = 16 / static_cast<int>(sizeof(T));
 
+// An index of a plan that may have been made by hand: -1, which stands for no row, where there is none of that number.
+PTX_D int below(int limit, int index) { return static_cast<unsigned>(index) < static_cast<unsigned>(limit) ? index : -1; }
+
 // Whether every row of `columns` elements starts at a multiple of 16 bytes.
 template <class T> PTX_D bool rows_are_wide(int columns, Global<const T> rows) {
   return columns % WIDE<T> == 0 && (!rows || rows.aligned(16));

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import sass
+from fastmoe_rs.gpus import find
 from images import Kernel
 
 REGISTERS = 65536  # of a multiprocessor, handed out to warps in units of 256
@@ -18,8 +19,9 @@ MACS = 16 * 8 * 16  # of a product of a warp; one of tf32 has half as many and t
 class Gpu:
     """A multiprocessor (CUDA C++ Programming Guide, "Compute Capabilities").
 
-    `macs` are 16-bit multiply-adds a cycle of mma.sync with sums in float32, of which tf32 has half as many.
-    `l2_bytes` are a cycle's share of the level-2 cache's bandwidth. None is what no source tells.
+    `shared_bytes` are those of all its blocks. `macs` are 16-bit multiply-adds a cycle of mma.sync with sums
+    in float32, of which tf32 has half as many. `l2_bytes` are a cycle's share of the level-2 cache's
+    bandwidth. None is what no source tells.
     """
 
     name: str
@@ -31,16 +33,20 @@ class Gpu:
     l2_bytes: float | None
 
 
+def _gpu(name: str, code: str, *limits: int, macs: float | None, l2_bytes: float | None = None) -> Gpu:
+    return Gpu(name, code, find(name).shared_bytes + RESERVED_SHARED_BYTES, *limits, macs, l2_bytes)
+
+
 GPUS = (
     # 312 TFLOP/s on 108 multiprocessors at 1.41 GHz, 5120 bytes a cycle from L2: NVIDIA A100 whitepaper.
-    Gpu("A100", "80", 164 * 1024, 2048, 32, macs=1024, l2_bytes=5120 / 108),
+    _gpu("A100", "80", 2048, 32, macs=1024, l2_bytes=5120 / 108),
     # 362 TFLOP/s on 142 multiprocessors at 2.52 GHz: NVIDIA L40S data sheet.
-    Gpu("L40S", "80", 100 * 1024, 1536, 24, macs=512, l2_bytes=None),
+    _gpu("L40S", "80", 1536, 24, macs=512),
     # mma.sync reaches 62.9% of 2048 a cycle: arXiv 2402.13499.
-    Gpu("H100", "90a", 228 * 1024, 2048, 32, macs=0.629 * 2048, l2_bytes=None),
-    Gpu("B200", "100f", 228 * 1024, 2048, 32, macs=None, l2_bytes=None),
+    _gpu("H100", "90a", 2048, 32, macs=0.629 * 2048),
+    _gpu("B200", "100f", 2048, 32, macs=None),
     # 209.5 TFLOP/s on 170 multiprocessors at 2.41 GHz: NVIDIA RTX Blackwell whitepaper.
-    Gpu("RTX 5090", "120f", 100 * 1024, 1536, 24, macs=256, l2_bytes=None),
+    _gpu("RTX 5090", "120f", 1536, 24, macs=256),
 )
 
 

@@ -16,7 +16,18 @@ from typing import TYPE_CHECKING, Any
 from ._native import __version__, empty_cache, memory_stats
 
 if TYPE_CHECKING:
-    from . import distillation, functional, losses, nn, reference, routing, sinks, telemetry, upcycling
+    from . import (
+        checkpoints,
+        distillation,
+        functional,
+        losses,
+        nn,
+        reference,
+        routing,
+        sinks,
+        telemetry,
+        upcycling,
+    )
     from .drift import freeze_routers, routing_drift
     from .integrations import accelerate
     from .plan import RoutingPlan
@@ -28,6 +39,7 @@ __all__ = [
     "RoutingPlan",
     "__version__",
     "accelerate",
+    "checkpoints",
     "distillation",
     "empty_cache",
     "freeze_routers",
@@ -52,6 +64,7 @@ _SOURCES = {
     "ExpertCollapseWarning": "telemetry",
     "RoutingPlan": "plan",
     "accelerate": "integrations",
+    "checkpoints": "checkpoints",
     "distillation": "distillation",
     "freeze_routers": "drift",
     "functional": "functional",

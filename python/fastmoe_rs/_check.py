@@ -7,7 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-DEVICES = ("cpu", "meta")
+DEVICES = ("cpu", "cuda", "meta")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -26,22 +26,31 @@ def positive(**sizes: int) -> None:
             wanted(name, size, "at least 1")
 
 
-def tensor(name: str, value: Tensor, rank: str) -> None:
-    """A tensor on a device that has kernels; `rank` spells its dimensions, as in "[T, H]"."""
+def dimensions(name: str, value: Tensor, rank: str) -> None:
+    """A tensor on any device; `rank` spells its dimensions, as in "[T, H]"."""
     if not isinstance(value, Tensor):
         wanted(name, type(value).__name__, f"a torch tensor {rank}", TypeError)
-    if value.device.type not in DEVICES:
-        wanted(name, f"a tensor on {value.device}", "one on a device with kernels: cpu")
     if value.ndim != rank.count(",") + 1:
         wanted(name, f"shape {tuple(value.shape)}", rank)
+
+
+def floats(name: str, value: Tensor) -> None:
+    if value.dtype not in DTYPES:
+        wanted(name, f"dtype {value.dtype}", "float32, bfloat16, float16 or float64", TypeError)
+
+
+def tensor(name: str, value: Tensor, rank: str) -> None:
+    """A tensor on a device that has kernels."""
+    dimensions(name, value, rank)
+    if value.device.type not in DEVICES:
+        wanted(name, f"a tensor on {value.device}", "one on a device with kernels: cpu or cuda")
     if value.layout != torch.strided:
         wanted(name, f"layout {value.layout}", "a strided tensor", TypeError)
 
 
 def floating(name: str, value: Tensor, rank: str) -> None:
     tensor(name, value, rank)
-    if value.dtype not in DTYPES:
-        wanted(name, f"dtype {value.dtype}", "float32, bfloat16, float16 or float64", TypeError)
+    floats(name, value)
 
 
 def shape(name: str, value: Tensor, rank: str, sizes: tuple[int, ...]) -> None:

@@ -35,6 +35,33 @@ class _CpuInfo(TypedDict):
     kernels: dict[str, str]
     threads_pool: Literal["openmp", "rayon"]
 
+class _Kernel(TypedDict):
+    name: str
+    threads: int
+    shared_bytes: int
+    registers: int
+
+class _Image(TypedDict):
+    family: str
+    arch: str
+    bytes: int
+    kernels: list[_Kernel]
+
+class _Device(TypedDict):
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_bytes: int
+
+class _CudaInfo(TypedDict):
+    version: tuple[int, int]
+    devices: list[_Device]
+
+class _Launch(TypedDict):
+    kernel: str
+    blocks: int
+    memory: list[tuple[str, int, Literal["read", "write", "read_write"]]]
+
 class _MemoryStats(TypedDict):
     cached_bytes: int
     used_bytes: int
@@ -44,13 +71,17 @@ class _MemoryStats(TypedDict):
 __all__ = [
     "__version__",
     "cpu_info",
+    "cuda_info",
     "empty",
     "empty_cache",
     "grouped_mm",
     "grouped_mm_grad_weight",
+    "images",
+    "load_cuda",
     "memory_stats",
     "mlp_backward",
     "mlp_forward",
+    "mlp_launches",
     "permute",
     "plan",
     "route",
@@ -228,3 +259,39 @@ def memory_stats() -> _MemoryStats:
 
 def cpu_info() -> _CpuInfo:
     """Architecture, features, the instruction set in use and those that may be forced, kernels."""
+
+def images(capability: tuple[int, int] | None = None) -> list[_Image]:
+    """The compiled CUDA kernels of this build by family, or those that a device of a compute capability runs.
+
+    `arch` is their target: "80", "90a", "100f", "120f" or "ptx"; `bytes` what they take in the module.
+    """
+
+def cuda_info() -> _CudaInfo:
+    """The CUDA version that the driver supports, and its devices; `shared_bytes` a block can have at most.
+
+    RuntimeError where there is no driver, or where it is too old for the images; the message has the remedy.
+    """
+
+def mlp_launches(
+    tokens: int,
+    hidden: int,
+    intermediate: int,
+    experts: int,
+    top_k: int,
+    *,
+    math: Literal["bf16", "f16", "f32", "tf32"],
+    gated: bool,
+    bias: bool,
+    train: bool,
+    capability: tuple[int, int],
+    multiprocessors: int,
+    shared_bytes: int,
+) -> list[_Launch]:
+    """What the expert MLP with its plan would launch on a GPU that need not be there.
+
+    Forward and, for `train`, backward. Each launch has its kernel, the blocks of its grid, and all the memory
+    that it is given: name, bytes, use.
+    """
+
+def load_cuda(device: int) -> None:
+    """Load the kernels for a CUDA device, as the first call on it does; RuntimeError says why it cannot."""

@@ -1,9 +1,10 @@
-"""The commands of `python -m fastmoe_rs`: demo, doctor and params."""
+"""The commands of `python -m fastmoe_rs`: demo, doctor, params and convert."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,9 +14,12 @@ from . import __version__
 from .demo import BadArgument, Config, DemoError
 
 FAILED, BAD_ARGUMENT, INTERRUPTED = 1, 2, 130
+MATHS = ("bf16", "f16", "tf32", "f32")
 DTYPES = ("float32", "bfloat16", "float16")
 OUT = Path("out/demo")
 SAVE_EVERY = 50
+# Those of `checkpoints`, which needs torch.
+LAYOUTS = ("per-expert", "mixtral", "fused", "transposed", "interleaved", "gpt-oss", "fastmoe_rs")
 DEFAULTS = Config()
 DEMO_MODULES = ("torch", "rich", "matplotlib", "safetensors")
 
@@ -31,10 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status: 0, 1 when it failed, 2 when an argument is bad."""
     parser = Parser(prog="fastmoe_rs", description="Fast Mixture-of-Experts layers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"fastmoe_rs {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="{demo,doctor,params}", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="{demo,doctor,params,convert}", required=True)
     add_demo(commands.add_parser("demo", help="train a small language model", allow_abbrev=False))
     add_doctor(commands.add_parser("doctor", help="check this installation", allow_abbrev=False))
     add_params(commands.add_parser("params", help="count a model's parameters", allow_abbrev=False))
+    add_convert(commands.add_parser("convert", help="change a checkpoint's layout", allow_abbrev=False))
     options = parser.parse_args(arguments)
     return options.command(options)
 
@@ -61,7 +66,19 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 def add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.description = "Check this installation; exit status 1 when something is broken."
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(command=doctor)
+    parser.add_argument(
+        "--explain",
+        nargs=5,
+        type=whole(1),
+        metavar=("T", "H", "I", "E", "K"),
+        help="instead, what the layer of these sizes does on a GPU that need not be there: tokens, hidden and"
+        " intermediate size, experts, experts per token",
+    )
+    parser.add_argument("--gpu", help="the GPU of --explain (default: %(default)s)", default="H200")
+    parser.add_argument(
+        "--dtype", help="what --explain multiplies (default: %(default)s)", choices=MATHS, default="bf16"
+    )
+    parser.set_defaults(command=doctor, parser=parser)
 
 
 def add_params(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +94,29 @@ def add_params(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", help="tokens decoded a step (default: 1)", default=1, type=whole(1))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(command=params, parser=parser)
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Write a safetensors checkpoint with another layout of its experts' weights."
+    parser.add_argument("source", help="a safetensors file, or a folder with one or with an index", type=Path)
+    parser.add_argument("target", help="a new file or folder", type=Path)
+    parser.add_argument("--to", help="the layout wanted", choices=LAYOUTS, required=True)
+    parser.add_argument(
+        "--from", help="the layout it has; found out if left out", choices=LAYOUTS, dest="from_"
+    )
+    parser.add_argument("--experts", help="experts a layer, if not those of config.json", type=whole(1))
+    parser.add_argument(
+        "--max-shard-size", help="of a file, as 500MB (default: 5GB)", default=5 * 10**9, type=size
+    )
+    parser.set_defaults(command=convert, parser=parser)
+
+
+def size(text: str) -> int:
+    """Bytes of a text such as 500MB."""
+    match = re.fullmatch(r"(\d+)(?:([KMGT])B)?", text, re.ASCII)
+    if not match or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"wanted a size such as 500MB or 5GB, got {text!r}")
+    return int(match[1]) * 1000 ** (" KMGT".index(match[2] or " "))
 
 
 def whole(minimum: int) -> Callable[[str], int]:
@@ -123,9 +163,27 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def doctor(options: argparse.Namespace) -> int:
+    if options.explain:
+        return explain(options)
     from .doctor import examine, show
 
     return show(examine(), as_json=options.json)
+
+
+def explain(options: argparse.Namespace) -> int:
+    from . import gpus
+    from .explain import Layer, report
+
+    tokens, hidden, intermediate, experts, top_k = options.explain
+    layer = Layer(tokens, hidden, intermediate, experts, top_k, math=options.dtype)
+    if layer.top_k > layer.experts:
+        options.parser.error(f"argument --explain: K {layer.top_k} is more than E {layer.experts}")
+    try:
+        gpu = gpus.find(options.gpu)
+    except KeyError as error:
+        options.parser.error(f"argument --gpu: {error.args[0]}")
+    print(report(layer, gpu, as_json=options.json))
+    return 0
 
 
 def params(options: argparse.Namespace) -> int:
@@ -139,4 +197,33 @@ def params(options: argparse.Namespace) -> int:
     except (KeyError, ValueError) as error:
         options.parser.error(f"argument model: {error.args[0]}")
     print(text)
+    return 0
+
+
+def convert(options: argparse.Namespace) -> int:
+    missing = [name for name in ("torch", "safetensors") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"convert needs {', '.join(missing)}: pip install {' '.join(missing)}", file=sys.stderr)
+        return FAILED
+    from .checkpoints import convert_checkpoint
+
+    try:
+        report = convert_checkpoint(
+            options.source,
+            options.target,
+            options.to,
+            from_=options.from_,
+            experts=options.experts,
+            max_shard_size=options.max_shard_size,
+        )
+    except (OSError, ValueError) as error:
+        print(f"{options.parser.prog}: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"stopped; nothing was written to {options.target}", file=sys.stderr)
+        return INTERRUPTED
+    print(
+        f"{report.layers} layers of {report.experts} experts from {report.source!r} to {report.target!r}: "
+        f"{options.target}, {len(report.files)} file{'s' * (len(report.files) > 1)}"
+    )
     return 0

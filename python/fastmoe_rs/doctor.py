@@ -13,8 +13,10 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from . import __version__, _native
 
@@ -24,6 +26,8 @@ MIN_TORCH, MIN_TRANSFORMERS = (2, 6), (5,)
 ISA_VARIABLE = "FASTMOE_CPU_ISA"
 REPORT = "please report it with the output of `python -m fastmoe_rs doctor --json`"
 # Largest error of an output or gradient against the reference in float64, relative to its largest element.
+NO_DRIVER = "no NVIDIA driver"  # in the message of the native module
+OLDEST_GPU = (8, 0)
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
@@ -47,9 +51,13 @@ def examine() -> list[Row]:
         "cpu kernels": check_kernels,
         "threads": check_threads,
         "dlpack table": check_dlpack,
-        "cuda": check_cuda,
         "transformers": check_transformers,
+        "torch cuda": check_torch_cuda,
+        "cuda driver": check_driver,
+        "cuda kernels": check_images,
+        **{f"gpu {index}": check_gpu for index in range(len(gpus()))},
         **{f"self-test {dtype}": check_results for dtype in TOLERANCES},
+        **{f"self-test {dtype} on {gpu}": check_results for gpu in usable_gpus() for dtype in TOLERANCES},
     }
     return [guarded(check, name) for name, check in checks.items()]
 
@@ -152,14 +160,104 @@ def check_dlpack(name: str) -> Row:
     return Row(name, YELLOW, "missing; tensors cross by data_ptr(), a little slower", "a newer torch has it")
 
 
-def check_cuda(name: str) -> Row:
+def check_torch_cuda(name: str) -> Row:
     import torch
 
-    backend = "CUDA backend: not in this build"
-    if not torch.cuda.is_available():
-        return Row(name, GREEN, f"no device; {backend}")
-    device = torch.cuda.get_device_name()
-    return Row(name, YELLOW, f"{device}; {backend}", "run the layers of fastmoe_rs on the cpu")
+    devices = gpus()
+    if torch.cuda.is_available():
+        return Row(name, GREEN, f"CUDA {torch.version.cuda}, {torch.cuda.device_count()} devices")
+    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    if devices:
+        remedy = "install a build of torch for CUDA, see https://pytorch.org"
+        return Row(name, YELLOW, f"{build}, finds none of the GPUs", remedy)
+    return Row(name, GREEN, build)
+
+
+def check_driver(name: str) -> Row:
+    try:
+        info = _native.cuda_info()
+    except RuntimeError as error:
+        problem, _, remedy = str(error).partition("; ")
+        if NO_DRIVER in problem:
+            return Row(name, GREEN, "none; everything runs on the CPU")
+        return Row(name, RED, problem, remedy or "update the NVIDIA driver to 580 or newer")
+    found = re.search(r"Kernel Module\D*([\d.]+)", read(Path("/proc/driver/nvidia/version")))
+    version = f"{found[1]}, " if found else ""
+    devices = len(info["devices"])
+    return Row(name, GREEN, f"{version}CUDA {info['version'][0]}.{info['version'][1]}, {devices} devices")
+
+
+def check_images(name: str) -> Row:
+    images = _native.images()
+    if not images:
+        missing = "none in this build"
+        if gpus():
+            return Row(name, RED, missing, "install the wheel, or build with nvcc: make toolchain develop")
+        return Row(name, GREEN, missing)
+    archs = ", ".join(sorted({image["arch"] for image in images}))
+    kernels = len({kernel["name"] for image in images for kernel in image["kernels"]})
+    size = sum(image["bytes"] for image in images) / 1e6
+    return Row(name, GREEN, f"{kernels} kernels for {archs}, {size:.1f} MB")
+
+
+def check_gpu(name: str) -> Row:
+    """What a GPU gets, and why not more."""
+    device = gpus()[int(name.rpartition(" ")[2])]
+    major, minor = device["capability"]
+    value = f"{device['name']}, {major}.{minor}, {device['multiprocessors']} multiprocessors"
+    if (major, minor) < OLDEST_GPU:
+        remedy = "use the CPU backend; the CUDA kernels need compute capability 8.0 (Ampere) or newer"
+        return Row(name, YELLOW, f"{value}: no kernels for it", remedy)
+    images = _native.images(device["capability"])
+    if not images:
+        remedy = f"install the wheel, or build with FASTMOE_CUDA_ARCHS=all (or ptx) for {major}.{minor}"
+        return Row(name, RED, f"{value}: no image in this build runs on it", remedy)
+    archs = sorted({image["arch"] for image in images})
+    value += f"; image {', '.join(archs)}, {kernel_set(images, device)}"
+    if "ptx" in archs:
+        remedy = "the driver compiles it once, at the first call; a build for this GPU starts faster"
+        return Row(name, YELLOW, value, remedy)
+    return Row(name, GREEN, value)
+
+
+def kernel_set(images: Sequence[Any], device: Any) -> str:
+    """Which kernels multiply on a device, and what keeps it from newer instructions or larger tiles."""
+    from .explain import largest_tile
+
+    major, minor = device["capability"]
+    own = [image["family"] for image in images if image["family"].startswith(f"sm{major}{minor}_")]
+    products = f"kernels of its own ({', '.join(own)})" if own else "tensor-core kernels of Ampere"
+    why = "" if own or major == 8 else f", as this build has none with the instructions of {major}.{minor}"
+    tile = largest_tile(device)
+    roomier = largest_tile({**device, "shared_bytes": 1 << 30})
+    limit = f" (not {roomier}: a block has {device['shared_bytes'] >> 10} KB of shared memory)"
+    return f"{products}{why}, tiles up to {tile}{limit if tile != roomier else ''}"
+
+
+def gpus() -> Sequence[Any]:
+    """The devices of the driver; none where there is no driver that works."""
+    try:
+        return _native.cuda_info()["devices"]
+    except RuntimeError:
+        return []
+
+
+def usable_gpus() -> list[str]:
+    """Those that torch and the kernels of this build can work on."""
+    if not gpus() or importlib.util.find_spec("torch") is None:
+        return []
+    import torch
+
+    devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    capability = torch.cuda.get_device_capability
+    return [f"cuda:{index}" for index in devices if _native.images(capability(index))]
+
+
+def read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def check_transformers(name: str) -> Row:
@@ -174,12 +272,13 @@ def check_transformers(name: str) -> Row:
 
 
 def check_results(name: str) -> Row:
-    """A small layer forward and backward, against the reference in float64."""
+    """A small layer forward and backward, against the reference in float64 on the CPU."""
     import torch
 
     from . import functional, reference
 
-    dtype_name = name.rpartition(" ")[2]
+    test, _, device = name.partition(" on ")
+    dtype_name = test.rpartition(" ")[2]
     dtype, tolerance = getattr(torch, dtype_name), TOLERANCES[dtype_name]
     tokens, hidden, intermediate, experts, top_k = 96, 64, 80, 8, 2
     generator = torch.Generator().manual_seed(0)
@@ -199,16 +298,19 @@ def check_results(name: str) -> Row:
 
     def run(mlp: Callable[..., torch.Tensor], wide: bool) -> list[torch.Tensor]:
         inputs = [tensor.double() if wide else tensor for tensor in (x, weights, w1, w2)]
-        leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-        out = mlp(leaves[0], ids, *leaves[1:])
-        return [out.detach(), *torch.autograd.grad(out.double().square().sum(), leaves)]
+        place = "cpu" if wide else device or "cpu"
+        leaves = [tensor.detach().clone().to(place).requires_grad_() for tensor in inputs]
+        out = mlp(leaves[0], ids.to(place), *leaves[1:])
+        grads = torch.autograd.grad(out.double().square().sum(), leaves)
+        return [result.detach().cpu() for result in (out, *grads)]
 
     results, truths = run(functional.moe_mlp, wide=False), run(reference.moe_mlp, wide=True)
     errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(results, truths, strict=True)]
     value = f"largest error {max(errors):.0e} of output and gradients, at most {tolerance:.0e} wanted"
     if max(errors) <= tolerance:
         return Row(name, GREEN, value)
-    return Row(name, RED, value, f"set {ISA_VARIABLE}=portable to get right results, and {REPORT}")
+    remedy = "keep the tensors on the CPU" if device else f"set {ISA_VARIABLE}=portable to get right results"
+    return Row(name, RED, value, f"{remedy}, and {REPORT}")
 
 
 def usable_cpus() -> int:

@@ -1,11 +1,12 @@
 """The functions of the Mixture-of-Experts layer: route, moe_mlp, and the pieces that moe_mlp fuses.
 
 Legend: T tokens, H hidden size, I intermediate size, E experts, K experts per token, R = T*K routed rows,
-N output columns. Float tensors are float32, bfloat16, float16 or float64, on the CPU (or on "meta", for
-shapes only). Sums run in float32, in float64 for float64. All functions are differentiable, repeatable to the
-bit, and work under torch.compile, autocast, inference_mode and activation checkpointing. Wrong arguments
-raise ValueError, wrong types and dtypes TypeError; the message names the argument, what was given and what
-was wanted.
+N output columns. Float tensors are float32, bfloat16, float16 or, on the CPU, float64; the tensors of a call
+are all on the CPU, or all on one NVIDIA GPU (or on "meta", for shapes only). Sums run in float32, in float64
+for float64. All functions are differentiable, repeatable to the bit, and work under torch.compile, autocast,
+inference_mode and activation checkpointing; none waits for a GPU. Wrong arguments raise ValueError, wrong
+types and dtypes TypeError; the message names the argument, what was given and what was wanted. A GPU that
+cannot be used raises RuntimeError with the remedy, one without enough memory torch.OutOfMemoryError.
 """
 
 from __future__ import annotations
@@ -128,6 +129,7 @@ def route_weights(
     _check.tensor("ids", ids_TK, "[T, K]")
     _check_routing(1, logits_TE.shape[1], score, order, renormalize_eps, softcap)
     _check.shape("ids", ids_TK, "[T, K]", (logits_TE.shape[0], ids_TK.shape[1]))
+    _check.like("ids", ids_TK, "logits", logits_TE, dtype=False)
     return _route_weights(
         logits_TE,
         ids_TK.long(),
@@ -234,7 +236,7 @@ def moe_mlp(
     _check_plan("x", x_TH, plan)
     if plan.num_experts != experts:
         _check.wanted("plan", f"a plan for {plan.num_experts} experts", f"one for the {experts} of w1")
-    weights_TK = _weights(weights_TK, x_TH, plan)
+    weights_TK = _weights(weights_TK, "x", x_TH, plan)
     if _is_transposed(w1) and _is_transposed(w2):
         transposed, w1, w2 = not transposed, w1.transpose(1, 2), w2.transpose(1, 2)
     x_TH, w1, w2 = x_TH.contiguous(), w1.contiguous(), w2.contiguous()
@@ -317,7 +319,7 @@ def unpermute(y_RH: Tensor, plan: RoutingPlan, weights_TK: Tensor | None = None)
     _check.floating("y", y_RH, "[R, H]")
     _check_plan_device("y", y_RH, plan)
     _check.shape("y", y_RH, "[R, H]", (plan.gather.shape[0], y_RH.shape[1]))
-    weights = None if weights_TK is None else _weights(weights_TK, y_RH, plan)
+    weights = None if weights_TK is None else _weights(weights_TK, "y", y_RH, plan)
     return ops.unpermute(y_RH.contiguous(), weights, plan.gather, plan.inverse)
 
 
@@ -384,10 +386,10 @@ def _check_plan_device(name: str, x: Tensor, plan: RoutingPlan) -> None:
         )
 
 
-def _weights(weights: Tensor, beside: Tensor, plan: RoutingPlan) -> Tensor:
+def _weights(weights: Tensor, name: str, beside: Tensor, plan: RoutingPlan) -> Tensor:
     _check.floating("weights", weights, "[T, K]")
     _check.shape("weights", weights, "[T, K]", (plan.tokens, plan.top_k))
-    _check.like("weights", weights, "x", beside, dtype=False)
+    _check.like("weights", weights, name, beside, dtype=False)
     return weights.to(wide(beside.dtype)).contiguous()
 
 

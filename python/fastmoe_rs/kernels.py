@@ -35,8 +35,11 @@ def _run(name: str, first: Tensor, *args: Tensor | None, **options: object) -> N
 
 
 def _recycled(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Memory for what is large and comes every step: gradients of weights, the saved pre-activation."""
-    if _has_memory(like):
+    """Memory for what is large and comes every step: gradients of weights, the saved pre-activation.
+
+    On the CPU, where torch gives freed memory back to the system, it is kept for the next step.
+    """
+    if _has_memory(like) and like.is_cpu:
         dtype: Any = str(like.dtype).removeprefix("torch.")
         return _native.empty(tuple(shape), dtype)
     return like.new_empty(shape)

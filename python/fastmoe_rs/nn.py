@@ -87,6 +87,7 @@ class Router(nn.Module):
 
     def forward(self, x_TH: Tensor, ids_TK: Tensor | None = None) -> RouterOutput:
         """Route x [T, H]; with `ids_TK`, weigh these experts instead of choosing."""
+        _check.like("x", x_TH, "the weight", self.weight, dtype=False)
         if self.jitter and self.training:
             x_TH = x_TH * torch.empty_like(x_TH).uniform_(1 - self.jitter, 1 + self.jitter)
         logits = F.linear(x_TH, self.weight, self.bias)

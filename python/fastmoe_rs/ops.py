@@ -40,7 +40,8 @@ def _operator(
         return result
 
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, implementation, "CPU")
+    for backend in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, implementation, backend)
     torch.library.register_fake(f"fastmoe_rs::{name}", implementation, lib=_LIBRARY)
     operator = getattr(torch.ops.fastmoe_rs, name).default
     if setup is None or backward is None:
@@ -130,8 +131,8 @@ def _route_backward(
         grad = grad_weights * scale
         if expert_scale is not None:
             by_route = grad * (picked / total if renormalize else picked)
-            grad_expert_scale = torch.zeros_like(expert_scale)
-            grad_expert_scale = grad_expert_scale.scatter_add(0, ids.reshape(-1), by_route.reshape(-1))
+            # By columns: adding at the ids would add in any order on a GPU.
+            grad_expert_scale = torch.zeros_like(scores).scatter(1, ids, by_route).sum(0)
             grad = grad * expert_scale[ids]
         if renormalize:
             grad = (grad - (grad * picked).sum(1, keepdim=True) / total) / total

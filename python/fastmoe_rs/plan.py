@@ -25,9 +25,10 @@ _NUMBERS = ("num_experts", "capacity")
 class RoutingPlan:
     """The routed rows of a batch, sorted by expert; made by `RoutingPlan.from_ids`.
 
-    Its arrays are torch tensors or NumPy arrays, as the ids were. A plan is a torch pytree, can be pickled,
-    copied and moved, and can be kept to route a later forward the same way (`nn.MoE(...)(x, plan=plan)`):
-    gradients then flow through the live logits, only the choice of experts is the recorded one.
+    Its arrays are torch tensors or NumPy arrays, as the ids were; ids of another library with DLPack, such as
+    CuPy, become torch tensors on the same device. A plan is a torch pytree, can be pickled, copied and moved,
+    and can be kept to route a later forward the same way (`nn.MoE(...)(x, plan=plan)`): gradients then flow
+    through the live logits, only the choice of experts is the recorded one.
 
     Attributes:
         ids: [T, K] the expert ids that the plan was made of.
@@ -75,20 +76,23 @@ class RoutingPlan:
         """Sort routed rows by expert, stably: the rows of an expert stay in the order of their tokens.
 
         Args:
-            ids_TK: int64 or int32 [T, K] expert ids, torch or NumPy. An id may occur twice in a row.
+            ids_TK: int64 or int32 [T, K] expert ids, of torch, NumPy or a library with DLPack. An id may
+                occur twice in a row.
             num_experts: E.
             weights: float [T, K] routing weights, sorted along with the rows.
             capacity: most rows that an expert takes; the others are dropped. None takes all.
             drop: which rows a full expert keeps: "position" the first ones, "score" those of highest weight
                 (ties: the first ones). Kept rows stay in the order of their tokens.
             pad: every expert owns exactly `capacity` rows, the last of them unused when it has fewer.
-            out_of_range: what an id outside [0, E) does: "error" raises, "drop" drops its row.
+            out_of_range: what an id outside [0, E) does: "error" raises, "drop" drops its row. On a GPU, for
+                which nobody waits, "error" drops it too, unless the environment sets FASTMOE_CHECK=1.
 
         Raises:
             ValueError: a wrong shape, an id out of range, a negative capacity, an unknown option, or an
                 option without what it needs (drop="score" without weights, pad without capacity).
             TypeError: a wrong dtype or type.
         """
+        ids_TK, weights = _of_torch(ids_TK), _of_torch(weights)
         ids_TK, weights = _checked(ids_TK, num_experts, weights, capacity, drop, pad, out_of_range)
         if _is_numpy(ids_TK):
             return _plan_numpy(ids_TK, num_experts, weights, capacity, drop, pad, out_of_range)
@@ -146,6 +150,15 @@ def _is_numpy(array: object) -> bool:
     return type(array).__module__ == "numpy"
 
 
+def _of_torch(array: Array) -> Array:
+    """A tensor over the memory of an array of another library than torch and NumPy."""
+    if _is_numpy(array) or hasattr(array, "detach") or not hasattr(array, "__dlpack__"):
+        return array
+    from torch.utils.dlpack import from_dlpack
+
+    return from_dlpack(array)
+
+
 def _dtype(array: Array) -> str:
     return str(array.dtype).removeprefix("torch.")
 
@@ -189,6 +202,10 @@ def _checked(
         )
     if "float" not in _dtype(weights):
         raise TypeError(f"weights: got dtype {_dtype(weights)}, wanted a float dtype")
+    if not _is_numpy(ids) and ids.device != weights.device:
+        raise ValueError(
+            f"weights: got a tensor on {weights.device}, wanted one on {ids.device}, where ids is"
+        )
     return _dense(ids, None), _dense(weights, "float64" if _dtype(weights) == "float64" else "float32")
 
 

@@ -70,12 +70,14 @@ def replay_routing(model: nn.Module, recorded: Mapping[str, RoutingPlan]) -> Ite
 
     Raises:
         ValueError: the names of the MoE layers are not those recorded; or, in a forward, a layer gets another
-            number of tokens than its plan has, or the router of a transformers model does not pick by top-k.
+            number of tokens than its plan has, or the router of a transformers model does not pick by top-k
+            (on a GPU, which a forward does not wait for, raised at the end of the block).
     """
     ours, theirs = moe_layers(model), hf_routers(model)
     layers = ours.keys() | theirs.keys()
     if layers != recorded.keys():
         raise ValueError(f"recorded: got layers {sorted(recorded)}, wanted those of model, {sorted(layers)}")
+    followed: list[_Picks] = []
     with ExitStack() as hooks:
         for name, moe in ours.items():
 
@@ -85,9 +87,12 @@ def replay_routing(model: nn.Module, recorded: Mapping[str, RoutingPlan]) -> Ite
             hooks.callback(moe.register_forward_pre_hook(follow, with_kwargs=True).remove)
         for name, router in theirs.items():
             picks = _Picks(name, recorded[name].ids)
+            followed.append(picks)
             hooks.callback(router.register_forward_pre_hook(picks.enter).remove)
             hooks.callback(router.register_forward_hook(picks.leave, always_call=True).remove)
         yield
+        for picks in followed:
+            picks.check()
 
 
 def save_routing(recorded: Mapping[str, RoutingPlan], path: str | Path) -> None:
@@ -113,6 +118,7 @@ class _Picks(TorchFunctionMode):
     def __init__(self, layer: str, ids_TK: Tensor) -> None:
         super().__init__()
         self.layer, self.ids_TK = layer, ids_TK
+        self.differs: Tensor | bool = False
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -132,8 +138,17 @@ class _Picks(TorchFunctionMode):
         if output is None:  # the forward raised
             return
         ids_TK, _ = routing(output)
-        if not torch.equal(ids_TK.long(), self.ids_TK.long()):
+        alike = ids_TK.shape == self.ids_TK.shape
+        self.differs = (ids_TK != self.ids_TK).any() | self.differs if alike else True
+        self.found = f"{type(router).__name__} gives {tuple(ids_TK.shape)}"
+        if not alike or ids_TK.is_cpu:
+            self.check()
+
+    def check(self) -> None:
+        """Raise if ids differed. Of those on a GPU it is asked at the end of the block only, as it waits."""
+        differs, self.differs = self.differs, False
+        if differs:
             raise ValueError(
-                f"recorded: got ids {tuple(self.ids_TK.shape)} for {self.layer}, {type(router).__name__} "
-                f"gives {tuple(ids_TK.shape)} of its own: other tokens, or it does not pick by top-k"
+                f"recorded: got ids {tuple(self.ids_TK.shape)} for {self.layer}, {self.found} of its own: "
+                "other tokens, or it does not pick by top-k"
             )

@@ -1,6 +1,6 @@
 //! What the backend needs of a driver: devices, images, launches. libcuda is one; the CPU emulator is another.
 
-use crate::Result;
+use crate::{Error, Result};
 use std::collections::HashMap;
 
 /// A stream of a device; 0 is the default stream.
@@ -57,6 +57,9 @@ pub struct Device {
 
 /// A driver. Every method may be called from any thread.
 pub trait Driver: Send + Sync {
+    /// The CUDA version that it supports: `1000 * major + 10 * minor`.
+    fn version(&self) -> Result<i32>;
+
     /// The number of devices.
     fn device_count(&self) -> Result<i32>;
 
@@ -65,6 +68,11 @@ pub trait Driver: Send + Sync {
 
     /// Loads everything that this build has for a device, by name. Not while a stream of it is being captured.
     fn load(&self, device: i32) -> Result<HashMap<&'static str, Kernel>>;
+
+    /// A kernel that [`load`](Self::load) did not give.
+    fn kernel(&self, name: &str) -> Result<Kernel> {
+        Err(Error::NoKernel { name: name.to_owned() })
+    }
 
     /// Puts a kernel with one parameter struct into a stream.
     ///
@@ -87,9 +95,9 @@ pub trait Driver: Send + Sync {
     /// The address is a word of device memory that stays until then.
     unsafe fn set_word(&self, device: i32, stream: Stream, address: u64, value: i32) -> Result<()>;
 
-    /// A 32-bit word, once all that is in the stream has run.
+    /// Copies device memory to the host, once all that is in the stream has run.
     ///
     /// # Safety
-    /// The address is a word of device memory.
-    unsafe fn word(&self, device: i32, stream: Stream, address: u64) -> Result<i32>;
+    /// The address begins as many bytes of device memory as `into` has.
+    unsafe fn read(&self, device: i32, stream: Stream, address: u64, into: &mut [u8]) -> Result<()>;
 }

@@ -1,7 +1,9 @@
 //! The emulator of `cuda/emulator` as a driver: the kernels run on the CPU, every access checked.
+//!
+//! `FASTMOE_EMULATOR_FAULT=cuLaunchKernel=719` makes it fail as a driver does whose function returns this status.
 
 use crate::driver::{Access, Device, Driver, Kernel, Region, Stream};
-use crate::{Error, Result};
+use crate::error::{self, Error, Result};
 use libloading::Library;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -19,15 +21,25 @@ struct Emulator {
     /// It runs one launch at a time.
     turn: Mutex<()>,
     names: OnceLock<Vec<&'static CStr>>,
+    /// `FASTMOE_EMULATOR_LAUNCH=none`: launches do nothing, which leaves what a call costs on the host.
+    idle: bool,
     _library: Library,
 }
 
 /// The emulator, from the library that `FASTMOE_EMULATOR` names.
-pub fn driver() -> Result<&'static dyn Driver> {
-    static EMULATOR: OnceLock<Result<Emulator>> = OnceLock::new();
-    match EMULATOR.get_or_init(Emulator::open) {
-        Ok(emulator) => Ok(emulator),
-        Err(error) => Err(error.clone()),
+pub fn open() -> Result<Box<dyn Driver>> {
+    Ok(Box::new(Emulator::open()?))
+}
+
+/// Fails where that function of the driver is asked to.
+fn may_fail(call: &'static str) -> Result<()> {
+    let Ok(fault) = std::env::var("FASTMOE_EMULATOR_FAULT") else { return Ok(()) };
+    match fault.split_once('=') {
+        Some((faulty, status)) if faulty == call => {
+            let status = status.parse().expect("FASTMOE_EMULATOR_FAULT ends in a number");
+            error::check(call, status, || (format!("error {status}"), "asked for".to_owned()))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -50,6 +62,7 @@ impl Emulator {
                 remove_range: *library.get(b"emulator_remove_range\0").map_err(missing)?,
                 turn: Mutex::default(),
                 names: OnceLock::new(),
+                idle: std::env::var("FASTMOE_EMULATOR_LAUNCH").is_ok_and(|launch| launch == "none"),
                 _library: library,
             })
         }
@@ -79,6 +92,10 @@ impl Emulator {
 }
 
 impl Driver for Emulator {
+    fn version(&self) -> Result<i32> {
+        Ok(0)
+    }
+
     fn device_count(&self) -> Result<i32> {
         Ok(1)
     }
@@ -114,14 +131,16 @@ impl Driver for Emulator {
         params: &[u8],
         memory: &[Region],
     ) -> Result<()> {
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut given: Vec<&Region> = Vec::new();
-        for region in memory {
-            // A tensor may be given twice.
-            if region.bytes > 0 && given.iter().all(|other| other.start != region.start) {
-                given.push(region);
-            }
+        may_fail("cuLaunchKernel")?;
+        if self.idle {
+            return Ok(());
         }
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut given: Vec<&Region> = memory.iter().filter(|region| region.bytes > 0).collect();
+        // A tensor may be given twice, or be a part of another.
+        given.sort_by_key(|region| (region.start, std::cmp::Reverse(region.bytes)));
+        given.dedup_by_key(|region| region.start);
+        given.dedup_by(|region, other| region.start + region.bytes <= other.start + other.bytes);
         let names: Vec<CString> =
             given.iter().map(|region| CString::new(region.name).expect("names have no zeros")).collect();
         // SAFETY: as promised by the caller; names and ranges outlive the launch, and the ranges are taken back.
@@ -150,8 +169,10 @@ impl Driver for Emulator {
         Ok(())
     }
 
-    unsafe fn word(&self, _: i32, _: Stream, address: u64) -> Result<i32> {
+    unsafe fn read(&self, _: i32, _: Stream, address: u64, into: &mut [u8]) -> Result<()> {
+        may_fail("cuStreamSynchronize")?;
         // SAFETY: as above; a launch has run when it returns.
-        Ok(unsafe { (address as *const i32).read() })
+        unsafe { (address as *const u8).copy_to_nonoverlapping(into.as_mut_ptr(), into.len()) };
+        Ok(())
     }
 }

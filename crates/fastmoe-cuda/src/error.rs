@@ -1,5 +1,7 @@
 //! What can go wrong on the way to a GPU, each with its remedy.
 
+use std::ffi::c_int;
+
 /// A failure of the CUDA backend.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -10,7 +12,7 @@ pub enum Error {
         reason: String,
     },
     /// libcuda lacks a function.
-    #[error("CUDA: the NVIDIA driver has no {symbol}; driver 525 or newer is needed, please update it")]
+    #[error("CUDA: the NVIDIA driver has no {symbol}; driver 580 or newer is needed, please update it")]
     MissingSymbol {
         /// The function.
         symbol: &'static str,
@@ -36,7 +38,10 @@ pub enum Error {
         count: i32,
     },
     /// No image runs on this device.
-    #[error("CUDA: no kernels for a device of compute capability {major}.{minor}: this build has {built}")]
+    #[error(
+        "CUDA: no kernels for a device of compute capability {major}.{minor}: this build has {built}, and GPUs from \
+         Ampere (8.0) on are served; keep the tensors on the CPU, or install a build for this device"
+    )]
     NoImage {
         /// Compute capability.
         major: u32,
@@ -44,6 +49,17 @@ pub enum Error {
         minor: u32,
         /// The targets of the images.
         built: String,
+    },
+    /// The driver refuses an image.
+    #[error(
+        "CUDA: {name} in {call}: the driver does not run the kernels of this build on this device; update the driver, \
+         or keep the tensors on the CPU"
+    )]
+    ImageRefused {
+        /// The driver's function.
+        call: &'static str,
+        /// The driver's name of the error.
+        name: String,
     },
     /// `FASTMOE_BACKEND` asks for an emulator that is not there.
     #[error("FASTMOE_BACKEND=emulator: {reason}; unset it to use the CPU backend")]
@@ -54,11 +70,15 @@ pub enum Error {
     /// The emulator found a fault in a kernel.
     #[error("{0}")]
     Emulator(String),
-    /// The kernels cannot be loaded during a capture.
+    /// Not while a graph is captured.
     #[error(
-        "CUDA: the first call on a device loads its kernels, which a graph cannot capture; call once before capturing"
+        "CUDA: {call} cannot be captured in a graph: call once before capturing, as the first call on a device loads \
+         its kernels, and without FASTMOE_CHECK=1, which waits for the device"
     )]
-    Capturing,
+    Capturing {
+        /// The driver's function.
+        call: &'static str,
+    },
     /// A kernel is not in any loaded image.
     #[error("CUDA: no kernel {name} in the images of this device; please report this")]
     NoKernel {
@@ -82,7 +102,7 @@ pub enum Error {
         name: String,
     },
     /// Any other answer of the driver.
-    #[error("CUDA: {name} in {call}: {text}")]
+    #[error("CUDA: {name} in {call}: {text}; python -m fastmoe_rs doctor examines the machine")]
     Driver {
         /// The driver's function.
         call: &'static str,
@@ -95,3 +115,30 @@ pub enum Error {
 
 /// A result of the CUDA backend.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What a function of the driver returns (`CUresult`).
+pub(crate) type Status = c_int;
+
+/// Makes an error of a status; `texts` has the driver's name of it, and its description.
+pub(crate) fn check(
+    call: &'static str,
+    status: Status,
+    texts: impl FnOnce() -> (String, String),
+) -> Result<()> {
+    match status {
+        0 => return Ok(()),
+        2 => return Err(Error::OutOfMemory { call }),
+        900 => return Err(Error::Capturing { call }),
+        _ => {}
+    }
+    let (name, text) = texts();
+    Err(match status {
+        // No binary for the device, invalid PTX, no compiler of PTX, PTX of a newer version.
+        209 | 218 | 221 | 222 => Error::ImageRefused { call, name },
+        // Nothing works in the context after an uncorrectable ECC error, an illegal address, a launch timeout, an
+        // assert, a hardware stack error, an illegal instruction, a misaligned address, a wrong address space, a wrong
+        // program counter, or a failed launch.
+        214 | 700 | 702 | 710 | 714..=719 => Error::Sticky { call, name },
+        _ => Error::Driver { call, name, text },
+    })
+}

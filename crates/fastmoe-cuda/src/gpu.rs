@@ -2,7 +2,7 @@
 
 use crate::driver::{Access, Device, Driver, Kernel, Region, Stream};
 use crate::libcuda::Libcuda;
-use crate::{Error, Result};
+use crate::{Result, emulator};
 use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
 
@@ -18,13 +18,31 @@ pub struct Gpu {
     kernels: HashMap<&'static str, Kernel>,
 }
 
-/// The driver of this process, opened once.
+/// The driver of this process: NVIDIA's, or the emulator. Opened at the first call; a failure is tried again.
 pub fn driver() -> Result<&'static dyn Driver> {
-    static DRIVER: OnceLock<Result<Libcuda>> = OnceLock::new();
-    match DRIVER.get_or_init(|| Libcuda::open(IMAGES_NEED)) {
-        Ok(driver) => Ok(driver),
-        Err(error) => Err(error.clone()),
+    static DRIVER: OnceLock<Box<dyn Driver>> = OnceLock::new();
+    if DRIVER.get().is_none() {
+        let driver: Box<dyn Driver> =
+            if emulating() { emulator::open()? } else { Box::new(Libcuda::open(IMAGES_NEED)?) };
+        let _ = DRIVER.set(driver);
     }
+    Ok(DRIVER.get().expect("set above").as_ref())
+}
+
+/// Whether `FASTMOE_BACKEND=emulator` sends CPU tensors to an emulated device, and which everybody asks for.
+pub fn emulating() -> bool {
+    static EMULATING: LazyLock<bool> = LazyLock::new(|| is_set("FASTMOE_BACKEND", "emulator"));
+    *EMULATING
+}
+
+/// Whether `FASTMOE_CHECK=1` asks for indices to be checked, at the price of waiting for the device.
+pub fn checks() -> bool {
+    static CHECKS: LazyLock<bool> = LazyLock::new(|| is_set("FASTMOE_CHECK", "1"));
+    *CHECKS
+}
+
+fn is_set(variable: &str, value: &str) -> bool {
+    std::env::var(variable).is_ok_and(|set| set == value)
 }
 
 impl Gpu {
@@ -35,34 +53,16 @@ impl Gpu {
         if let Some(gpu) = gpus.iter().find(|gpu| gpu.index == index) {
             return Ok(gpu);
         }
-        let gpu = Box::leak(Box::new(Self::load(driver()?, index)?));
-        gpus.push(gpu);
-        Ok(gpu)
+        let driver = driver()?;
+        let gpu = Self { driver, index, device: driver.device(index)?, kernels: driver.load(index)? };
+        gpus.push(Box::leak(Box::new(gpu)));
+        Ok(gpus[gpus.len() - 1])
     }
 
-    /// Loads the kernels of a device.
-    pub fn load(driver: &'static dyn Driver, index: i32) -> Result<Self> {
-        Ok(Self { driver, index, device: driver.device(index)?, kernels: driver.load(index)? })
+    /// A device whose driver makes up its kernels.
+    pub(crate) fn without_kernels(driver: &'static dyn Driver, device: Device) -> Self {
+        Self { driver, index: 0, device, kernels: HashMap::new() }
     }
-}
-
-/// Whether `FASTMOE_CHECK=1` asks for inputs to be checked on the device, at the price of waiting for it.
-pub fn checks() -> bool {
-    static CHECKS: LazyLock<bool> =
-        LazyLock::new(|| std::env::var("FASTMOE_CHECK").is_ok_and(|set| set == "1"));
-    *CHECKS
-}
-
-/// The device that the emulator stands for, where `FASTMOE_BACKEND=emulator` sends CPU tensors to it.
-pub fn emulated() -> Result<Option<&'static Gpu>> {
-    static EMULATED: LazyLock<Result<Option<Gpu>>> = LazyLock::new(|| {
-        if std::env::var("FASTMOE_BACKEND").is_ok_and(|backend| backend == "emulator") {
-            Gpu::load(crate::emulator::driver()?, 0).map(Some)
-        } else {
-            Ok(None)
-        }
-    });
-    EMULATED.as_ref().map(Option::as_ref).map_err(Clone::clone)
 }
 
 /// Memory of a tensor on the device, or null.
@@ -128,12 +128,13 @@ impl Queue<'_> {
         if blocks == 0 {
             return Ok(());
         }
-        let kernel = self.gpu.kernels.get(name).ok_or_else(|| Error::NoKernel { name: name.to_owned() })?;
+        let loaded = self.gpu.kernels.get(name).copied();
+        let kernel = loaded.map_or_else(|| self.gpu.driver.kernel(name), Ok)?;
         // SAFETY: the struct lives for the call; drivers copy its bytes, padding included, and look at none of them.
         let params = unsafe { std::slice::from_raw_parts((&raw const *params).cast(), size_of::<P>()) };
         let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
         // SAFETY: as promised by the caller.
-        unsafe { self.gpu.driver.launch(self.gpu.index, self.stream, *kernel, blocks, params, memory) }
+        unsafe { self.gpu.driver.launch(self.gpu.index, self.stream, kernel, blocks, params, memory) }
     }
 
     /// Sets a word of device memory, in the order of the stream.
@@ -145,13 +146,19 @@ impl Queue<'_> {
         unsafe { self.gpu.driver.set_word(self.gpu.index, self.stream, at.address, value) }
     }
 
-    /// A word of device memory, once all that is queued has run. The one thing that waits for the device.
+    /// The 32-bit integers of device memory, once all that is queued has run. The one thing that waits for the device.
     ///
     /// # Safety
-    /// The buffer is such a word.
-    pub unsafe fn word(&self, at: Buffer) -> Result<i32> {
-        // SAFETY: as promised by the caller.
-        unsafe { self.gpu.driver.word(self.gpu.index, self.stream, at.address) }
+    /// The buffer is device memory.
+    pub unsafe fn read(&self, at: Buffer) -> Result<Vec<i32>> {
+        let mut words = vec![0i32; at.bytes / 4];
+        // SAFETY: all of the vector, whose elements may have any bits.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), 4 * words.len()) };
+        if !words.is_empty() {
+            // SAFETY: as promised by the caller.
+            unsafe { self.gpu.driver.read(self.gpu.index, self.stream, at.address, bytes)? };
+        }
+        Ok(words)
     }
 
     /// The next `bytes` of the scratch memory, aligned to 256.

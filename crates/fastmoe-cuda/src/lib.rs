@@ -15,14 +15,17 @@ mod libcuda;
 mod mlp;
 mod plan;
 mod products;
+mod record;
 mod route;
 mod rows;
 
 pub use dtype::DType;
 pub use error::{Error, Result};
-pub use gpu::{Buffer, Gpu, Queue, checks, driver, emulated, scratch_size};
+pub use fastmoe_kernels::{Image, images, images_of};
+pub use gpu::{Buffer, Gpu, Queue, checks, driver, emulating, scratch_size};
 pub use mlp::{Mlp, MlpGrads};
 pub use plan::Plan;
 pub use products::{Factor, GradWeight, Math, Product, Sizes};
+pub use record::{Launch, mlp_launches};
 pub use route::Route;
 pub use rows::{Combine, GradBias, Permute, UnpermuteGrad};

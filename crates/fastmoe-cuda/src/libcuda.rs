@@ -1,22 +1,14 @@
 //! NVIDIA's driver, loaded at run time by its C functions.
 
 use crate::driver::{Device, Driver, Kernel, Region, Stream};
-use crate::{Error, Result};
+use crate::error::{self, Error, Result, Status};
 use libloading::Library;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::ptr;
 use std::sync::Mutex;
 
-type Status = c_int;
 type Context = *mut c_void;
-
-const SUCCESS: Status = 0;
-const OUT_OF_MEMORY: Status = 2;
-const CAPTURE_UNSUPPORTED: Status = 900;
-/// Errors after which nothing works in the context: illegal address, launch timeout, assert, hardware stack,
-/// illegal instruction, misaligned address, address space, program counter, launch failure, uncorrectable ECC.
-const STICKY: [Status; 10] = [700, 702, 710, 714, 715, 716, 717, 718, 719, 214];
 
 const MULTIPROCESSOR_COUNT: c_int = 16;
 const CAPABILITY_MAJOR: c_int = 75;
@@ -61,6 +53,7 @@ functions! {
     load_module = "cuModuleLoadData": fn(*mut *mut c_void, *const c_void);
     module_function = "cuModuleGetFunction": fn(*mut *mut c_void, *mut c_void, *const c_char);
     function_attribute = "cuFuncSetAttribute": fn(*mut c_void, c_int, c_int);
+    load_function = "cuFuncLoad": fn(*mut c_void);
     set_words = "cuMemsetD32Async": fn(u64, c_uint, usize, *mut c_void);
     synchronize = "cuStreamSynchronize": fn(*mut c_void);
     copy_to_host = "cuMemcpyDtoH_v2": fn(*mut c_void, u64, usize);
@@ -89,12 +82,9 @@ impl Libcuda {
             .map_err(|error| Error::NoDriver { reason: error.to_string() })?;
         let call = Functions::load(&library)?;
         let driver = Self { call, contexts: Mutex::default(), _library: library };
-        let mut given = 0;
-        // SAFETY: as the driver's documentation says; outputs point to locals.
-        unsafe {
-            driver.check("cuInit", (driver.call.init)(0))?;
-            driver.check("cuDriverGetVersion", (driver.call.driver_version)(&mut given))?;
-        }
+        // SAFETY: as the driver's documentation says.
+        driver.check("cuInit", unsafe { (driver.call.init)(0) })?;
+        let given = driver.version()?;
         if given < wanted {
             return Err(Error::DriverTooOld { given, wanted });
         }
@@ -103,15 +93,6 @@ impl Libcuda {
 
     /// Makes an error of a status.
     fn check(&self, call: &'static str, status: Status) -> Result<()> {
-        if status == SUCCESS {
-            return Ok(());
-        }
-        if status == OUT_OF_MEMORY {
-            return Err(Error::OutOfMemory { call });
-        }
-        if status == CAPTURE_UNSUPPORTED {
-            return Err(Error::Capturing);
-        }
         let text = |of: unsafe extern "C" fn(Status, *mut *const c_char) -> Status| {
             let mut text = ptr::null();
             // SAFETY: the driver gives a static string, or leaves null for a status it does not know.
@@ -124,12 +105,7 @@ impl Libcuda {
                 }
             }
         };
-        let name = text(self.call.error_name);
-        Err(if STICKY.contains(&status) {
-            Error::Sticky { call, name }
-        } else {
-            Error::Driver { call, name, text: text(self.call.error_string) }
-        })
+        error::check(call, status, || (text(self.call.error_name), text(self.call.error_string)))
     }
 
     fn attribute(&self, attribute: c_int, device: c_int) -> Result<u32> {
@@ -190,6 +166,8 @@ impl Libcuda {
             self.check("cuModuleGetFunction", status)?;
             let status = (self.call.function_attribute)(function, MAX_DYNAMIC_SHARED, shared as c_int);
             self.check("cuFuncSetAttribute", status)?;
+            // Otherwise the first launch loads it, perhaps while a graph is captured.
+            self.check("cuFuncLoad", (self.call.load_function)(function))?;
         }
         Ok(function.addr())
     }
@@ -207,6 +185,13 @@ impl Libcuda {
 }
 
 impl Driver for Libcuda {
+    fn version(&self) -> Result<i32> {
+        let mut version = 0;
+        // SAFETY: the output points to a local.
+        self.check("cuDriverGetVersion", unsafe { (self.call.driver_version)(&mut version) })?;
+        Ok(version)
+    }
+
     fn device_count(&self) -> Result<i32> {
         let mut count = 0;
         // SAFETY: the output points to a local.
@@ -236,9 +221,7 @@ impl Driver for Libcuda {
 
     fn load(&self, device: i32) -> Result<HashMap<&'static str, Kernel>> {
         let (major, minor) = self.device(device)?.capability;
-        let families = fastmoe_kernels::images().chunk_by(|a, b| a.family == b.family);
-        let images: Vec<_> =
-            families.filter_map(|of| fastmoe_kernels::image(of[0].family, major, minor)).collect();
+        let images: Vec<_> = fastmoe_kernels::images_of(major, minor).collect();
         if images.is_empty() {
             let mut built: Vec<_> = fastmoe_kernels::images().iter().map(|image| image.arch.name()).collect();
             built.sort_unstable();
@@ -299,16 +282,14 @@ impl Driver for Libcuda {
         })
     }
 
-    unsafe fn word(&self, device: i32, stream: Stream, address: u64) -> Result<i32> {
+    unsafe fn read(&self, device: i32, stream: Stream, address: u64, into: &mut [u8]) -> Result<()> {
         self.within(device, || {
-            let mut word = 0i32;
             // SAFETY: as promised by the caller; the copy ends before the call returns.
             unsafe {
                 self.check("cuStreamSynchronize", (self.call.synchronize)(stream.0 as *mut c_void))?;
-                let status = (self.call.copy_to_host)((&raw mut word).cast(), address, 4);
-                self.check("cuMemcpyDtoH", status)?;
+                let status = (self.call.copy_to_host)(into.as_mut_ptr().cast(), address, into.len());
+                self.check("cuMemcpyDtoH", status)
             }
-            Ok(word)
         })
     }
 }

@@ -100,6 +100,7 @@ impl Mlp {
             dtype: self.sizes.math.dtype,
             tokens: self.sizes.tokens,
             top_k: self.top_k,
+            rows: self.sizes.rows,
             columns: self.sizes.hidden,
             y,
             inverse: self.inverse,
@@ -157,11 +158,12 @@ impl Mlp {
             }
         }
         let [weights, grad_hidden, scaled_act, slopes, grad_rows] = pieces;
-        let bias = |columns, rows_of: Buffer, gather, scale, out| GradBias {
+        let bias = |columns, rows_of, gather: Buffer, scale, out| GradBias {
             dtype: math.dtype,
             experts,
             columns,
             sorted: rows,
+            sources: if gather.is_null() { rows } else { tokens },
             rows: rows_of,
             gather,
             scale,
@@ -198,6 +200,7 @@ impl Mlp {
                     dtype: math.dtype,
                     tokens: self.sizes.tokens,
                     top_k: self.top_k,
+                    rows,
                     experts,
                     columns: sizes.hidden,
                     tiles: self.slope_columns(),

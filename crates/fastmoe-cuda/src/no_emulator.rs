@@ -4,6 +4,6 @@ use crate::driver::Driver;
 use crate::{Error, Result};
 
 /// Says why there is none.
-pub fn driver() -> Result<&'static dyn Driver> {
+pub fn open() -> Result<Box<dyn Driver>> {
     Err(Error::NoEmulator { reason: "this build has no emulator".to_owned() })
 }

@@ -30,7 +30,7 @@ pub struct Plan<'a> {
     pub inverse: Buffer,
     /// `[N]` f32, or null.
     pub sorted_weights: Buffer,
-    /// Whether to wait for the device and tell the first flat row whose id is out of range.
+    /// Whether to wait for the device and tell the first flat row whose id is out of range, and that id.
     pub check: bool,
 }
 
@@ -72,7 +72,7 @@ impl Plan<'_> {
 
     /// # Safety
     /// The buffers have the sizes of the spec and stay until the kernels have run.
-    pub unsafe fn launch(&self, queue: &mut Queue<'_>) -> Result<Option<usize>> {
+    pub unsafe fn launch(&self, queue: &mut Queue<'_>) -> Result<Option<(usize, i64)>> {
         let rows = self.spec.tokens * self.spec.top_k;
         let workspace = queue.take("workspace", self.workspace());
         let bad_row = if self.check { queue.take("bad_row", 4) } else { Buffer::default() };
@@ -118,8 +118,18 @@ impl Plan<'_> {
                 queue.launch("plan_seat", self.spec.experts.max(1), &params, &memory)?;
             }
             if self.check {
-                let first = queue.word(bad_row)?;
-                return Ok((first != i32::MAX).then_some(first as usize));
+                let row = match queue.read(bad_row)?[0] {
+                    i32::MAX => return Ok(None),
+                    row => row as usize,
+                };
+                let bytes = if self.wide_ids { 8 } else { 4 };
+                let id = queue.read(Buffer {
+                    address: self.ids.address + (row * bytes) as u64,
+                    bytes,
+                    ..self.ids
+                })?;
+                let high = id.get(1).copied().unwrap_or(id[0] >> 31);
+                return Ok(Some((row, i64::from(high) << 32 | i64::from(id[0] as u32))));
             }
         }
         Ok(None)

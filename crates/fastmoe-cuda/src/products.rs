@@ -18,6 +18,13 @@ pub struct Math {
 }
 
 impl Math {
+    /// What kernel names call `bf16`, `f16`, `f32` or `tf32`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        let dtypes = [DType::Bf16, DType::F16, DType::F32].into_iter();
+        let mut all = dtypes.flat_map(|dtype| [false, true].map(|tf32| Self { dtype, tf32 }));
+        all.find(|math| math.name() == name)
+    }
+
     fn name(self) -> &'static str {
         if self.tf32 && self.dtype == DType::F32 { "tf32" } else { self.dtype.suffix() }
     }

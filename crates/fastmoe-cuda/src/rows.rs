@@ -25,6 +25,8 @@ pub struct Combine {
     pub tokens: usize,
     /// K.
     pub top_k: usize,
+    /// N.
+    pub rows: usize,
     /// H.
     pub columns: usize,
     /// `[N, H]` sorted rows.
@@ -39,7 +41,7 @@ pub struct Combine {
 
 impl Combine {
     /// # Safety
-    /// The buffers have these sizes and stay until the kernel has run; `inverse` names rows of `y`.
+    /// The buffers have these sizes and stay until the kernel has run.
     pub unsafe fn launch(&self, queue: &Queue<'_>) -> Result<()> {
         #[repr(C)]
         #[derive(Clone, Copy)]
@@ -50,9 +52,10 @@ impl Combine {
             out: u64,
             tokens: i32,
             top_k: i32,
+            rows: i32,
             columns: i32,
         }
-        let Self { dtype, tokens, top_k, columns, y, inverse, weights, out } = *self;
+        let Self { dtype, tokens, top_k, rows, columns, y, inverse, weights, out } = *self;
         let params = Params {
             y: y.address,
             inverse: inverse.address,
@@ -60,6 +63,7 @@ impl Combine {
             out: out.address,
             tokens: tokens as i32,
             top_k: top_k as i32,
+            rows: rows as i32,
             columns: columns as i32,
         };
         let memory = [y.read(), inverse.read(), weights.read(), out.write()];
@@ -74,6 +78,8 @@ impl Combine {
 pub struct Permute {
     /// Of `x` and `out`.
     pub dtype: DType,
+    /// T.
+    pub tokens: usize,
     /// N.
     pub rows: usize,
     /// H.
@@ -88,7 +94,7 @@ pub struct Permute {
 
 impl Permute {
     /// # Safety
-    /// The buffers have these sizes and stay until the kernel has run; `gather` names rows of `x`.
+    /// The buffers have these sizes and stay until the kernel has run.
     pub unsafe fn launch(&self, queue: &Queue<'_>) -> Result<()> {
         #[repr(C)]
         #[derive(Clone, Copy)]
@@ -96,14 +102,16 @@ impl Permute {
             x: u64,
             gather: u64,
             out: u64,
+            tokens: i32,
             rows: i32,
             columns: i32,
         }
-        let Self { dtype, rows, columns, x, gather, out } = *self;
+        let Self { dtype, tokens, rows, columns, x, gather, out } = *self;
         let params = Params {
             x: x.address,
             gather: gather.address,
             out: out.address,
+            tokens: tokens as i32,
             rows: rows as i32,
             columns: columns as i32,
         };
@@ -133,7 +141,7 @@ pub(crate) struct SortWeights {
 
 impl SortWeights {
     /// # Safety
-    /// As [`Permute::launch`], for `inverse` too.
+    /// As [`Permute::launch`].
     pub unsafe fn launch(&self, queue: &Queue<'_>) -> Result<()> {
         #[repr(C)]
         #[derive(Clone, Copy)]
@@ -193,7 +201,7 @@ pub struct UnpermuteGrad {
 
 impl UnpermuteGrad {
     /// # Safety
-    /// The buffers have these sizes and stay until the kernel has run; the plan is valid for them.
+    /// The buffers have these sizes and stay until the kernel has run; no two slots of `inverse` name one row.
     pub unsafe fn launch(&self, queue: &Queue<'_>) -> Result<()> {
         #[repr(C)]
         #[derive(Clone, Copy)]
@@ -247,6 +255,8 @@ pub(crate) struct GradScore {
     pub tokens: usize,
     /// K.
     pub top_k: usize,
+    /// N.
+    pub rows: usize,
     /// E.
     pub experts: usize,
     /// H.
@@ -282,6 +292,7 @@ impl GradScore {
             grad_weights: u64,
             tokens: i32,
             top_k: i32,
+            rows: i32,
             experts: i32,
             columns: i32,
             tiles: i32,
@@ -295,6 +306,7 @@ impl GradScore {
             grad_weights: self.grad_weights.address,
             tokens: self.tokens as i32,
             top_k: self.top_k as i32,
+            rows: self.rows as i32,
             experts: self.experts as i32,
             columns: self.columns as i32,
             tiles: self.tiles as i32,
@@ -332,6 +344,8 @@ pub struct GradBias {
     pub columns: usize,
     /// N.
     pub sorted: usize,
+    /// Rows of `rows`.
+    pub sources: usize,
     /// `[N, C]`, or `[T, C]` with `gather`.
     pub rows: Buffer,
     /// `[N]`, or null for the row itself.
@@ -371,6 +385,8 @@ impl GradBias {
             partial: u64,
             out: u64,
             experts: i32,
+            sorted: i32,
+            sources: i32,
             columns: i32,
             splits: i32,
         }
@@ -387,6 +403,8 @@ impl GradBias {
             partial: partial.address,
             out: self.out.address,
             experts: self.experts as i32,
+            sorted: self.sorted as i32,
+            sources: self.sources as i32,
             columns: self.columns as i32,
             splits: splits as i32,
         };

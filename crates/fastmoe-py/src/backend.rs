@@ -24,43 +24,67 @@ pub struct Device {
 
 impl Backend {
     /// The backend of the place where all arguments are.
-    pub fn of<'a>(tensors: impl IntoIterator<Item = Option<&'a Tensor>>) -> Result<Self> {
-        let place = common_place(tensors)?;
-        Ok(match place {
-            Place::Cpu => match fastmoe_cuda::emulated()? {
-                None => Self::Cpu,
-                Some(gpu) => Self::Cuda(Device { gpu, place }),
-            },
-            Place::Cuda(index) => Self::Cuda(Device { gpu: Gpu::get(index)?, place }),
-        })
+    pub fn of<'a>(tensors: impl IntoIterator<Item = Option<&'a Tensor>, IntoIter: Clone>) -> Result<Self> {
+        let tensors = tensors.into_iter();
+        let place = common_place(tensors.clone())?;
+        let index = match place {
+            Place::Cpu if !fastmoe_cuda::emulating() => return Ok(Self::Cpu),
+            Place::Cpu => 0,
+            Place::Cuda(index) => index,
+        };
+        tensors.flatten().try_for_each(Tensor::expect_countable)?;
+        Ok(Self::Cuda(Device { gpu: Gpu::get(index)?, place }))
     }
 }
 
 impl Device {
     /// Queues the work on torch's current stream, the GIL released, with so many bytes of scratch memory.
-    pub fn run(
+    pub fn run<T: Send>(
         self,
         py: Python<'_>,
         scratch: usize,
-        work: impl Send + FnOnce(&mut Queue<'_>) -> fastmoe_cuda::Result<()>,
-    ) -> Result<()> {
+        work: impl Send + FnOnce(&mut Queue<'_>) -> Result<T>,
+    ) -> Result<T> {
         let memory = self.place.scratch(py, scratch)?;
         let scratch = Buffer { name: "scratch", address: memory.start() as u64, bytes: scratch };
         let mut queue = Queue { gpu: self.gpu, stream: self.place.stream(py)?, scratch };
-        Ok(py.detach(|| work(&mut queue))?)
+        py.detach(|| work(&mut queue))
     }
 }
 
-/// What the products of tensors like this one are computed in: float32 in full, or in tf32 where
-/// `torch.set_float32_matmul_precision` allows it.
+/// Hands int32 indices to their check where `FASTMOE_CHECK=1` asks for it, which waits for the device.
+pub fn check_indices<const N: usize>(
+    queue: &Queue<'_>,
+    indices: [&Tensor; N],
+    check: impl FnOnce([&[i32]; N]) -> Result<(), fastmoe_core::Error>,
+) -> Result<()> {
+    if !fastmoe_cuda::checks() {
+        return Ok(());
+    }
+    let mut copies = [const { Vec::new() }; N];
+    for (copy, tensor) in copies.iter_mut().zip(indices) {
+        // SAFETY: `Backend::of` has seen that the tensor is in memory of the queue's device.
+        *copy = unsafe { queue.read(tensor.buffer())? };
+    }
+    Ok(check(copies.each_ref().map(Vec::as_slice))?)
+}
+
+/// What the products of tensors like this one are computed in: float32 in full, or in tf32 where torch allows it.
 pub fn math(py: Python<'_>, tensor: &Tensor) -> Result<Math> {
     let dtype = tensor.cuda_float()?;
-    let precision = |py: Python<'_>| -> PyResult<bool> {
-        let torch = py.import(intern!(py, "torch"))?;
-        let precision = torch.call_method0(intern!(py, "get_float32_matmul_precision"))?;
-        Ok(precision.extract::<String>()? != "highest")
-    };
-    Ok(Math { dtype, tf32: dtype == CudaType::F32 && precision(py)? })
+    Ok(Math { dtype, tf32: dtype == CudaType::F32 && allows_tf32(py)? })
+}
+
+fn allows_tf32(py: Python<'_>) -> PyResult<bool> {
+    let torch = py.import(intern!(py, "torch"))?;
+    match torch.call_method0(intern!(py, "get_float32_matmul_precision")) {
+        Ok(precision) => Ok(precision.extract::<String>()? != "highest"),
+        // torch refuses to say it in the old words once it was set in the new ones.
+        Err(_) => {
+            let matmul = py.import("torch.backends.cuda")?.getattr("matmul")?;
+            Ok(matmul.getattr("fp32_precision")?.extract::<String>()? == "tf32")
+        }
+    }
 }
 
 impl Tensor {
@@ -68,6 +92,22 @@ impl Tensor {
     pub fn buffer(&self) -> Buffer {
         let bytes = self.shape().iter().product::<usize>() * self.element().bytes();
         Buffer { name: self.name(), address: self.ptr().addr() as u64, bytes }
+    }
+
+    /// Fails unless 32 bits count its rows, its columns and, of integers, its elements, as the kernels do.
+    fn expect_countable(&self) -> Result<()> {
+        let counted = match self.element() {
+            Element::I32 | Element::I64 => self.shape().iter().product(),
+            _ => self.shape().iter().copied().max().unwrap_or(0),
+        };
+        if i32::try_from(counted).is_ok() {
+            return Ok(());
+        }
+        Err(Error::Value(format!(
+            "{}: expected sizes below 2^31 on a GPU, got shape {:?}",
+            self.name(),
+            self.shape()
+        )))
     }
 
     /// The floating-point type of the elements, if the CUDA kernels have it.

@@ -1,7 +1,7 @@
 //! The DLPack C exchange table (DLPack 1.3, `DLPackExchangeAPI`): a tensor's pointer, shape and strides
 //! without a reference count, and our memory handed over as a tensor of the other library.
 
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{c_char, c_int, c_void};
 use std::ptr::{self, NonNull};
 use std::sync::{PoisonError, RwLock};
 
@@ -152,12 +152,10 @@ impl Exchange {
         }
     }
 
-    /// Uninitialised memory from the tensor library's own allocator, given back when the value is dropped.
-    pub fn allocate(self, device: DLDevice, bytes: usize) -> Result<Allocation, String> {
-        unsafe extern "C" fn keep(text: *mut c_void, _kind: *const c_char, message: *const c_char) {
-            // SAFETY: `text` is the string below, and the message ends in a zero.
-            unsafe { *text.cast::<String>() = CStr::from_ptr(message).to_string_lossy().into_owned() }
-        }
+    /// Uninitialised memory from the tensor library's own allocator, given back when the value is dropped; `None`
+    /// where it has none.
+    pub fn allocate(self, device: DLDevice, bytes: usize) -> Option<Allocation> {
+        unsafe extern "C" fn ignore(_context: *mut c_void, _kind: *const c_char, _message: *const c_char) {}
         let (mut shape, mut stride) = (bytes as i64, 1);
         let mut prototype = DLTensor {
             data: ptr::null_mut(),
@@ -169,16 +167,10 @@ impl Exchange {
             byte_offset: 0,
         };
         let mut out = ptr::null_mut();
-        let mut text = String::new();
-        // SAFETY: prototype, output and error text are locals that outlive the call.
-        let status = unsafe {
-            let context = (&raw mut text).cast();
-            (self.0.managed_tensor_allocator)(&mut prototype, &mut out, context, keep)
-        };
-        match NonNull::new(out) {
-            Some(tensor) if status == 0 => Ok(Allocation(tensor)),
-            _ => Err(text),
-        }
+        // SAFETY: prototype and output are locals that outlive the call.
+        let status =
+            unsafe { (self.0.managed_tensor_allocator)(&mut prototype, &mut out, ptr::null_mut(), ignore) };
+        NonNull::new(out).filter(|_| status == 0).map(Allocation)
     }
 
     /// A tensor of this table's type that owns `tensor` and calls its deleter when it goes.

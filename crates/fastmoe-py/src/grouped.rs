@@ -5,7 +5,7 @@ use fastmoe_cpu::GroupedMm;
 use fastmoe_cuda::{Buffer, Factor, GradBias, GradWeight, Product};
 use pyo3::prelude::*;
 
-use crate::backend::{Backend, buffer, math};
+use crate::backend::{Backend, buffer, check_indices, math};
 use crate::call::{compute, optional_input, optional_output, threads};
 use crate::element::Element;
 use crate::error::Result;
@@ -68,8 +68,11 @@ pub fn grouped_mm(
             bias: buffer(&bias),
             y: out.buffer(),
         };
-        // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
-        return device.run(py, 0, |queue| unsafe { problem.launch(queue) });
+        return device.run(py, 0, |queue| {
+            check_indices(queue, [&offsets], |[offsets]| validate_offsets(offsets, rows))?;
+            // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
+            unsafe { problem.launch(queue) }.map_err(Into::into)
+        });
     }
     compute(py, || {
         let offsets = offsets.slice()?;
@@ -119,13 +122,12 @@ pub fn grouped_mm_grad_weight(
         let math = math(py, &x)?;
         let factor =
             |rows: &Tensor, columns| Factor { rows: rows.buffer(), gather: Buffer::default(), columns };
-        let offsets = offsets.buffer();
         let weight = GradWeight {
             math,
             tokens: rows,
             rows,
             experts,
-            offsets,
+            offsets: offsets.buffer(),
             a: factor(&grad_out, outer),
             b: factor(&x, inner),
             out: grad_w.buffer(),
@@ -136,17 +138,21 @@ pub fn grouped_mm_grad_weight(
             experts,
             columns: outer,
             sorted: rows,
+            sources: rows,
             rows: grad_out.buffer(),
             gather: Buffer::default(),
             scale: Buffer::default(),
-            offsets,
+            offsets: offsets.buffer(),
             out: grad_bias.buffer(),
         });
         let scratch = if bias.is_some() { GradBias::scratch(rows, experts, outer) } else { 0 };
-        // SAFETY: as above.
-        return device.run(py, scratch, |queue| unsafe {
-            weight.launch(queue)?;
-            bias.map_or(Ok(()), |bias| bias.launch(queue))
+        return device.run(py, scratch, |queue| {
+            check_indices(queue, [&offsets], |[offsets]| validate_offsets(offsets, rows))?;
+            // SAFETY: as above.
+            unsafe {
+                weight.launch(queue)?;
+                bias.map_or(Ok(()), |bias| bias.launch(queue)).map_err(Into::into)
+            }
         });
     }
     compute(py, || {

@@ -6,6 +6,7 @@
 mod array;
 mod backend;
 mod call;
+mod cuda;
 mod dlpack;
 mod element;
 mod error;
@@ -22,9 +23,11 @@ mod tensor;
 #[pyo3::pymodule(gil_used = false)]
 mod _native {
     #[pymodule_export]
+    use super::cuda::{cuda_info, images, mlp_launches};
+    #[pymodule_export]
     use super::grouped::{grouped_mm, grouped_mm_grad_weight};
     #[pymodule_export]
-    use super::info::cpu_info;
+    use super::info::{cpu_info, load_cuda};
     #[pymodule_export]
     use super::memory::{empty, empty_cache, memory_stats};
     #[pymodule_export]

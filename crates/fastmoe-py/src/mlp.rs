@@ -2,9 +2,10 @@
 
 use fastmoe_core::validate_plan;
 use fastmoe_cpu::{Activation, DType, Mlp, MlpGrads, RoutedRows, Threads};
+use fastmoe_cuda::Queue;
 use pyo3::prelude::*;
 
-use crate::backend::{Backend, buffer, math};
+use crate::backend::{Backend, buffer, check_indices, math};
 use crate::call::{compute, optional_input, optional_output, threads};
 use crate::element::Element;
 use crate::error::{Error, Result};
@@ -59,8 +60,11 @@ pub fn mlp_forward(
     if let Backend::Cuda(device) = Backend::of(problem.inputs().into_iter().chain(outputs))? {
         let mlp = problem.on_device(py, sizes, layout)?;
         let (out, hidden) = (out.buffer(), buffer(&hidden));
-        // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
-        return device.run(py, mlp.forward_scratch(), |queue| unsafe { mlp.forward(queue, out, hidden) });
+        return device.run(py, mlp.forward_scratch(), |queue| {
+            problem.check_plan(queue, sizes)?;
+            // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
+            unsafe { mlp.forward(queue, out, hidden) }.map_err(Into::into)
+        });
     }
     compute(py, || {
         let mlp = problem.mlp(sizes, layout, threads)?;
@@ -153,8 +157,11 @@ pub fn mlp_backward(
         let grads = fastmoe_cuda::MlpGrads { x, weights, w1, b1, w2, b2 };
         let (hidden, grad_out) = (hidden.buffer(), grad_out.buffer());
         let scratch = mlp.backward_scratch(&grads);
-        // SAFETY: as above.
-        return device.run(py, scratch, |queue| unsafe { mlp.backward(queue, hidden, grad_out, &grads) });
+        return device.run(py, scratch, |queue| {
+            problem.check_plan(queue, sizes)?;
+            // SAFETY: as above.
+            unsafe { mlp.backward(queue, hidden, grad_out, &grads) }.map_err(Into::into)
+        });
     }
     compute(py, || {
         let mlp = problem.mlp(sizes, layout, threads)?;
@@ -307,6 +314,13 @@ impl Problem {
             offsets: self.offsets.buffer(),
             gather: self.gather.buffer(),
             inverse: self.inverse.buffer(),
+        })
+    }
+
+    fn check_plan(&self, queue: &Queue<'_>, sizes: Sizes) -> Result<()> {
+        let Sizes { tokens, top_k, experts, .. } = sizes;
+        check_indices(queue, [&self.offsets, &self.gather, &self.inverse], |[offsets, gather, inverse]| {
+            validate_plan(tokens, top_k, experts, offsets, gather, inverse)
         })
     }
 

@@ -5,7 +5,7 @@ use fastmoe_cpu::Unpermute;
 use fastmoe_cuda::{Combine, Permute, UnpermuteGrad};
 use pyo3::prelude::*;
 
-use crate::backend::{Backend, buffer};
+use crate::backend::{Backend, buffer, check_indices};
 use crate::call::{compute, optional_input, optional_output, threads};
 use crate::element::Element;
 use crate::error::Result;
@@ -32,10 +32,13 @@ pub fn permute(
     if let Backend::Cuda(device) = Backend::of([&x, &gather, &out].map(Some))? {
         gather.expect_element(Element::I32)?;
         let dtype = x.cuda_float()?;
-        let problem =
-            Permute { dtype, rows, columns: cols, x: x.buffer(), gather: gather.buffer(), out: out.buffer() };
-        // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
-        return device.run(py, 0, |queue| unsafe { problem.launch(queue) });
+        let (columns, x, out) = (cols, x.buffer(), out.buffer());
+        let problem = Permute { dtype, tokens, rows, columns, x, gather: gather.buffer(), out };
+        return device.run(py, 0, |queue| {
+            check_indices(queue, [&gather], |[gather]| validate_gather(gather, tokens))?;
+            // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
+            unsafe { problem.launch(queue) }.map_err(Into::into)
+        });
     }
     compute(py, || {
         let (size, gather) = (x.element().bytes(), gather.slice()?);
@@ -75,14 +78,18 @@ pub fn unpermute(
             dtype: y.cuda_float()?,
             tokens,
             top_k,
+            rows,
             columns: cols,
             y: y.buffer(),
             inverse: inverse.buffer(),
             weights: buffer(&weights),
             out: out.buffer(),
         };
-        // SAFETY: as above.
-        return device.run(py, 0, |queue| unsafe { problem.launch(queue) });
+        return device.run(py, 0, |queue| {
+            check_indices(queue, [&inverse], |[inverse]| validate_inverse(inverse, top_k, rows))?;
+            // SAFETY: as above.
+            unsafe { problem.launch(queue) }.map_err(Into::into)
+        });
     }
     compute(py, || {
         let inverse = inverse.slice()?;
@@ -153,8 +160,13 @@ pub fn unpermute_backward(
             grad_y: buffer(&grad_y),
             grad_weights: buffer(&grad_weights),
         };
-        // SAFETY: as above.
-        return device.run(py, 0, |queue| unsafe { problem.launch(queue) });
+        return device.run(py, 0, |queue| {
+            check_indices(queue, [&gather, &inverse], |[gather, inverse]| {
+                validate_plan(tokens, top_k, 1, &[0, rows as i32], gather, inverse)
+            })?;
+            // SAFETY: as above.
+            unsafe { problem.launch(queue) }.map_err(Into::into)
+        });
     }
     compute(py, || {
         let (gather, inverse) = (gather.slice()?, inverse.slice()?);

@@ -74,19 +74,18 @@ impl Place {
         if bytes == 0 {
             return Ok(Scratch::Empty);
         }
-        match Exchange::of(tensor_type(py)?)? {
-            Some(table) => table.allocate(self.device(), bytes).map(Scratch::Table).map_err(Error::Runtime),
-            None => {
-                let torch = py.import("torch")?;
-                let options = [
-                    ("dtype", torch.getattr("uint8")?),
-                    ("device", PyString::new(py, &self.to_string()).into_any()),
-                ];
-                let tensor = torch.call_method("empty", (bytes,), Some(&options.into_py_dict(py)?))?;
-                let start = tensor.call_method0("data_ptr")?.extract()?;
-                Ok(Scratch::Tensor { start, _owner: tensor.unbind() })
-            }
+        if let Some(table) = Exchange::of(tensor_type(py)?)?
+            && let Some(allocation) = table.allocate(self.device(), bytes)
+        {
+            return Ok(Scratch::Table(allocation));
         }
+        // Also where the table has failed: this raises what users of torch catch, such as torch.OutOfMemoryError.
+        let torch = py.import("torch")?;
+        let options =
+            [("dtype", torch.getattr("uint8")?), ("device", PyString::new(py, &self.to_string()).into_any())];
+        let tensor = torch.call_method("empty", (bytes,), Some(&options.into_py_dict(py)?))?;
+        let start = tensor.call_method0("data_ptr")?.extract()?;
+        Ok(Scratch::Tensor { start, _owner: tensor.unbind() })
     }
 }
 

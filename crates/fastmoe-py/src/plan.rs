@@ -131,20 +131,13 @@ fn on_device(
         sorted_weights: buffer(&plan.sorted_weights),
         check: fastmoe_cuda::checks() && spec.out_of_range == OutOfRange::Error,
     };
-    let mut bad_row = None;
-    device.run(py, problem.scratch(), |queue| {
-        // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
-        bad_row = unsafe { problem.launch(queue)? };
-        Ok(())
-    })?;
-    match bad_row {
+    // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
+    match device.run(py, problem.scratch(), |queue| Ok(unsafe { problem.launch(queue)? }))? {
         None => Ok(()),
-        Some(row) => Err(Error::Value(format!(
-            "ids: expected ids in 0..{}, got another for token {}, slot {}",
-            spec.experts,
-            row / spec.top_k,
-            row % spec.top_k
-        ))),
+        Some((row, given)) => {
+            let (token, slot, experts) = (row / spec.top_k, row % spec.top_k, spec.experts);
+            Err(fastmoe_core::Error::ExpertId { token, slot, given, experts }.into())
+        }
     }
 }
 

@@ -88,7 +88,7 @@ pub fn route(
             scores: scores.buffer(),
         };
         // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
-        return device.run(py, 0, |queue| unsafe { problem.launch(queue) });
+        return device.run(py, 0, |queue| unsafe { problem.launch(queue) }.map_err(Into::into));
     }
     compute(py, || {
         let problem = Route {

@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-DEVICES = ("cpu", "meta")
+from .. import _native
+from .._check import DEVICES
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -74,8 +76,16 @@ def _check_parameters(experts: nn.Module) -> None:
     name = type(experts).__name__
     # `parameters` shows what lies beneath PEFT's parametrizations without computing them.
     for parameter in experts.parameters():
-        if parameter.device.type not in DEVICES:
-            raise _CannotServe(f"{name} is on {parameter.device}, this version serves only the CPU")
+        device = parameter.device
+        if device.type not in DEVICES:
+            raise _CannotServe(f"{name} is on {device}, served are CPUs and NVIDIA GPUs")
+        if device.type == "cuda":
+            try:
+                _native.load_cuda(device.index)
+            except RuntimeError as error:
+                raise _CannotServe(f"{name} is on {device}. {error}") from error
+            if parameter.dtype == torch.float64:
+                raise _CannotServe(f"{name} holds torch.float64, which is served on the CPU only")
         if parameter.dtype not in DTYPES:
             raise _CannotServe(
                 f"{name} holds {parameter.dtype} (quantized?), served are float32, float64, bfloat16, float16"

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._distributed import all_reduced
+
 
 @torch.no_grad()
 def update_selection_bias(bias_E: Tensor, counts_E: Tensor, *, rate: float = 1e-3, group: Any = None) -> None:
@@ -25,14 +27,3 @@ def update_selection_bias(bias_E: Tensor, counts_E: Tensor, *, rate: float = 1e-
     """
     counts = all_reduced(counts_E.to(device=bias_E.device, dtype=torch.float64), group)
     bias_E += (rate * torch.sign(counts.mean() - counts)).to(bias_E.dtype)
-
-
-def all_reduced(values: Tensor, group: Any) -> Tensor:
-    """The sum over a process group; True for the default one, None for no group."""
-    if group is None:
-        return values
-    import torch.distributed as dist
-
-    values = values.clone()
-    dist.all_reduce(values, group=None if group is True else group)
-    return values

@@ -28,7 +28,9 @@ def uniform(like: Tensor, *, seed: Seed = None, stream: int = 0) -> Tensor:
     if seed is None:
         return torch.rand(like.shape, dtype=dtype, device=like.device)
     index = torch.arange(like.numel(), device=like.device).view(like.shape)
-    seed = torch.as_tensor(seed, device=like.device, dtype=torch.int64).reshape(())
+    if isinstance(seed, int):  # filled in on the device, where a copy would make a GPU wait
+        seed = torch.full((), seed, device=like.device, dtype=torch.int64)
+    seed = seed.to(like.device, torch.int64).reshape(())
     word = _hash(_hash(index) + _hash(_hash(seed) + stream))
     return ((word >> 9) + 0.5).to(dtype) * 2.0**-23
 
