@@ -230,7 +230,7 @@ def test_student_learns_to_follow_the_teacher():
         (lambda: merge_experts(layer(), gather=6), "gather: got 6, wanted None or 1 to 5"),
         (lambda: merge_experts(layer(bias=True)), "moe: got experts with biases, wanted experts without"),
         (
-            lambda: merge_experts(layer(shared_intermediate_size=8, shared_gate=True)),
+            lambda: merge_experts(layer(8, shared_gate=True)),
             "moe: got a shared expert that is weighed, or identity experts",
         ),
         (lambda: merge_experts(layer(identity_experts=2)), "moe: got a shared expert that is weighed, or"),
