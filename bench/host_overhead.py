@@ -100,14 +100,17 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--smoke", action="store_true", help="few calls, and no file")
+    parser.add_argument(
+        "--package", type=Path, default=PACKAGE, help="a folder with a build for the emulator"
+    )
     parser.add_argument("--out", type=Path, help="result file")
     options = parser.parse_args(argv)
-    if missing := [path for path in (PACKAGE, KERNELS) if not path.exists()]:
+    if missing := [path for path in (options.package, KERNELS) if not path.exists()]:
         print(f"{missing[0]} is missing: make bench-host", file=sys.stderr)
         return 1
     os.environ.setdefault("FASTMOE_EMULATOR", str(KERNELS))
     os.environ |= {"FASTMOE_BACKEND": "emulator", "FASTMOE_EMULATOR_LAUNCH": "none"}
-    sys.path.insert(0, str(PACKAGE))
+    sys.path.insert(0, str(options.package))
     import machine
     import run
     import torch

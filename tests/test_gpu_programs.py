@@ -83,6 +83,20 @@ def test_wrong_answers_end_the_benchmark(
     assert json.loads(path.read_text().splitlines()[-1])["kind"] == "wrong"
 
 
+def test_host_overhead_of_every_call_is_timed() -> None:
+    """With the build of `make bench-host` or of `make test-emulated`."""
+    built = [ROOT / "target" / name / "python" for name in ("host", "emulated")]
+    found = next((path for path in built if path.exists()), None)
+    if found is None:
+        pytest.skip("no build for the emulator: make emulated")
+    done = run("bench/host_overhead.py", "--smoke", "--package", found)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 6
+    assert lines[0].startswith("forward ")
+    assert lines[0].endswith("us  goal 25")
+
+
 @no_gpu
 def test_benchmark_of_a_gpu_says_that_there_is_none(
     bench: ModuleType, capsys: pytest.CaptureFixture[str]

@@ -67,7 +67,7 @@ def _is_watched(args: tuple[Any, ...]) -> bool:
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or not _PLAIN.issuperset(map(type, args))
-        or args[0].device.type == "meta"
+        or args[0].is_meta
     )
 
 
