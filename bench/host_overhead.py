@@ -49,7 +49,7 @@ def calls() -> dict[str, Callable[[], object]]:
     import fastmoe_rs
     from fastmoe_rs.functional import moe_mlp
 
-    tokens, hidden, intermediate, experts, top_k = 16, 64, 64, 8, 2
+    tokens, hidden, intermediate, experts, top_k = 8, 16, 16, 8, 2
     torch.manual_seed(0)
     x = torch.randn(tokens, hidden).bfloat16()
     ids = torch.rand(tokens, experts).topk(top_k).indices

@@ -20,10 +20,17 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_tests_of_a_gpu_pass_on_the_cpu() -> None:
-    done = run("-m", "pytest", "-q", "tests/gpu/test_gpu_parity.py", "--device", "cpu", "--quick")
+def test_tests_of_a_gpu_pass_on_the_cpu(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    options = ("--device", "cpu", "--quick", "--record", path)
+    done = run("-m", "pytest", "-q", "tests/gpu/test_gpu_parity.py", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
+    machine, *tests = map(json.loads, path.read_text().splitlines())
+    assert machine["device"] == "cpu"
+    assert machine["versions"]["torch"]
+    assert {test["outcome"] for test in tests} == {"passed", "skipped"}
+    assert all(test["reason"] for test in tests if test["outcome"] == "skipped")
 
 
 @no_gpu
