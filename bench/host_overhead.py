@@ -23,12 +23,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE, KERNELS = ROOT / "target/host/python", ROOT / "target/emulator/plain/libkernels.so"
 GOALS_US = {"forward": 25.0, "forward + backward": 60.0}
-BATCHES, CALLS, WARM_UP = 60, 200, 500
+BATCHES, CALLS, WARM_UP = 500, 25, 500
 
 
 def microseconds(call: Callable[[], object], batches: int, calls: int) -> dict[str, float]:
     """Median and least of the means of several batches of calls."""
-    for _ in range(min(WARM_UP, calls)):
+    for _ in range(WARM_UP if batches > 10 else 1):
         call()
     means = []
     gc.collect()
