@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.smoke:
         return 0
     identity = machine.identity(1)
-    record = {"machine": identity, "goals_us": GOALS_US, "results": results}
+    record = {"matrix": "host-overhead", "machine": identity, "goals_us": GOALS_US, "results": results}
     path = options.out or run.RESULTS / run.default_name(identity, "host-overhead")
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(path)
