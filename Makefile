@@ -18,7 +18,7 @@ GPU_BUILD := $(TOOLCHAIN) $(KERNELS)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup develop demo test test-emulated emulated emulate emulate-bugs emulate-asan wheel kernels kernel-table toolchain pins bench lint clean
+.PHONY: help setup develop demo test test-emulated emulated emulate emulate-bugs emulate-asan wheel kernels kernel-table toolchain pins bench bench-host bench-gpu test-gpu lint clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -80,6 +80,19 @@ bench: develop ## Time against torch and transformers and fill in the README (AR
 	$(BIN)/python bench/run.py $(ARGS)
 	$(BIN)/python bench/report.py
 
+test-gpu: develop ## Run the tests that need a GPU (ARGS="--device cpu --quick" checks the tests themselves)
+	$(BIN)/python -m pytest tests/gpu $(ARGS)
+
+bench-gpu: develop ## Time against torch and other projects on a GPU, for at most 9 minutes
+	$(BIN)/python bench/gpu/run.py $(ARGS)
+
+bench-host: develop ## Time what a call of the CUDA path costs on the host
+	FASTMOE_SKIP_CUDA=1 cargo build --release --locked --package fastmoe-py --features emulator --target-dir target/host
+	$(MAKE) -C cuda/tests -j2 $(abspath target/emulator/plain/libkernels.so)
+	rm -rf target/host/python && cp -r python target/host/python
+	cp target/host/release/lib_native.so target/host/python/fastmoe_rs/_native.abi3.so
+	$(BIN)/python bench/host_overhead.py $(ARGS)
+
 lint: develop ## Formatting, clippy, ruff, mypy and the check of the native stubs
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
@@ -105,7 +118,7 @@ $(CUDA)/.setup: $(VENV)/.setup
 	touch $@
 
 # Development builds have the kernels for the GPUs of this machine.
-develop demo test bench lint: export FASTMOE_CUDA_ARCHS ?= native
+develop demo test test-gpu bench bench-gpu lint: export FASTMOE_CUDA_ARCHS ?= native
 $(VENV)/.develop: $(VENV)/.setup $(RUST) $(GPU_BUILD)
 	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --release --locked --extras demo,bench,dev
 	touch $@

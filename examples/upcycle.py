@@ -1,12 +1,10 @@
 """A trained dense model as the start of a Mixture-of-Experts one, and back to a smaller dense one."""
 
-import copy
-
 import torch
 
 import fastmoe_rs
-from fastmoe_rs.distillation import dense_student, distillation_loss
-from fastmoe_rs.upcycling import upcycle_model
+from fastmoe_rs.distillation import distillation_loss
+from fastmoe_rs.integrations.dense import dense_pretrained, upcycle_pretrained
 from tiny import dense_model, text
 
 
@@ -30,18 +28,17 @@ def main():
     model = dense_model()
     print(f"dense model, trained:        loss {train(model, next_byte):.3f}")
 
-    # Experts start as copies of the MLP: the model computes what it did, and can now learn more.
-    moe = copy.deepcopy(model)
-    layers = upcycle_model(moe, num_experts=8, top_k=2, redraw=0.1)
-    loss = train(moe, next_byte)
-    print(f"{layers} layers upcycled, trained: loss {loss:.3f}")
+    # Experts start as copies of the MLP, half of each drawn anew so that they part. A Qwen3 becomes a
+    # Qwen3-MoE; fastmoe_rs.upcycling.upcycle_model puts nn.MoE layers into models of other families.
+    moe = fastmoe_rs.accelerate(upcycle_pretrained(model, num_experts=8, top_k=2, redraw=0.5))
+    print(f"upcycled model, trained:     loss {train(moe, next_byte):.3f}")
 
     # The student's MLPs start as the two experts with the largest load, side by side, and follow the teacher.
     watched = fastmoe_rs.watch(moe.requires_grad_(False))
     moe(text(32))
     load = {name: stats.load for name, stats in watched.stats().items()}
     watched.close()
-    student = dense_student(moe, load, gather=2).requires_grad_(True)
+    student = dense_pretrained(moe, load, gather=2)
     with torch.no_grad():
         held_out = text(160)[128:]
         print(f"dense student, untrained:    loss {next_byte(student, held_out):.3f}")

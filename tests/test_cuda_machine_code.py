@@ -84,8 +84,7 @@ def test_main_loops_are_lean(cuda_images):
     kernels = [kernel for kernel in images.kernels("80") if re.search("_b?f16_128x(256|128)_", kernel.name)]
     assert len(kernels) == 32
     others = {kernel.name: loop(kernel).others for kernel in kernels}
-    limit = {name: 2 if name.startswith("grad_weight") else 1.25 for name in others}
-    assert {name: count for name, count in others.items() if count > limit[name]} == {}
+    assert {name: count for name, count in others.items() if count > 1.25} == {}
 
 
 def test_table_is_current(cuda_images):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from fastmoe_rs import nn, watch
 from fastmoe_rs.distillation import dense_student, distillation_loss, merge_experts
+from fastmoe_rs.integrations.grok import GrokMoE
 from fastmoe_rs.upcycling import upcycle
 
 SHARED = [None, 10]
@@ -69,6 +70,14 @@ def test_gathered_experts_lie_side_by_side_scaled_by_their_share(activation, sha
     assert dense.w2.shape == (16, 3 * 24 + (shared or 0))
     expected = (0.4 * expert(moe, 1)(x) + 0.3 * expert(moe, 3)(x) + 0.2 * expert(moe, 4)(x)) / 0.9
     torch.testing.assert_close(dense(x), expected + (moe.shared(x) if shared else 0))
+
+
+def test_scale_of_the_router_is_kept():
+    dense, x = nn.SharedExpert(16, 24), torch.randn(7, 16)
+    moe = upcycle(dense, 4, 2, scale=2.5)
+    torch.testing.assert_close(moe(x), 2.5 * dense(x))
+    for gather in (None, 3):
+        torch.testing.assert_close(merge_experts(moe, gather=gather)(x), moe(x))
 
 
 def test_student_replaces_every_layer_of_a_copy():
@@ -161,6 +170,17 @@ def test_loss_of_half_precision_logits_is_computed_in_float32():
     )
 
 
+def test_nothing_waits_for_the_device():
+    """Meta tensors have no values to wait for."""
+    moe = layer(shared=10, device="meta")
+    assert merge_experts(moe, torch.ones(5, device="meta")).w2.shape == (16, 34)
+    assert merge_experts(moe, torch.ones(5, device="meta"), gather=2).w2.shape == (16, 58)
+    logits, hidden = torch.randn(2, 7, device="meta", requires_grad=True), torch.randn(2, 5, device="meta")
+    options = {"student_hidden": [hidden], "teacher_hidden": [hidden], "mask": hidden[:, 0]}
+    distillation_loss(logits, logits, **options).backward()
+    assert logits.grad.is_meta
+
+
 def test_no_token_counts():
     logits = torch.randn(2, 7, requires_grad=True)
     loss = distillation_loss(logits, torch.randn(2, 7), mask=torch.zeros(2))
@@ -209,6 +229,7 @@ def test_student_learns_to_follow_the_teacher():
         (lambda: merge_experts(layer(), gather=0), "gather: got 0, wanted None or 1 to 5"),
         (lambda: merge_experts(layer(), gather=6), "gather: got 6, wanted None or 1 to 5"),
         (lambda: merge_experts(layer(bias=True)), "moe: got experts with biases, wanted experts without"),
+        (lambda: merge_experts(GrokMoE(16, 24)), "moe: got GrokMoE, whose forward is its own"),
         (lambda: dense_student(torch.nn.Linear(2, 2)), "model: got Linear without nn.MoE layers"),
         (
             lambda: dense_student(torch.nn.Sequential(layer()), {"1": torch.ones(5)}),

@@ -112,7 +112,7 @@ def test_dense_vs_moe(run):
 def test_upcycle(run):
     dense, moe, untrained, distilled = (numbers(line)[0] for line in run("upcycle"))
     assert moe < dense
-    assert distilled < untrained
+    assert distilled < untrained - 0.01
 
 
 def test_readme_lists_every_example_and_each_is_tested():

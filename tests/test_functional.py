@@ -67,6 +67,36 @@ def test_mlp_with_a_capacity(drop, pad, dtype):
     assert (grad[plan.inverse < 0] == 0).all()
 
 
+@pytest.mark.parametrize("memory", ["lazily negated", "offset", "expanded", "transposed"])
+def test_mlp_of_tensors_that_are_views(memory):
+    """Same values, other memory: the signs, strides and offsets of a view count, forward and backward."""
+
+    def view(tensor):
+        if not tensor.is_floating_point():
+            return tensor
+        plain = tensor.detach()
+        if memory == "lazily negated":
+            plain = torch._neg_view(-plain)
+        elif memory == "offset":
+            plain = torch.cat([plain.flatten(), plain.flatten()])[plain.numel() :].view(plain.shape)
+        elif memory == "expanded":
+            plain = plain[..., :1].expand(plain.shape)
+        else:
+            plain = plain.transpose(0, -1).contiguous().transpose(0, -1)
+        return plain.requires_grad_()
+
+    arguments = [view(argument) for argument in mlp_case()[0]]
+    plain = [argument.detach().resolve_neg().contiguous() for argument in arguments]
+    copies = [a.clone().requires_grad_(b.requires_grad) for a, b in zip(plain, arguments, strict=True)]
+    grad_out = view(torch.randn(arguments[0].shape, dtype=torch.float64)).detach()
+    outs = []
+    for taken in (arguments, copies):
+        out = functional.moe_mlp(*taken)
+        outs.append((out, *torch.autograd.grad(out, differentiable(taken, {}).values(), grad_out)))
+    for got, want in zip(*outs, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_mlp_with_out_of_range_ids_dropped():
     (x, ids, weights, w1, w2), _ = mlp_case()
     elsewhere = torch.where(ids == 2, 5, ids)

@@ -61,7 +61,9 @@ def test_load_balancing():
     logits = double(7, 5)
     same(losses.load_balancing_loss(logits, 2), 5 * written_out(logits, best(logits, 2)), logits)
     ids = torch.tensor([[0, 4], [1, 1], [-1, 2], [5, 3], [0, 4], [2**40, -(2**40)], [3, 0]])
-    same(losses.load_balancing_loss(logits, 2, ids_TK=ids), 5 * written_out(logits, ids.tolist()), logits)
+    for same_ids in (ids, ids.T.contiguous().T):
+        loss = losses.load_balancing_loss(logits, 2, ids_TK=same_ids)
+        same(loss, 5 * written_out(logits, ids.tolist()), logits)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -1,6 +1,7 @@
 """What the wheel is: its tag, what it links to, its size, and how it imports, with and without torch."""
 
 import email
+import json
 import os
 import re
 import struct
@@ -110,6 +111,34 @@ def test_links_only_to_the_c_library(unpacked):
     assert "libc.so.6" in needed
     basic = re.compile(r"(libc|libm|libdl|librt|libpthread|libgcc_s|ld-linux[\w-]*)\.so\.\d+")
     assert [name for name in needed if not basic.fullmatch(name)] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="manylinux is a promise about Linux")
+def test_tag_promises_no_more_than_the_symbols_keep(wheel):
+    """auditwheel reads which glibc the module's symbols need: not a newer one than the tag says."""
+    command = [sys.executable, "-m", "auditwheel", "show", str(wheel)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r'consistent with\s+the\s+following\s+platform\s+tag:\s+"manylinux_(\d+)_(\d+)_', shown)
+    assert found, shown
+    promised = re.search(r"manylinux_(\d+)_(\d+)_", wheel.name)
+    assert promised, wheel.name
+    assert tuple(map(int, found.groups())) <= tuple(map(int, promised.groups())), shown
+
+
+def test_every_kernel_is_there_for_every_target(unpacked):
+    """The images in the wheel itself: each family of cuda/kernels, compiled for all that can run it."""
+    if os.environ.get("FASTMOE_CUDA_ARCHS") != "all":
+        pytest.skip("the wheel has all images where FASTMOE_CUDA_ARCHS=all built it, as .ci/run does")
+    code = """
+import json, fastmoe_rs._native
+print(json.dumps([(image["family"], image["arch"]) for image in fastmoe_rs._native.images()]))
+"""
+    images = json.loads(run(sys.executable, code, PYTHONPATH=str(unpacked)))
+    own = {"sm90": {"90a"}, "sm100": {"100f"}, "sm120": {"120f"}}
+    portable = {"80", "90a", "100f", "120f", "ptx"}
+    families = [path.stem for path in (ROOT / "cuda" / "kernels").glob("*.cu")]
+    wanted = {(family, arch) for family in families for arch in own.get(family.partition("_")[0], portable)}
+    assert {tuple(image) for image in images} == wanted
 
 
 def test_carries_no_emulator(unpacked, clean_python):

@@ -124,6 +124,13 @@ def test_all_or_nothing_redrawn():
     assert all((w != s).all() for w, s in zip(copy_experts(dense, 2, redraw=1), dense[:2], strict=True))
 
 
+def test_nothing_waits_for_the_device():
+    """Meta tensors have no values to wait for."""
+    moe = upcycle(nn.SharedExpert(16, 24, device="meta"), 4, 2, noise=0.1, redraw=0.5)
+    assert moe.experts.w1.is_meta
+    assert moe(torch.randn(7, 16, device="meta")).shape == (7, 16)
+
+
 @pytest.mark.parametrize("options", [{}, {"redraw": 0.5}], ids=str)
 def test_training_goes_on_below_the_loss_of_the_dense_model(options):
     model = llama()

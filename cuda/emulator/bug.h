@@ -20,9 +20,14 @@ int add_bug(const char* name);  // a number of its own, from 1; the same for the
 std::vector<std::string> bugs();
 void seed_bug(const std::string& name);  // throws std::invalid_argument where there is none of that name
 inline int seeded = 0;
+inline bool reached = false;  // whether a kernel has come by the seeded bug
+inline bool is_seeded(int number) {
+  if (number != seeded) return false;
+  return reached = true;
+}
 
 template <BugName name> inline const int bug_number = add_bug(name.text);
 
 }  // namespace emulator
 
-#define BUG(name) (emulator::bug_number<#name> == emulator::seeded)
+#define BUG(name) emulator::is_seeded(emulator::bug_number<#name>)

@@ -81,7 +81,7 @@ template <class S, Major MW> struct GradHidden {
       load_pairs<ALIGNED>(gate, up, hidden, unit, I, exists);
     } else {
       load_run<ALIGNED>(gate, hidden, unit, I, exists);
-      if (activation.gated()) load_run<ALIGNED>(up, hidden + I, unit, I, exists);
+      if (activation.gated()) load_run<ALIGNED>(up, BUG(hidden_gate_twice) ? hidden : hidden + I, unit, I, exists);
     }
     float slope = 0;
 #pragma unroll
@@ -90,7 +90,7 @@ template <class S, Major MW> struct GradHidden {
 #pragma unroll
     for (int j = 0; j < 4; j++)
       for (int b = 0; b < 2; b++) {
-        if (exists && unit + 8 * j + 2 * quad_lane() + b < I) slope += grad[j][b] * act[j][b];
+        if (exists && unit + 8 * j + 2 * quad_lane() + b < I) slope += (BUG(hidden_slope_scaled) ? scaled : grad)[j][b] * act[j][b];
         act[j][b] *= weight;
       }
     if (p.grad_hidden) {
@@ -106,7 +106,7 @@ template <class S, Major MW> struct GradHidden {
       slope += shfl_xor(slope, 1);
       slope += shfl_xor(slope, 2);
       if (exists && unit < I && quad_lane() == 0)
-        store(p.slopes + (static_cast<int64_t>(row) * ceil_div(I, RUN) + unit / RUN), slope);
+        store(p.slopes + (static_cast<int64_t>(row) * ceil_div(I, RUN) + unit / (BUG(hidden_slope_slot) ? S::BN : RUN)), slope);
     }
   }
 };

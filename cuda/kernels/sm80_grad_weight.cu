@@ -39,7 +39,7 @@ template <class S, Major MAJOR> struct GradWeight {
   template <class A, class B> PTX_D int start(const Tile& tile, A& a, B& b) const {
     const int first = row_offset(p.offsets, tile.expert, p.rows), rows = row_offset(p.offsets, tile.expert + 1, p.rows) - first;
     if (rows <= 0) return 0;
-    a.start(Rows<T>{p.a, p.gather_a, p.m, p.tokens}.from(first), rows,
+    a.start(Rows<T>{p.a, p.gather_a, p.m, p.tokens}.from(BUG(weight_first_rows) ? 0 : first), rows,
             [&](int i) { return tile.m * S::BM + i < p.m ? tile.m * S::BM + i : -1; });
     b.start(Rows<T>{p.b, p.gather_b, p.n, p.tokens}.from(first), rows,
             [&](int i) { return tile.n * S::BN + i < p.n ? tile.n * S::BN + i : -1; });
@@ -51,7 +51,7 @@ template <class S, Major MAJOR> struct GradWeight {
   PTX_D void finish(const Tile& tile, typename S::Sums& c) const {
     for_each_row<S>(c, [&](int i, Run& left, Run& right) {
       const int row = tile.m * S::BM + S::warp_row() + i, at = tile.n * S::BN + S::run_column(0);
-      const int64_t start = (static_cast<int64_t>(tile.expert) * p.m + row) * p.n;
+      const int64_t start = (static_cast<int64_t>(BUG(weight_first_expert) ? 0 : tile.expert) * p.m + row) * p.n;
       if (p.sum) {
         add_run(p.sum + start, at, left, row < p.m);
         add_run(p.sum + start, at + S::BN / 2, right, row < p.m);
@@ -67,7 +67,7 @@ template <class S, Major MAJOR> struct GradWeight {
     for (int j = 0; j < 4; j++)
       for (int b = 0; b < 2; b++) {
         const int at = column + 8 * j + 2 * quad_lane() + b;
-        if (exists && at < p.n) store(row + at, load(row + at) + v[j][b]);
+        if (exists && at < p.n) store(row + at, (BUG(weight_no_sum) ? 0 : load(row + at)) + v[j][b]);
       }
   }
 };

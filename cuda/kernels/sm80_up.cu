@@ -45,7 +45,7 @@ template <class S, Major MA, Major MB> struct Up {
   // come in halves, so they do in the tile.
   PTX_D int column(int n, int half, int i) const {
     const int at = n * (halves ? S::BN / 2 : S::BN) + i;
-    if (halves) return at < p.intermediate ? half * p.intermediate + at : -1;
+    if (halves) return at < p.intermediate ? (BUG(up_gate_twice) ? 0 : half * p.intermediate) + at : -1;
     return at + half * (S::BN / 2) < columns ? at + half * (S::BN / 2) : -1;
   }
 
@@ -99,7 +99,7 @@ template <class S, Major MA, Major MB> struct Up {
       activation.forward(gate, up, out);
       if (gated && !halves) {
         store_units(act, at / 2, out, 0, exists);
-        store_units(act, (at + S::BN / 2) / 2, out, 1, exists);
+        store_units(act, (at + S::BN / 2) / 2, out, !BUG(up_left_units_twice), exists);
       } else {
         store_run<ALIGNED>(act, at + pass * (S::BN / 2), p.intermediate, out, exists);
       }

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -39,7 +40,7 @@ void set_schedule(int run, uint64_t first_seed) {
   s.seed = run < 2 ? 0 : first_seed + run;
 }
 
-std::string place(const Test& t) { return std::string(t.name) + " (" + emulator::describe(emulator::settings) + ")"; }
+std::string place(const Test& t) { return t.name + " (" + emulator::describe(emulator::settings) + ")"; }
 
 // Whether it passed; prints why not.
 bool run_once(const Test& test) {
@@ -60,8 +61,8 @@ void on_signal(int signal) {
   char text[300];
   const int size = snprintf(text, sizeof text, "FAILED %s\n    %s\n", running.c_str(),
                             signal == SIGALRM ? "no end in sight" : "a guard page was touched, or worse");
-  if (write(1, text, size) < 0) _exit(3);
-  _exit(2);
+  if (write(1, text, size) < 0) _exit(4);
+  _exit(3);
 }
 void catch_signals() {
   static char stack[64 * 1024];
@@ -76,7 +77,7 @@ void catch_signals() {
 std::vector<Test> chosen(const Options& o) {
   std::vector<Test> some;
   for (const Test& t : tests())
-    if (std::string(t.name).find(o.filter) != std::string::npos) some.push_back(t);
+    if (t.name.find(o.filter) != std::string::npos) some.push_back(t);
   return some;
 }
 
@@ -98,40 +99,43 @@ int run_all(const Options& o) {
   return failures != 0 || some.empty();
 }
 
+// How the process of a seeded bug ends.
+enum Outcome { missed, caught, unreached };  // unreached: no test runs that line
+
 // Each bug in a process of its own, until the first run that notices it.
 int run_bugs(const Options& o) {
-  int caught = 0, total = 0;
+  int all[3] = {};
   for (const std::string& bug : emulator::bugs()) {
-    total++;
     fflush(stdout);
     const pid_t child = fork();
     if (!child) {
       emulator::seed_bug(bug);
       const auto some = chosen(o);
-      for (int run = 0; run < o.runs; run++)
+      for (int run = 0; run < o.runs && (run < 2 || emulator::reached); run++)
         for (const Test& t : some) {
           set_schedule(run, o.seed);
           running = place(t);
           if (!run_once(t)) {
             fflush(stdout);
-            _exit(1);
+            _exit(caught);
           }
         }
-      _exit(0);
+      _exit(emulator::reached ? missed : unreached);
     }
     int status = 0;
     waitpid(child, &status, 0);
-    const bool noticed = !WIFEXITED(status) || WEXITSTATUS(status);
-    printf("%s %s\n", noticed ? "caught" : "MISSED", bug.c_str());
-    caught += noticed;
+    // What no program returns on purpose is an end by a signal, or on_signal's.
+    const int outcome = WIFEXITED(status) && WEXITSTATUS(status) <= unreached ? WEXITSTATUS(status) : caught;
+    printf("%s %s\n", std::array{"MISSED", "caught", "unreached"}[outcome], bug.c_str());
+    all[outcome]++;
   }
-  printf("%d of %d seeded bugs caught\n", caught, total);
-  return caught != total;
+  printf("%d of %d seeded bugs caught\n", all[caught], all[caught] + all[missed]);
+  return all[missed] != 0;
 }
 
 }  // namespace
 
-Test::Test(const char* name, void (*body)()) : name(name), body(body) { tests().push_back(*this); }
+Test::Test(const std::string& name, const std::function<void()>& body) : name(name), body(body) { tests().push_back(*this); }
 
 void failed(const std::string& why, const Where& where) { throw std::runtime_error(emulator::short_place(where) + ": " + why); }
 
@@ -184,7 +188,7 @@ int main(int count, char** arguments) {
   setvbuf(stdout, nullptr, _IOLBF, 0);
   test::catch_signals();
   if (o.list) {
-    for (const auto& t : test::chosen(o)) printf("%s\n", t.name);
+    for (const auto& t : test::chosen(o)) printf("%s\n", t.name.c_str());
     for (const auto& b : emulator::bugs()) printf("bug %s\n", b.c_str());
     return 0;
   }

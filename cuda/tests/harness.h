@@ -30,9 +30,9 @@ using emulator::Where;
 [[noreturn]] void failed(const std::string& why, const Where& where);
 
 struct Test {
-  const char* name;
-  void (*body)();
-  Test(const char* name, void (*body)());
+  std::string name;
+  std::function<void()> body;
+  Test(const std::string& name, const std::function<void()>& body);
 };
 #define TEST(name)                                   \
   static void test_##name();                         \
@@ -63,19 +63,23 @@ class Memory {
   const char* name_;
 };
 
+// The elements behind the first `skip` of some memory: without those they start at a multiple of 16 bytes.
 template <class T> class Buffer {
  public:
-  Buffer(const char* name, int64_t count, emulator::Use use) : memory_(name, count * sizeof(T), use), count_(count) {}
-  std::span<T> values() const { return {static_cast<T*>(memory_.data()), static_cast<size_t>(count_)}; }
-  T& operator[](int64_t i) const { return static_cast<T*>(memory_.data())[i]; }
+  Buffer(const char* name, int64_t count, emulator::Use use, int64_t skip = 0)
+      : memory_(name, (count + skip) * sizeof(T), use), count_(count), skip_(skip) {}
+  std::span<T> values() const { return {static_cast<T*>(memory_.data()) + skip_, static_cast<size_t>(count_)}; }
+  T& operator[](int64_t i) const { return static_cast<T*>(memory_.data())[skip_ + i]; }
   int64_t size() const { return count_; }
   const char* name() const { return memory_.name(); }
-  operator ptx::Global<T>() const { return {static_cast<T*>(memory_.data())}; }
-  operator ptx::Global<const T>() const { return {static_cast<const T*>(memory_.data())}; }
+  operator ptx::Global<T>() const { return {values().data()}; }
+  operator ptx::Global<const T>() const { return {values().data()}; }
+  // Whether the last launch has written every element.
+  bool written() const { return emulator::unwritten(memory_.data()) == skip_ * sizeof(T); }
 
  private:
   Memory memory_;
-  int64_t count_;
+  int64_t count_, skip_;
 };
 
 // T from a float or an integer.
@@ -89,14 +93,14 @@ template <class T> double real(T x) {
 }
 
 // Read-only; value(i) is element i.
-template <class T, class F> Buffer<T> input(const char* name, int64_t count, F&& value) {
-  Buffer<T> b(name, count, emulator::Use::read_only);
+template <class T, class F> Buffer<T> input(const char* name, int64_t count, F&& value, int64_t skip = 0) {
+  Buffer<T> b(name, count, emulator::Use::read_only, skip);
   for (int64_t i = 0; i < count; i++) b[i] = make<T>(value(i));
   return b;
 }
 // Poisoned: NaN, or -1 in integers.
-template <class T> Buffer<T> output(const char* name, int64_t count) {
-  Buffer<T> b(name, count, emulator::Use::write_once);
+template <class T> Buffer<T> output(const char* name, int64_t count, int64_t skip = 0) {
+  Buffer<T> b(name, count, emulator::Use::write_once, skip);
   memset(b.values().data(), 0xff, count * sizeof(T));
   return b;
 }

@@ -13,20 +13,15 @@ namespace {
 // Columns with and without whole 16 bytes, and more than one warp's share of them.
 int some_columns() { return static_cast<int>(chance(2) ? uniform(1, 70) * 8 : uniform(1, 300)); }
 
-// An input of whose pointer nothing is known but that elements are aligned.
-template <class T> struct Rows {
-  test::Buffer<T> buffer;
-  int64_t skip;
-  Rows(const char* name, int64_t count) : buffer(input<T>(name, count + 1, [](int64_t) { return normal(); })), skip(chance(4)) {}
-  operator Global<const T>() const { return Global<const T>(buffer) + skip; }
-  T operator[](int64_t i) const { return buffer[i + skip]; }
-};
+template <class T> test::Buffer<T> some_rows(const char* name, int64_t count) {
+  return input<T>(name, count, [](int64_t) { return normal(); }, chance(4));
+}
 
 template <class T> void check_combine(const char* kernel) {
   const auto plan = test::some_plan(static_cast<int>(uniform(0, 12)), static_cast<int>(uniform(1, 9)), any_of({1, 2, 3, 4, 8, 35}));
   const int H = some_columns();
   const bool weighted = chance(2);
-  const Rows<T> y("y", static_cast<int64_t>(plan.N) * H);
+  const auto y = some_rows<T>("y", static_cast<int64_t>(plan.N) * H);
   const auto inverse = plan.input_of("inverse", plan.inverse);
   const auto weights = plan.input_of("weights", plan.weights);
   const auto out = output<T>("out", static_cast<int64_t>(plan.T) * H);
@@ -44,7 +39,7 @@ template <class T> void check_combine(const char* kernel) {
 template <class T> void check_permute(const char* kernel) {
   const auto plan = test::some_plan(static_cast<int>(uniform(1, 12)), static_cast<int>(uniform(1, 9)), any_of({1, 2, 3}));
   const int H = some_columns();
-  const Rows<T> x("x", static_cast<int64_t>(plan.T) * H);
+  const auto x = some_rows<T>("x", static_cast<int64_t>(plan.T) * H);
   const auto gather = plan.input_of("gather", plan.gather);
   const auto out = output<T>("out", static_cast<int64_t>(plan.N) * H);
   launch(kernel, uniform(1, 4), PermuteParams<T>{x, gather, out, plan.T, plan.N, H});
@@ -58,8 +53,8 @@ template <class T> void check_unpermute_grad(const char* kernel) {
   const auto plan = test::some_plan(static_cast<int>(uniform(1, 12)), static_cast<int>(uniform(1, 9)), any_of({1, 2, 3}));
   const int H = some_columns();
   const bool weighted = !chance(4);
-  const Rows<T> grad_out("grad_out", static_cast<int64_t>(plan.T) * H);
-  const Rows<T> y("y", static_cast<int64_t>(plan.N) * H);
+  const auto grad_out = some_rows<T>("grad_out", static_cast<int64_t>(plan.T) * H);
+  const auto y = some_rows<T>("y", static_cast<int64_t>(plan.N) * H);
   const auto gather = plan.input_of("gather", plan.gather), inverse = plan.input_of("inverse", plan.inverse);
   const auto weights = plan.input_of("weights", plan.weights);
   const auto grad_y = output<T>("grad_y", static_cast<int64_t>(plan.N) * H);

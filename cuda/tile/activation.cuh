@@ -19,14 +19,14 @@ class Activation {
   bool oai;
   float a, b, limit;  // values above the limit are clamped
 
-  PTX_D float clamp_above(float x) const { return x > limit ? limit : x; }
+  PTX_D float clamp_above(float x) const { return x > limit && !BUG(activation_no_limit) ? limit : x; }
   PTX_D float clamp(float x) const { return clamp_above(x) < -limit ? -limit : clamp_above(x); }
 
   PTX_D Value sigmoid_form(float x) const {
     const float g = clamp_above(x), square = g * g < LARGEST ? g * g : LARGEST;
     const float s = rcp_approx(1 + exp2_approx(-1.4426950408889634f * (g * (a + b * square))));
     const float slope = s + g * s * (1 - s) * (a + 3 * b * square);
-    return {g * s, x > limit ? 0 : slope};
+    return {g * s, x > limit && !BUG(activation_slope_of_limit) ? 0 : slope};
   }
   PTX_D static Value gelu(float x) {
     const float phi = 0.5f * (1 + ptx::erf(x * 0.70710678118654752f));

@@ -14,7 +14,7 @@ template <class S, int SIZE, Major MAJOR> PTX_D float4 four_deep(Shared slice, i
     const Shared from = slice + (4 * chunk * SIZE + first) * 4;
     float v[4];
 #pragma unroll
-    for (int k = 0; k < 4; k++) v[k] = load_shared<float>(from + (k * SIZE + (beyond ^ 8 * k)) * 4);
+    for (int k = 0; k < 4; k++) v[k] = load_shared<float>(from + (k * SIZE + (BUG(fma_swizzle) ? beyond : beyond ^ 8 * k)) * 4);
     return {v[0], v[1], v[2], v[3]};
   }
 }

@@ -43,9 +43,11 @@ template <class S, int SIZE, Major MAJOR, bool IS_B> class Reader {
 
   PTX_D void tile(uint32_t (&r)[4], Shared slice, int i, int step) const {
     if constexpr (!TRANSPOSED) {
-      ldmatrix_x4(r, slice + (offsets[step] + distance(i) * SLICE_BYTES));
+      const uint32_t offset = BUG(fragments_swizzle) ? offsets[0] + step * 32 : offsets[step];
+      ldmatrix_x4(r, slice + (offset + distance(i) * SLICE_BYTES));
     } else if constexpr (!WIDE) {
-      ldmatrix_x4_trans(r, slice + (offsets[i % PERIOD] + beyond(i) + step * 16 * SIZE * 2));
+      const uint32_t offset = BUG(fragments_swizzle_transposed) ? offsets[0] + distance(i % PERIOD) * 2 : offsets[i % PERIOD];
+      ldmatrix_x4_trans(r, slice + (offset + beyond(i) + step * 16 * SIZE * 2));
     } else {
       for (int along = 0; along < 2; along++)
         for (int deep = 0; deep < 2; deep++)

@@ -28,22 +28,29 @@ template <class S, class A, class B> PTX_D void fill(Ring<S> ring, A& a, B& b, i
   for (int s = 0; s < S::STAGES; s++, ring.advance()) copy_slice(ring, a, b, s < slices);
 }
 
+// Waits for the slice behind this one and, all warps having read this one, fills its place again.
+template <class S, class A, class B> PTX_D void next_slice(Ring<S>& ring, A& a, B& b, bool wanted) {
+  if (BUG(slices_short_wait)) cp_async_wait<S::STAGES - 1>();
+  else cp_async_wait<S::STAGES - 2>();
+  if (!BUG(slices_no_barrier)) sync_block();
+  if (BUG(slices_wrong_place)) ring.advance();
+  copy_slice(ring, a, b, wanted);
+  if (!BUG(slices_wrong_place)) ring.advance();
+}
+
 // c += A B^T over all slices of a tile that `fill` has begun. Every thread has read the ring when it returns.
 //
-// Fragments are read a step ahead of their product. Once all warps have read a slice its place is filled again.
+// Fragments are read a step ahead of their product.
 template <class S, Major MA, Major MB, class A, class B>
 PTX_D void accumulate(typename S::Sums& c, Ring<S>& ring, A& a, B& b, int slices) {
   if (slices == 0) return;
-  cp_async_wait<S::STAGES - 1>();
-  sync_block();
+  if (!BUG(slices_no_first_wait)) cp_async_wait<S::STAGES - 1>();
+  if (!BUG(slices_no_first_barrier)) sync_block();
   if constexpr (std::is_same_v<typename S::Math, float>) {
 #pragma unroll 1
     for (int ahead = S::STAGES; ahead < slices + S::STAGES; ahead++) {
       fma_slice<S, MA, MB>(c, ring.slice());
-      cp_async_wait<S::STAGES - 2>();
-      sync_block();
-      copy_slice(ring, a, b, ahead < slices);
-      ring.advance();
+      next_slice(ring, a, b, ahead < slices);
     }
   } else {
     using T = typename S::Element;
@@ -54,16 +61,13 @@ PTX_D void accumulate(typename S::Sums& c, Ring<S>& ring, A& a, B& b, int slices
     for (int ahead = S::STAGES; ahead < slices + S::STAGES - 1; ahead++) {
       read(odd, ring.slice(), 1);
       mma_tile<T>(c, even.a, even.b);
-      cp_async_wait<S::STAGES - 2>();
-      sync_block();
-      copy_slice(ring, a, b, ahead < slices);
-      ring.advance();
+      next_slice(ring, a, b, ahead < slices);
       read(even, ring.slice(), 0);
       mma_tile<T>(c, odd.a, odd.b);
     }
     read(odd, ring.slice(), 1);
     mma_tile<T>(c, even.a, even.b);
-    sync_block();
+    if (!BUG(slices_no_last_barrier)) sync_block();
     ring.advance();
     mma_tile<T>(c, odd.a, odd.b);
   }

@@ -16,7 +16,7 @@ template <class Element> struct Rows {
   PTX_D int index(int row) const {
     if (!gather) return row;
     const int at = load_readonly(gather + row);
-    return static_cast<uint32_t>(at) < static_cast<uint32_t>(count) ? at : -1;
+    return static_cast<uint32_t>(at) < static_cast<uint32_t>(count) || BUG(operand_any_token) ? at : -1;
   }
   PTX_D Global<const Element> at(int index) const { return base + index * pitch; }
   // The rows from `first` on.
@@ -29,7 +29,7 @@ template <class Element> struct Rows {
 // An expert's matrix as an operand along N: `all` is [E, columns, k], transposed [E, k, columns].
 template <class Element>
 PTX_D Rows<Element> expert_matrix(Global<const Element> all, int expert, int columns, int k, bool transposed) {
-  return {all + static_cast<int64_t>(expert) * columns * k, {nullptr}, transposed ? columns : k, 0};
+  return {all + static_cast<int64_t>(BUG(operand_first_expert) ? 0 : expert) * columns * k, {nullptr}, transposed ? columns : k, 0};
 }
 
 // The copies of a thread of an operand that extends SIZE along m or n, all with the same swizzle.
@@ -57,18 +57,19 @@ template <class S, int SIZE, bool GATHER> class Operand<S, SIZE, Major::K, GATHE
       const int at = place(thread_id() / 4 + i * APART);
       int row = at < 0 ? 0 : at;
       if constexpr (GATHER) {
-        row = at < 0 ? -1 : rows.index(at);
-        exists = (exists & ~(1u << i)) | static_cast<uint32_t>(row >= 0) << i;
+        row = at < 0 ? -1 : BUG(operand_not_gathered) ? at : rows.index(at);
+        exists = (exists & ~(1u << i)) | static_cast<uint32_t>(row >= 0 || BUG(operand_missing_row)) << i;
       }
       from[i] = rows.at(row < 0 ? 0 : row);
     }
   }
   PTX_D void copy(Shared slice) {
     const Shared to = slice + chunk_offset<Element, SIZE, Major::K>(thread_id() / 4, thread_id() % 4);
-    const uint32_t now = k < end ? exists : 0;
+    const bool inside = k < end + BUG(operand_k_tail) * S::CHUNK;
+    const uint32_t now = inside ? exists : 0;
 #pragma unroll
     for (int i = 0; i < COPIES; i++)
-      cp_async<CHUNK_BYTES>(to + i * APART * SLICE_BYTES, (from[i] + k).template as<const void>(), GATHER ? now >> i & 1 : k < end);
+      cp_async<CHUNK_BYTES>(to + i * APART * SLICE_BYTES, (from[i] + k).template as<const void>(), GATHER ? now >> i & 1 : inside);
     k += S::SLICE;
   }
 };
@@ -88,55 +89,74 @@ template <class S, int SIZE> struct AlongMN {
 template <class S, int SIZE> class Operand<S, SIZE, Major::MN, false> : AlongMN<S, SIZE> {
   using Element = typename S::Element;
   using Along = AlongMN<S, SIZE>;
-  Global<const uint8_t> from;
-  int pitch_bytes, row, end;
+  Global<const uint8_t> from;  // the thread's first row of the slice
+  int pitch_bytes, left;       // rows from there to the end
 
  public:
   explicit PTX_D Operand(bool) {}
   template <class Place> PTX_D void start(const Rows<Element>& rows, int k, Place place) {
     const int column = place(Along::column());
     pitch_bytes = rows.pitch * sizeof(Element);
-    row = Along::row();
-    end = column < 0 ? 0 : k;
-    from = (rows.base + (column < 0 ? 0 : column)).template as<const uint8_t>();
+    left = column < 0 ? 0 : k - Along::row();
+    from = (rows.at(Along::row()) + (column < 0 ? 0 : column)).template as<const uint8_t>();
   }
   PTX_D void copy(Shared slice) {
 #pragma unroll
     for (int i = 0; i < Along::COPIES; i++) {
-      const int at = row + i * Along::APART;
-      cp_async<CHUNK_BYTES>(Along::to(slice, i), (from + static_cast<int64_t>(at) * pitch_bytes).template as<const void>(), at < end);
+      const Global<const uint8_t> row = from + static_cast<int64_t>(i * Along::APART) * pitch_bytes;
+      cp_async<CHUNK_BYTES>(Along::to(slice, i), row.template as<const void>(), i * Along::APART < left + BUG(operand_rows_tail));
     }
-    row += S::SLICE;
+    from = from + static_cast<int64_t>(S::SLICE) * pitch_bytes;
+    left -= S::SLICE;
   }
 };
 
 template <class S, int SIZE> class Operand<S, SIZE, Major::MN, true> : AlongMN<S, SIZE> {
   using Element = typename S::Element;
   using Along = AlongMN<S, SIZE>;
-  Rows<Element> rows;
-  int next[Along::COPIES];  // rows of the next slice, asked for one slice ahead
-  int row, end;
+  // Not gathered, `from` is the thread's first row of the slice, and moves on with it.
+  Global<const uint8_t> from;
+  Global<const int> gather;  // of the thread's first row of the slice that is asked for
+  int pitch_bytes;
+  int count;                 // rows from `from` on
+  int left;                  // rows from `gather` on
+  int step;                  // of `gather` from slice to slice, 0 if there is none
+  int next[Along::COPIES];   // rows of the next slice, counted from `from`, asked for one slice ahead; others are outside
 
   PTX_D void look_ahead() {
 #pragma unroll
-    for (int i = 0; i < Along::COPIES; i++) next[i] = row + i * Along::APART < end ? rows.index(row + i * Along::APART) : -1;
-    row += S::SLICE;
+    for (int i = 0; i < Along::COPIES; i++) {
+      next[i] = i * Along::APART - step;
+      if (i * Along::APART < left + BUG(operand_gathered_tail)) next[i] = load_readonly(gather + i * Along::APART);
+    }
+    if (BUG(operand_same_rows)) return;
+    gather = gather + step;
+    left -= S::SLICE;
   }
 
  public:
   explicit PTX_D Operand(bool) {}
-  template <class Place> PTX_D void start(const Rows<Element>& all, int k, Place place) {
-    const int column = place(Along::column());
-    rows = all;
-    rows.base = rows.base + (column < 0 ? 0 : column);
-    row = Along::row();
-    end = column < 0 ? 0 : k;
+  template <class Place> PTX_D void start(const Rows<Element>& rows, int k, Place place) {
+    const int column = place(Along::column()), end = column < 0 ? 0 : k - Along::row();
+    const bool gathered = static_cast<bool>(rows.gather);
+    pitch_bytes = rows.pitch * sizeof(Element);
+    from = (rows.at(gathered ? 0 : Along::row()) + (column < 0 ? 0 : column)).template as<const uint8_t>();
+    gather = rows.gather + (gathered ? Along::row() : 0);
+    step = gathered ? S::SLICE : 0;
+    left = gathered ? end : 0;
+    count = gathered ? rows.count : end < 0 ? 0 : end;
     look_ahead();
   }
   PTX_D void copy(Shared slice) {
 #pragma unroll
-    for (int i = 0; i < Along::COPIES; i++)
-      cp_async<CHUNK_BYTES>(Along::to(slice, i), rows.at(next[i] < 0 ? 0 : next[i]).template as<const void>(), next[i] >= 0);
+    for (int i = 0; i < Along::COPIES; i++) {
+      const Global<const uint8_t> row = from + static_cast<int64_t>(next[i]) * pitch_bytes;
+      const bool exists = static_cast<uint32_t>(next[i]) < static_cast<uint32_t>(count);
+      cp_async<CHUNK_BYTES>(Along::to(slice, i), row.template as<const void>(), exists);
+    }
+    const int plain = S::SLICE - step;
+    from = from + static_cast<int64_t>(plain) * pitch_bytes;
+    count = count > plain ? count - plain : 0;
     look_ahead();
   }
 };
@@ -149,7 +169,7 @@ template <class S, int SIZE, bool GATHER> class Operand<S, SIZE, Major::ANY, GAT
   int place_[COPIES], k, end;
 
   PTX_D Element element(int place, int k) const {
-    if (place < 0 || k >= end) return {};
+    if (place < 0 || (k >= end && !BUG(operand_any_tail))) return {};
     const int row = along_k ? rows.index(k) : place;
     return row < 0 ? Element{} : load_readonly(rows.at(row) + (along_k ? place : k));
   }

@@ -24,7 +24,7 @@ PTX_D void run_tiles(const Kernel& kernel, A a, B b) {
     more = walk.next(next);
     if (more) {
       slices = kernel.start(next, a, b);
-      fill<S>(ring, a, b, slices);
+      fill<S>(BUG(tiles_first_place) ? Ring<S>() : ring, a, b, slices);
     }
     kernel.finish(tile, sums);
   }

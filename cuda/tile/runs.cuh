@@ -21,6 +21,7 @@ PTX_D void transpose_quad(uint32_t (&v)[4]) {
     if (q & 1) v[i] = got;
     else v[i + 1] = got;
   }
+  if (BUG(run_half_transposed)) return;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const uint32_t got = shfl_xor(q & 2 ? v[i] : v[i + 2], 2);
@@ -62,7 +63,7 @@ template <bool ALIGNED, class T> PTX_D void store_run(Global<T> row, int column,
     for (int j = 0; j < 4; j++) r[j] = pack<T>(v[j][0], v[j][1]);
     transpose_quad(r);
     const int at = column + 8 * quad_lane();
-    if (exists && at < columns) store((row + at).template as<uint4>(), uint4{r[0], r[1], r[2], r[3]});
+    if (exists && at < columns + 8 * BUG(run_columns_tail)) store((row + at).template as<uint4>(), uint4{r[0], r[1], r[2], r[3]});
   }
 }
 
@@ -96,7 +97,7 @@ PTX_D void store_pairs(Global<T> row, int unit, int units, const Run& gate, cons
       if (exists && at < units) store_four(row + 2 * at, gate[j][0], up[j][0], gate[j][1], up[j][1]);
     } else {
       for (int b = 0; b < 2; b++)
-        if (exists && at + b < units) {
+        if (exists && at + b < units + BUG(run_pairs_tail)) {
           store(row + 2 * (at + b), from_float<T>(gate[j][b]));
           store(row + (2 * (at + b) + 1), from_float<T>(up[j][b]));
         }
@@ -130,7 +131,7 @@ template <class S, class F> PTX_D void for_each_row(typename S::Sums& c, F f) {
 #pragma unroll
     for (int j = 0; j < 4; j++)
 #pragma unroll
-      for (int b = 0; b < 2; b++) left[j][b] = c[0][j][b], right[j][b] = c[0][j + 4][b];
+      for (int b = 0; b < 2; b++) left[j][b] = c[0][j][b], right[j][b] = c[0][BUG(run_fragment) ? 7 - j : j + 4][b];
     f(i * 8 + S::lane() / 4, left, right);
 #pragma unroll
     for (int j = 0; j < NI; j++)
@@ -166,7 +167,7 @@ PTX_D void begin_with_bias(typename S::Sums& c, Global<const T> bias, int expert
       float value = 0;
       if (bias) {
         const int at = place(j / 4, S::run_column(0) + j % 4 * 8 + 2 * quad_lane() + b);
-        if (at >= 0) value = to_float(load_readonly(bias + (static_cast<int64_t>(expert) * columns + at)));
+        if (at >= 0) value = to_float(load_readonly(bias + (static_cast<int64_t>(BUG(bias_first_expert) ? 0 : expert) * columns + at)));
       }
 #pragma unroll
       for (int i = 0; i < S::MI; i++) c[i][j][b] = c[i][j][b + 2] = value;

@@ -14,7 +14,7 @@ struct Place { int m, n; };
 PTX_D Place place_in_bands(int tile, int tiles_m, int tiles_n) {
   constexpr int BAND = 8;
   const int band = tile / (BAND * tiles_n), first = band * BAND, within = tile - first * tiles_n;
-  const int height = tiles_m - first < BAND ? tiles_m - first : BAND;
+  const int height = tiles_m - first < BAND && !BUG(walk_last_band) ? tiles_m - first : BAND;
   const int n = within / height;
   return {first + within % height, band % 2 ? tiles_n - 1 - n : n};
 }
@@ -22,7 +22,7 @@ PTX_D Place place_in_bands(int tile, int tiles_m, int tiles_n) {
 // First row of expert e; offsets beyond the rows do no harm.
 PTX_D int row_offset(Global<const int> offsets, int e, int rows) {
   const int row = load_readonly(offsets + e);
-  return row < 0 ? 0 : row < rows ? row : rows;
+  return row < 0 ? 0 : row < rows || BUG(walk_any_offset) ? row : rows;
 }
 
 // Tiles over the sorted rows: those of each expert, then the unused ones behind the last expert as one more.
@@ -40,7 +40,7 @@ class RowWalk {
     for (int from = expert + 1; from <= experts; from += 32) {
       const int lane = thread_id() % 32, e = from + lane < experts ? from + lane : experts;
       const int row = offset(e), next = offset(e + 1);
-      const int tiles = from + lane <= experts && next > row ? ceil_div(next - row, tile_rows) * tiles_n : 0;
+      const int tiles = from + lane <= experts - BUG(walk_no_unused_rows) && next > row ? ceil_div(next - row, tile_rows) * tiles_n : 0;
       int sum = tiles;
       for (int delta = 1; delta < 32; delta *= 2) {
         const int below = shfl_up(sum, delta);
@@ -53,10 +53,10 @@ class RowWalk {
         begin = end - of_who(tiles);
         expert = from + who;
         first = of_who(row);
-        last = of_who(next);
+        last = BUG(walk_past_expert) ? rows : of_who(next);
         return true;
       }
-      end += redux_add(tiles);
+      if (!BUG(walk_no_carry)) end += redux_add(tiles);
     }
     return false;
   }

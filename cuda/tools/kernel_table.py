@@ -38,11 +38,11 @@ bound of a perfect overlap: of products, instruction issue (4 a cycle), shared m
 and, on the A100, L2 (47 bytes a cycle and multiprocessor). The lower one overlaps no product with the issue
 of another instruction. Waits at barriers and the ends of tiles come on top; only a run on the GPU tells.
 
-The goal for tiles of 128x256 and 128x128 is at most 1.25 other instructions per product of 16-bit numbers on
-sm_80. A product of tf32 is half the work for the same instructions, and its operands are rounded in
-registers; a tile of 32x128 uses each fragment of its weights a fourth as often; the `any` kernels copy
-element by element. Gradients of weights are gathered along K: for every 16 bytes that a thread copies it
-looks up a row and computes its address, where other kernels add a constant.
+Tiles of 128x256 and 128x128 have at most 1.25 other instructions per product of 16-bit numbers on sm_80.
+Gradients of weights come near it since they are gathered along K: for every 16 bytes that a thread copies it
+looks up a row and computes its address, where other kernels add a constant. A product of tf32 is half the
+work for the same instructions, and its operands are rounded in registers; a tile of 32x128 uses each fragment
+of its weights a fourth as often; the `any` kernels copy element by element.
 
 """
 Compiled = dict[str, dict[str, Kernel]]  # kernels by target and name

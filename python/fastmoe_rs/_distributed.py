@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -13,7 +14,7 @@ def all_reduced(values: Tensor, group: Any) -> Tensor:
         return values
     import torch.distributed as dist
 
-    values = values.clone()
+    values = values.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(values, group=None if group is True else group)
     return values
 

@@ -54,8 +54,8 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     option("--steps", "training steps", DEFAULTS.steps, type=whole(1))
     option("--experts", "experts a layer", DEFAULTS.experts, type=whole(1))
     option("--top-k", "experts that a token goes to", DEFAULTS.top_k, type=whole(1))
-    option("--dtype", "of the matrix products", DEFAULTS.dtype, choices=DTYPES)
-    option("--device", "where to train", DEFAULTS.device)
+    option("--dtype", "of the matrix products (default: float32, bfloat16 on cuda)", choices=DTYPES)
+    option("--device", "where to train, cpu or cuda", DEFAULTS.device)
     option("--text", "a file or folder to learn; without it, Python's standard library", type=Path)
     option("--out", "a folder; an unfinished run found there goes on", OUT, type=Path)
     option("--seed", "of the weights and batches", DEFAULTS.seed, type=whole(0))
@@ -145,7 +145,7 @@ def demo(options: argparse.Namespace) -> int:
         steps=options.steps,
         experts=options.experts,
         top_k=options.top_k,
-        dtype=options.dtype,
+        dtype=options.dtype or ("bfloat16" if options.device.startswith("cuda") else DEFAULTS.dtype),
         device=options.device,
         seed=options.seed,
     )

@@ -27,7 +27,8 @@ def merge_experts(moe: MoE, load: Tensor | None = None, *, gather: int | None = 
     """One MLP that stands for all experts of a layer.
 
     Args:
-        moe: the layer. It is left as it is.
+        moe: the layer. It is left as it is. The routing weights of a token are taken to sum to its router's
+            `scale`, as they do when they are renormalised.
         load: [E], how much each expert counts: its share of the routes, `RoutingStats.load` or what
             `moe.stats().load` counted. None counts all alike.
         gather: None averages the weights of the experts by their load: an MLP of the size I, right where
@@ -40,17 +41,19 @@ def merge_experts(moe: MoE, load: Tensor | None = None, *, gather: int | None = 
         one, is put beside it and adds to its size.
 
     Raises:
-        ValueError: load has another shape than [E], gather is not from 1 to E, or the experts have biases,
-            for which `SharedExpert` has no place.
+        ValueError: load has another shape than [E], gather is not from 1 to E, the experts have biases, for
+            which `SharedExpert` has no place, or the layer is of a subclass that computes something else.
     """
     experts = moe.experts
     if experts.b1 is not None:
         _check.wanted("moe", "experts with biases", "experts without")
+    if type(moe).forward is not MoE.forward:
+        _check.wanted("moe", f"{type(moe).__name__}, whose forward is its own", "an nn.MoE")
     gated = experts.activation in GATED
-    merged = merge_weights(experts.w1, experts.w2, load, gather, gated=gated)
+    w1, w2 = merge_weights(experts.w1, experts.w2, load, gather, gated=gated)
+    w2 = w2 * moe.router.scale
     if moe.shared is not None:
-        merged = _side_by_side([merged, (moe.shared.w1, moe.shared.w2)], gated)
-    w1, w2 = merged
+        w1, w2 = _side_by_side([(w1, w2), (moe.shared.w1, moe.shared.w2)], gated)
     dense = SharedExpert(*w2.shape, activation=experts.activation, device="meta", dtype=w2.dtype).to_empty(
         device=w2.device
     )
@@ -60,6 +63,7 @@ def merge_experts(moe: MoE, load: Tensor | None = None, *, gather: int | None = 
     return dense.train(moe.training)
 
 
+@torch.no_grad()
 def merge_weights(
     w1: Tensor, w2: Tensor, load: Tensor | None = None, gather: int | None = None, *, gated: bool = True
 ) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .functional import Routing
 from .integrations.swap import is_dispatched
-from .nn import MoE, RouterOutput
+from .nn import MoE
+from .routers import RouterOutput
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
@@ -54,7 +56,8 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
 
 def routing(output: Any) -> tuple[Tensor, Tensor]:
     """ids [T, K] and logits [T, E], as a router gave them."""
-    if isinstance(output, RouterOutput):
+    if isinstance(output, (RouterOutput, Routing)):
+        output = RouterOutput.of(output)
         return output.ids, output.logits
     return output[2], output[0]
 

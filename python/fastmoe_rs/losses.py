@@ -73,7 +73,7 @@ class Load:
         bins = num_experts + 1  # the last one takes what is no route
         ids = torch.where((ids_TK < 0) | (ids_TK > num_experts), num_experts, ids_TK).long()
         first_bin = bins * torch.arange(groups, device=ids.device)[:, None, None]
-        ids = ids.view(groups, size, ids.shape[1]) + first_bin
+        ids = ids.reshape(groups, size, ids.shape[1]) + first_bin
         once = counts_T[:, None].expand(ids_TK.shape).reshape(-1)
         routes = once.new_zeros(groups * bins).scatter_add_(0, ids.reshape(-1), once)
         return Load(

@@ -5,111 +5,52 @@ Legend: T tokens, H hidden size, I intermediate size, E experts, K experts per t
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _check, functional, telemetry
+from .losses import Load
 from .plan import RoutingPlan
 from .reference import GATED, UNGATED
+from .routers import Router, RouterOutput, uniform_
+from .routing import identity_weight
+from .strategies import (
+    CapacityRouter,
+    ExpertChoiceRouter,
+    GShardRouter,
+    HashRouter,
+    NoisyTopKRouter,
+    SharedRouter,
+    SinkhornRouter,
+    SparseMixerRouter,
+)
 
-__all__ = ["Experts", "MoE", "Router", "RouterOutput", "RoutingStats", "SharedExpert"]
-
-
-class RouterOutput(NamedTuple):
-    """`ids` int64 [T, K]; `weights` [T, K] and `scores` [T, E] in float32 or float64; the `logits` [T, E]."""
-
-    ids: Tensor
-    weights: Tensor
-    scores: Tensor
-    logits: Tensor
-
-
-class Router(nn.Module):
-    """A linear layer that scores E experts for every token and picks K.
-
-    Args:
-        hidden_size: H.
-        num_experts: E.
-        top_k: K.
-        score, order, renormalize, scale: see `functional.route`.
-        jitter: in training, the input is multiplied by noise from [1 - jitter, 1 + jitter] (Switch
-            Transformers, arXiv:2101.03961, section 2.2).
-        bias: add a learned bias [E] to the logits, as gpt-oss does.
-        selection_bias: keep a buffer `selection_bias` [E] in float32, zeros at first, added for the choice of
-            experts only. It has no gradient; whoever balances the load by it (arXiv:2408.15664) writes to it.
-    """
-
-    selection_bias: Tensor | None
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_experts: int,
-        top_k: int,
-        *,
-        score: str = "softmax",
-        order: str = "score_topk",
-        renormalize: bool = False,
-        scale: float = 1.0,
-        jitter: float = 0.0,
-        bias: bool = False,
-        selection_bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        _check.positive(hidden_size=hidden_size, num_experts=num_experts)
-        functional._check_routing(top_k, num_experts, score, order)
-        if not 0 <= jitter < 1:
-            _check.wanted("jitter", jitter, "at least 0 and less than 1")
-        self.top_k = top_k
-        self.score, self.order, self.renormalize, self.scale = score, order, renormalize, scale
-        self.jitter = jitter
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
-        self.register_buffer(
-            "selection_bias",
-            torch.empty(num_experts, device=device, dtype=torch.float32) if selection_bias else None,
-        )
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weight as `nn.Linear` does; biases are 0."""
-        _uniform_(self.weight)
-        for bias in (self.bias, self.selection_bias):
-            if bias is not None:
-                nn.init.zeros_(bias)
-
-    def forward(self, x_TH: Tensor, ids_TK: Tensor | None = None) -> RouterOutput:
-        """Route x [T, H]; with `ids_TK`, weigh these experts instead of choosing."""
-        _check.like("x", x_TH, "the weight", self.weight, dtype=False)
-        if self.jitter and self.training:
-            x_TH = x_TH * torch.empty_like(x_TH).uniform_(1 - self.jitter, 1 + self.jitter)
-        logits = F.linear(x_TH, self.weight, self.bias)
-        options: dict[str, Any] = {
-            "score": self.score,
-            "order": self.order,
-            "renormalize": self.renormalize,
-            "scale": self.scale,
-        }
-        if ids_TK is None:
-            routing = functional.route(logits, self.top_k, **options, bias=self.selection_bias)
-            return RouterOutput(*routing, logits)
-        scores = functional.route(logits, self.top_k, **options).scores
-        return RouterOutput(ids_TK, functional.route_weights(logits, ids_TK, **options), scores, logits)
-
-    def extra_repr(self) -> str:
-        experts, hidden = self.weight.shape
-        return (
-            f"{hidden}, {experts}, top_k={self.top_k}, score={self.score!r}, order={self.order!r}, "
-            f"renormalize={self.renormalize}, scale={self.scale}, jitter={self.jitter}, "
-            f"bias={self.bias is not None}, selection_bias={self.selection_bias is not None}"
-        )
+__all__ = [
+    "CapacityRouter",
+    "ExpertChoiceRouter",
+    "Experts",
+    "GShardRouter",
+    "HashRouter",
+    "MoE",
+    "NoisyTopKRouter",
+    "Router",
+    "RouterOutput",
+    "RoutingStats",
+    "SharedExpert",
+    "SharedRouter",
+    "SinkhornRouter",
+    "SparseMixerRouter",
+    "collect_stats",
+]
 
 
 class Experts(nn.Module):
@@ -153,8 +94,8 @@ class Experts(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weights of every expert as `nn.Linear` does; biases are 0."""
-        _uniform_(self.w1)
-        _uniform_(self.w2)
+        uniform_(self.w1)
+        uniform_(self.w2)
         for bias in (self.b1, self.b2):
             if bias is not None:
                 nn.init.zeros_(bias)
@@ -204,12 +145,16 @@ class SharedExpert(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weights as `nn.Linear` does."""
-        _uniform_(self.w1)
-        _uniform_(self.w2)
+        uniform_(self.w1)
+        uniform_(self.w2)
 
-    def forward(self, x_TH: Tensor) -> Tensor:
-        """[T, H] to [T, H]."""
-        return F.linear(functional.activate(F.linear(x_TH, self.w1), self.activation), self.w2)
+    def forward(self, x_TH: Tensor, weights_TS: Tensor | None = None) -> Tensor:
+        """[T, H] to [T, H]; with weights [T, S] that of S experts which share the hidden units evenly."""
+        hidden_TI = functional.activate(F.linear(x_TH, self.w1), self.activation)
+        if weights_TS is not None:
+            parts = hidden_TI.unflatten(1, (weights_TS.shape[1], -1))
+            hidden_TI = (parts * weights_TS[:, :, None].to(parts.dtype)).flatten(1)
+        return F.linear(hidden_TI, self.w2)
 
     def extra_repr(self) -> str:
         hidden, intermediate = self.w2.shape
@@ -234,16 +179,19 @@ class RoutingStats:
         return self.plan.counts
 
     @property
+    def routes(self) -> Tensor:
+        """int64 [E], routes that asked for an expert, dropped ones included."""
+        return Load.of(self.router.ids, self.plan.num_experts).routes[0]
+
+    @property
     def load(self) -> Tensor:
-        """float32 [E], the share of the routes that asked for an expert, dropped ones included; sums to 1."""
-        ids = self.plan.ids.reshape(-1).long()
-        routes = torch.zeros(self.plan.num_experts, device=ids.device)
-        return telemetry.load(routes.scatter_add(0, ids, torch.ones_like(ids, dtype=routes.dtype)))
+        """float32 [E], the share of those routes; sums to 1."""
+        return telemetry.load(self.routes)
 
     @property
     def dropped(self) -> Tensor:
-        """float32 scalar, the share of the routes that the capacity dropped."""
-        return (self.plan.inverse < 0).sum() / max(self.plan.inverse.numel(), 1)
+        """float32 scalar, the share of those routes that the capacity dropped."""
+        return _dropped(self.router.ids, self.plan).sum() / self.routes.sum().clamp(min=1)
 
     @property
     def entropy(self) -> Tensor:
@@ -263,15 +211,18 @@ class MoE(nn.Module):
         hidden_size: H.
         intermediate_size: I, of every expert.
         num_experts: E.
-        top_k: K.
+        top_k: K; None with a router of your own.
+        router: a module as described in `routers`; None makes a `Router` of the `routing` options.
         activation: see `functional.moe_mlp`.
-        score, order, renormalize, scale: see `functional.route`.
         shared_intermediate_size: the intermediate size of the shared expert; None for no shared expert.
-        jitter: see `Router`.
+        shared_gate: multiply the shared expert's output by the sigmoid of a learned map of x (Qwen2-MoE).
+        identity_experts: Z experts more, with ids from E on, whose output is their input (LongCat-Flash,
+            arXiv:2509.01322); a router of your own has E + Z experts. Ids from E on are else experts that
+            add nothing.
         capacity_factor: an expert takes at most ceil(capacity_factor * T * K / E) rows, the first ones; the
             others add nothing. None drops nothing.
         bias: give the experts biases.
-        selection_bias: see `Router`.
+        routing: score, order, renormalize, scale, jitter, selection_bias and so on, see `Router`.
     """
 
     def __init__(
@@ -279,56 +230,49 @@ class MoE(nn.Module):
         hidden_size: int,
         intermediate_size: int,
         num_experts: int,
-        top_k: int,
+        top_k: int | None = None,
         *,
+        router: nn.Module | None = None,
         activation: str = "swiglu",
-        score: str = "softmax",
-        order: str = "score_topk",
-        renormalize: bool = False,
-        scale: float = 1.0,
         shared_intermediate_size: int | None = None,
-        jitter: float = 0.0,
+        shared_gate: bool = False,
+        identity_experts: int = 0,
         capacity_factor: float | None = None,
         bias: bool = False,
-        selection_bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **routing: Any,
     ) -> None:
         super().__init__()
         if capacity_factor is not None and capacity_factor <= 0:
             _check.wanted("capacity_factor", capacity_factor, "None or more than 0")
+        if identity_experts < 0:
+            _check.wanted("identity_experts", identity_experts, "at least 0")
+        if shared_gate and shared_intermediate_size is None:
+            _check.wanted("shared_gate", True, "False without a shared_intermediate_size")
+        self.num_experts, self.identity_experts = num_experts, identity_experts
         self.capacity_factor = capacity_factor
-        self.router = Router(
-            hidden_size,
-            num_experts,
-            top_k,
-            score=score,
-            order=order,
-            renormalize=renormalize,
-            scale=scale,
-            jitter=jitter,
-            selection_bias=selection_bias,
-            device=device,
-            dtype=dtype,
-        )
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        if router is None:
+            if top_k is None:
+                _check.wanted("top_k", None, "K, or a router")
+            router = Router(hidden_size, num_experts + identity_experts, top_k, **routing, **made)
+        elif top_k is not None or routing:
+            given = sorted(routing) if top_k is None else ["top_k", *sorted(routing)]
+            _check.wanted("router", f"a router and {', '.join(given)}", "one or the other")
+        self.router = router
         self.experts = Experts(
-            hidden_size,
-            intermediate_size,
-            num_experts,
-            activation=activation,
-            bias=bias,
-            device=device,
-            dtype=dtype,
+            hidden_size, intermediate_size, num_experts, activation=activation, bias=bias, **made
         )
-        self.shared = None
+        self.shared = self.shared_gate = None
         if shared_intermediate_size is not None:
-            self.shared = SharedExpert(
-                hidden_size, shared_intermediate_size, activation=activation, device=device, dtype=dtype
-            )
+            self.shared = SharedExpert(hidden_size, shared_intermediate_size, activation=activation, **made)
+        if shared_gate:
+            self.shared_gate = nn.Linear(hidden_size, 1, bias=False, **made)
         self.counters: telemetry.Counters | None = None
 
     def forward(
-        self, x: Tensor, *, plan: RoutingPlan | None = None, return_stats: bool = False
+        self, x: Tensor, *, plan: RoutingPlan | None = None, return_stats: bool = False, **inputs: Any
     ) -> Tensor | tuple[Tensor, RoutingStats]:
         """[..., H] to [..., H].
 
@@ -337,18 +281,24 @@ class MoE(nn.Module):
             plan: follow this plan, recorded in an earlier forward of T tokens, instead of choosing experts.
                 Routing weights come from the live logits.
             return_stats: return (output, `RoutingStats`).
+            inputs: what the router wants besides x, such as the `token_ids` of a `HashRouter`.
         """
         x_TH = x.reshape(-1, x.shape[-1])
-        router = self.router(x_TH, None if plan is None else plan.ids)
+        given = () if plan is None else (plan.ids,)
+        router = RouterOutput.of(self.router(x_TH, *given, **inputs))
         if plan is None:
-            plan = RoutingPlan.from_ids(
-                router.ids, self.experts.w2.shape[0], capacity=self._capacity(router.ids.numel())
-            )
+            plan = self._plan(router)
         if self.counters is not None:
-            self.counters.add(router.ids, router.logits, plan.inverse < 0)
+            self.counters.add(router.ids, router.logits, _dropped(router.ids, plan))
         y_TH = self.experts(x_TH, router.ids, router.weights, plan=plan)
+        if self.identity_experts:
+            weight_T = identity_weight(router.ids, router.weights, self.num_experts)
+            y_TH = y_TH + (weight_T[:, None] * x_TH).to(y_TH.dtype)
         if self.shared is not None:
-            y_TH = y_TH + self.shared(x_TH)
+            weights_TS = router.shared_weights
+            if self.shared_gate is not None:
+                weights_TS = self.shared_gate(x_TH).sigmoid()
+            y_TH = y_TH + self.shared(x_TH, weights_TS)
         y = y_TH.reshape(x.shape)
         return (y, RoutingStats(router, plan)) if return_stats else y
 
@@ -362,21 +312,76 @@ class MoE(nn.Module):
             raise RuntimeError("stats: nothing was counted, call fastmoe_rs.watch(model) before the forward")
         return self.counters.stats()
 
-    def _capacity(self, routes: int) -> int | None:
-        if self.capacity_factor is None:
-            return None
-        return math.ceil(self.capacity_factor * routes / self.experts.w2.shape[0])
+    def _plan(self, router: RouterOutput) -> RoutingPlan:
+        experts, capacity = self.num_experts, None
+        if self.capacity_factor is not None:
+            capacity = math.ceil(self.capacity_factor * router.ids.numel() / experts)
+        seats = router.ids if router.seats is None else router.seats
+        plan = RoutingPlan.from_ids(seats, experts, capacity=capacity, out_of_range="drop")
+        rows: Any = getattr(self.router, "rows", None)
+        if rows is not None:
+            plan = plan.trimmed(rows(len(seats)))
+        # What tokens asked for is what a replay weighs; the plan drops again what it dropped.
+        return dataclasses.replace(plan, ids=router.ids)
 
     def extra_repr(self) -> str:
         return "" if self.capacity_factor is None else f"capacity_factor={self.capacity_factor}"
 
 
+@contextmanager
+def collect_stats(model: nn.Module) -> Iterator[list[RoutingStats]]:
+    """Within the block, keep the `RoutingStats` of every forward of a `MoE` in `model`, in their order.
+
+        with collect_stats(model) as routed:
+            output = model(tokens)
+        loss = task_loss(output) + 0.01 * load_balancing_loss([stats.router.logits for stats in routed], K)
+
+    Nothing outside the block and the model is touched. Forwards that activation checkpointing repeats in the
+    backward are not kept again. Reentrant checkpointing runs the first forward without a graph, so that no
+    loss of what is kept has a gradient: pass use_reentrant=False.
+
+    Raises:
+        ValueError: `model` has no MoE layer.
+
+    Warns:
+        RuntimeWarning: in training, a router that learns ran without a graph.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    if not layers:
+        _check.wanted("model", type(model).__name__, "a module with nn.MoE layers")
+    routed: list[RoutingStats] = []
+    outputs: dict[nn.Module, RouterOutput] = {}
+
+    def keep_output(router: nn.Module, args: Any, output: Any) -> None:
+        outputs[router] = RouterOutput.of(output)
+
+    with ExitStack() as hooks:
+        for moe in layers:
+
+            def keep(experts: nn.Module, args: Any, kwargs: Any, router: nn.Module = moe.router) -> None:
+                output = outputs.pop(router)
+                if telemetry.recomputing():
+                    return
+                learns = router.training and any(p.requires_grad for p in router.parameters())
+                if learns and not output.logits.requires_grad:
+                    warnings.warn(
+                        "collect_stats: a router ran without a graph, so losses of its logits have no "
+                        "gradient (torch.no_grad, or checkpointing with use_reentrant=True)",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+                routed.append(RoutingStats(output, kwargs["plan"]))
+
+            hooks.callback(moe.router.register_forward_hook(keep_output).remove)
+            hooks.callback(moe.experts.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        yield routed
+
+
+def _dropped(ids_TK: Tensor, plan: RoutingPlan) -> Tensor:
+    """bool [T, K], routes that asked for an expert and were not served."""
+    return (plan.inverse < 0) & (ids_TK >= 0) & (ids_TK < plan.num_experts)
+
+
 def _width(activation: str, intermediate_size: int) -> int:
     _check.one_of("activation", activation, GATED + UNGATED)
     return 2 * intermediate_size if activation in GATED else intermediate_size
-
-
-def _uniform_(weight: Tensor) -> None:
-    """Between -1 and 1 over the square root of the inputs, the default of `nn.Linear`."""
-    bound = weight.shape[-1] ** -0.5
-    nn.init.uniform_(weight, -bound, bound)

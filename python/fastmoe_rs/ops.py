@@ -63,10 +63,11 @@ def _operator(
 
 
 def _is_watched(args: tuple[Any, ...]) -> bool:
-    """Whether something must see the operator, or a tensor has no memory that a kernel could read."""
+    """Whether something must see the operator, or a kernel could not read the memory of a tensor as it is."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
-        or any(type(arg) not in _PLAIN for arg in args)
+        or not _PLAIN.issuperset(map(type, args))
+        or any(isinstance(arg, Tensor) and arg.is_neg() for arg in args)
         or args[0].device.type == "meta"
     )
 

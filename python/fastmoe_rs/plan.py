@@ -217,7 +217,8 @@ def _dense(array: Array, dtype: str | None) -> Array:
         return np.ascontiguousarray(array, dtype=dtype)
     import torch
 
-    return array.detach().to(getattr(torch, dtype) if dtype else array.dtype).contiguous()
+    array = array.detach()
+    return (array.to(getattr(torch, dtype)) if dtype else array).contiguous()
 
 
 def _plan_numpy(

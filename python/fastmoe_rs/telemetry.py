@@ -119,7 +119,7 @@ class Counters:
         Raises:
             ValueError: the mask has not one element for each token.
         """
-        if _recomputing():
+        if recomputing():
             return
         tokens, top_k = ids_TK.shape
         if self.mask is None:
@@ -148,7 +148,7 @@ class Counters:
         return Stats(
             routes=routes,
             tokens=tokens,
-            dropped=dropped / self.routes.sum().clamp(min=1),
+            dropped=dropped / routes.sum().clamp(min=1),
             router_entropy=entropy / max(math.log(len(routes)), 1e-20),
             logit_norm=norm,
         )
@@ -255,11 +255,12 @@ def watch(model: nn.Module) -> Watch:
     ours = layers.moe_layers(model)
     counters, hooks = {}, []
     for name, router in routers.items():
-        weight_EH = [parameter for parameter in router.parameters() if parameter.ndim == 2][-1]
-        counters[name] = Counters(weight_EH.shape[0], weight_EH.device)
         if name in ours:
-            ours[name].counters = counters[name]
+            device = next(ours[name].parameters()).device
+            counters[name] = ours[name].counters = Counters(ours[name].num_experts, device)
         else:
+            weight = [parameter for parameter in router.parameters() if parameter.ndim == 2][-1]
+            counters[name] = Counters(weight.shape[0], weight.device)
 
             def count(module: nn.Module, args: Any, output: Any, counters: Counters = counters[name]) -> None:
                 counters.add(*layers.routing(output))
@@ -296,6 +297,6 @@ def collapse(record: Record) -> str | None:
     )
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Whether a backward is running: a forward then is one that activation checkpointing repeats."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

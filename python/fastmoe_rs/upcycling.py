@@ -155,8 +155,9 @@ def upcycle(
         ):
             if parameter is not None:
                 parameter.copy_(torch.zeros_like(parameter) if value is None else value)
-        if layer.shared is not None:
-            layer.shared.reset_parameters()
+        for shared in (layer.shared, layer.shared_gate):
+            if shared is not None:
+                shared.reset_parameters()
     return layer.train(mlp.training)
 
 

@@ -85,6 +85,16 @@ pub enum Error {
         /// Its entry point.
         name: String,
     },
+    /// More than the kernels can count, or hold.
+    #[error("{what}: expected at most {limit} on a GPU, got {given}")]
+    TooLarge {
+        /// The size.
+        what: &'static str,
+        /// What it is.
+        given: usize,
+        /// The largest that kernels take.
+        limit: usize,
+    },
     /// Device memory ran out.
     #[error("CUDA: out of memory in {call}; free tensors or make the batch smaller, then try again")]
     OutOfMemory {

@@ -12,6 +12,7 @@ mod emulator;
 mod error;
 mod gpu;
 mod libcuda;
+mod limits;
 mod mlp;
 mod plan;
 mod products;

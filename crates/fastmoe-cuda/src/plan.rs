@@ -1,6 +1,6 @@
 //! The routing plan on the device, equal to that of `fastmoe-core` to the bit: the launches of `plan.cu`.
 
-use crate::{Buffer, Queue, Result, scratch_size};
+use crate::{Buffer, Queue, Result, limits, scratch_size};
 use fastmoe_core::{Drop, PlanSpec};
 
 /// Rows of a tile of the counting sort, and tiles that a block works at.
@@ -8,6 +8,9 @@ const TILE: usize = 512;
 const TILES_OF_BLOCK: usize = 4;
 /// Experts of a block of the scan.
 const EXPERTS_OF_BLOCK: usize = 32;
+/// Experts and rows of a plan that one block makes alone, in one launch instead of three.
+const SMALL_EXPERTS: usize = 1024;
+const SMALL_ROWS: usize = 4096;
 
 /// A plan to make, and where it goes; the shapes are those of [`fastmoe_core::PlanOut`].
 #[derive(Clone, Copy)]
@@ -74,6 +77,7 @@ impl Plan<'_> {
     /// The buffers have the sizes of the spec and stay until the kernels have run.
     pub unsafe fn launch(&self, queue: &mut Queue<'_>) -> Result<Option<(usize, i64)>> {
         let rows = self.spec.tokens * self.spec.top_k;
+        limits::rows("sorted rows", self.spec.rows())?;
         let workspace = queue.take("workspace", self.workspace());
         let bad_row = if self.check { queue.take("bad_row", 4) } else { Buffer::default() };
         let capacity = self.spec.capacity;
@@ -87,32 +91,37 @@ impl Plan<'_> {
             sorted_weights: self.sorted_weights.address,
             bad_row: bad_row.address,
             workspace: workspace.address,
-            rows: rows as i32,
-            top_k: self.spec.top_k as i32,
-            experts: self.spec.experts as i32,
+            rows: limits::rows("T*K (routed rows)", rows)?,
+            top_k: limits::rows("K (experts per token)", self.spec.top_k)?,
+            experts: limits::rows("E (experts)", self.spec.experts)?,
             capacity: capacity.map_or(i32::MAX, |c| c.rows.try_into().unwrap_or(i32::MAX)),
             pad: capacity.is_some_and(|c| c.pad).into(),
             drop_by_score: self.drops_by_score().into(),
         };
-        let workspace = workspace.read_write();
-        let inputs = [self.ids.read(), self.weights.read()];
-        let outputs = [self.gather.write(), self.inverse.write(), self.sorted_weights.write()];
-        let [ids, weights] = inputs;
-        let [gather, inverse, sorted_weights] = outputs;
-        let offsets = self.offsets.write();
+        let [ids, weights] = [self.ids, self.weights].map(Buffer::read);
+        let [counts, offsets] = [self.counts, self.offsets].map(Buffer::write);
+        let [gather, inverse, sorted_weights] =
+            [self.gather, self.inverse, self.sorted_weights].map(Buffer::write);
+        let [workspace, first_bad] = [workspace, bad_row].map(Buffer::read_write);
         let blocks = rows.div_ceil(TILE).div_ceil(TILES_OF_BLOCK).max(1);
         let id = if self.wide_ids { "i64" } else { "i32" };
-        // SAFETY: this is the struct of all four kernels, and as promised by the caller.
+        // SAFETY: this is the struct of all these kernels, and as promised by the caller.
         unsafe {
             if self.check {
                 queue.set_word(bad_row, i32::MAX)?;
             }
-            let memory = [ids, workspace, bad_row.read_write()];
-            queue.launch(&format!("plan_count_{id}"), blocks, &params, &memory)?;
-            let memory = [workspace, self.counts.write()];
-            queue.launch("plan_scan", self.spec.experts.div_ceil(EXPERTS_OF_BLOCK), &params, &memory)?;
-            let memory = [ids, weights, workspace, offsets, gather, inverse, sorted_weights];
-            queue.launch(&format!("plan_scatter_{id}"), blocks, &params, &memory)?;
+            if rows.max(self.spec.rows()) <= SMALL_ROWS && self.spec.experts <= SMALL_EXPERTS {
+                let memory =
+                    [ids, weights, workspace, first_bad, counts, offsets, gather, inverse, sorted_weights];
+                queue.launch(&format!("plan_small_{id}"), 1, &params, &memory)?;
+            } else {
+                let memory = [ids, workspace, first_bad];
+                queue.launch(&format!("plan_count_{id}"), blocks, &params, &memory)?;
+                let memory = [workspace, counts];
+                queue.launch("plan_scan", self.spec.experts.div_ceil(EXPERTS_OF_BLOCK), &params, &memory)?;
+                let memory = [ids, weights, workspace, offsets, gather, inverse, sorted_weights];
+                queue.launch(&format!("plan_scatter_{id}"), blocks, &params, &memory)?;
+            }
             if self.drops_by_score() {
                 let memory = [weights, workspace, offsets, gather, inverse, sorted_weights];
                 queue.launch("plan_seat", self.spec.experts.max(1), &params, &memory)?;

@@ -1,6 +1,7 @@
 //! The grouped products: which tile a product gets, and the launches of the `sm80_*.cu` kernels, whose parameter
 //! structs are mirrored here.
 
+use crate::limits;
 use crate::{Buffer, DType, Gpu, Queue, Result};
 
 /// Units whose slopes the hidden gradient sums into one number.
@@ -73,8 +74,13 @@ fn aligned(dtype: DType, columns: &[usize], tensors: &[Buffer]) -> bool {
         && tensors.iter().all(|tensor| tensor.address.is_multiple_of(16))
 }
 
-fn blocks(gpu: &Gpu, tile: Tile, tiles: usize) -> usize {
-    tiles.min(gpu.device.multiprocessors as usize * tile.resident)
+fn blocks(gpu: &Gpu, tile: Tile, tiles: usize) -> Result<usize> {
+    limits::rows("tiles of the result", tiles)?;
+    Ok(tiles.min(gpu.device.multiprocessors as usize * tile.resident))
+}
+
+fn rows_per_expert(rows: usize, experts: usize) -> usize {
+    rows / experts.max(1)
 }
 
 /// Tiles over the sorted rows at most: every expert may end in a part of one, and so may the unused rows.
@@ -117,7 +123,7 @@ impl Sizes {
     }
 
     fn rows_per_expert(&self) -> usize {
-        self.rows / self.experts
+        rows_per_expert(self.rows, self.experts)
     }
 }
 
@@ -171,11 +177,11 @@ impl Up {
             b1: b1.address,
             hidden: hidden.address,
             act: act.address,
-            tokens: sizes.tokens as i32,
-            rows: sizes.rows as i32,
-            hidden_size: sizes.hidden as i32,
-            intermediate: sizes.intermediate as i32,
-            experts: sizes.experts as i32,
+            tokens: limits::rows("T (tokens)", sizes.tokens)?,
+            rows: limits::rows("sorted rows", sizes.rows)?,
+            hidden_size: limits::columns("H (hidden size)", sizes.hidden)?,
+            intermediate: limits::columns("I (intermediate size)", sizes.intermediate)?,
+            experts: limits::rows("E (experts)", sizes.experts)?,
             activation: sizes.activation.0,
             interleaved: sizes.interleaved.into(),
             transposed: sizes.transposed.into(),
@@ -189,7 +195,7 @@ impl Up {
         unsafe {
             queue.launch(
                 &name("up", sizes.math, tile, variant),
-                blocks(queue.gpu, tile, tiles),
+                blocks(queue.gpu, tile, tiles)?,
                 &params,
                 &memory,
             )
@@ -244,21 +250,21 @@ impl Product {
         }
         let Self { math, rows, inner, columns, experts, transposed, a, offsets, w, bias, y } = *self;
         let aligned = aligned(math.dtype, &[inner, columns], &[a, w, bias, y]);
-        let tile = row_tile(queue.gpu, math, aligned, rows / experts);
+        let tile = row_tile(queue.gpu, math, aligned, rows_per_expert(rows, experts));
         let params = Params {
             a: a.address,
             offsets: offsets.address,
             w: w.address,
             bias: bias.address,
             y: y.address,
-            rows: rows as i32,
-            inner: inner as i32,
-            columns: columns as i32,
-            experts: experts as i32,
+            rows: limits::rows("sorted rows", rows)?,
+            inner: limits::columns("K (columns of the rows)", inner)?,
+            columns: limits::columns("N (columns of the result)", columns)?,
+            experts: limits::rows("E (experts)", experts)?,
             transposed: transposed.into(),
         };
         let memory = [a.read(), offsets.read(), w.read(), bias.read(), y.write()];
-        let blocks = blocks(queue.gpu, tile, row_tiles(tile, rows, experts, columns));
+        let blocks = blocks(queue.gpu, tile, row_tiles(tile, rows, experts, columns))?;
         let variant = if transposed { "nn" } else { "nt" };
         // SAFETY: this is the kernel's struct, and as promised by the caller.
         unsafe { queue.launch(&name("gemm", math, tile, variant), blocks, &params, &memory) }
@@ -327,11 +333,11 @@ impl GradHidden {
             grad_hidden: self.grad_hidden.address,
             scaled_act: self.scaled_act.address,
             slopes: self.slopes.address,
-            tokens: sizes.tokens as i32,
-            rows: sizes.rows as i32,
-            hidden_size: sizes.hidden as i32,
-            intermediate: sizes.intermediate as i32,
-            experts: sizes.experts as i32,
+            tokens: limits::rows("T (tokens)", sizes.tokens)?,
+            rows: limits::rows("sorted rows", sizes.rows)?,
+            hidden_size: limits::columns("H (hidden size)", sizes.hidden)?,
+            intermediate: limits::columns("I (intermediate size)", sizes.intermediate)?,
+            experts: limits::rows("E (experts)", sizes.experts)?,
             activation: sizes.activation.0,
             interleaved: sizes.interleaved.into(),
             transposed: sizes.transposed.into(),
@@ -353,7 +359,7 @@ impl GradHidden {
         unsafe {
             queue.launch(
                 &name("grad_hidden", sizes.math, tile, variant),
-                blocks(queue.gpu, tile, tiles),
+                blocks(queue.gpu, tile, tiles)?,
                 &params,
                 &memory,
             )
@@ -430,11 +436,11 @@ impl GradWeight {
             offsets: offsets.address,
             out: out.address,
             sum: 0,
-            tokens: tokens as i32,
-            rows: rows as i32,
-            m: a.columns as i32,
-            n: b.columns as i32,
-            experts: experts as i32,
+            tokens: limits::rows("T (tokens)", tokens)?,
+            rows: limits::rows("sorted rows", rows)?,
+            m: limits::columns("rows of a gradient of weights", a.columns)?,
+            n: limits::columns("columns of a gradient of weights", b.columns)?,
+            experts: limits::rows("E (experts)", experts)?,
         };
         let memory =
             [a.rows.read(), b.rows.read(), a.gather.read(), b.gather.read(), offsets.read(), out.write()];
@@ -444,7 +450,7 @@ impl GradWeight {
         unsafe {
             queue.launch(
                 &name("grad_weight", math, tile, variant),
-                blocks(queue.gpu, tile, tiles),
+                blocks(queue.gpu, tile, tiles)?,
                 &params,
                 &memory,
             )

@@ -1,6 +1,7 @@
 //! The router on the device, with the bits of `fastmoe_core::route_rows`: the launches of `route.cu` and
 //! `grad_route.cu`.
 
+use crate::limits;
 use crate::rows::blocks;
 use crate::{Buffer, DType, Queue, Result};
 use fastmoe_core::{GroupLosers, GroupScore, Order, Router, Score};
@@ -29,6 +30,9 @@ pub struct Route<'a> {
     /// `[T, E]` f32.
     pub scores: Buffer,
 }
+
+/// Experts whose keys the kernel keeps in shared memory, which groups of experts need.
+const KEPT: usize = 1024;
 
 fn score(score: Score) -> i32 {
     match score {
@@ -74,6 +78,9 @@ impl Route<'_> {
             group_losers: i32,
         }
         let router = self.router;
+        if router.groups.is_some() {
+            limits::at_most(KEPT, "E (experts) that are in groups", self.experts)?;
+        }
         let params = Params {
             logits: self.logits.address,
             bias: self.bias.address,
@@ -82,9 +89,9 @@ impl Route<'_> {
             weights: self.weights.address,
             scores: self.scores.address,
             bad_token: 0,
-            tokens: self.tokens as i32,
-            experts: self.experts as i32,
-            top_k: router.top_k as i32,
+            tokens: limits::rows("T (tokens)", self.tokens)?,
+            experts: limits::rows("E (experts)", self.experts)?,
+            top_k: limits::rows("K (experts per token)", router.top_k)?,
             score: score(router.score),
             order: order(router.order),
             renormalize: router.renormalize.into(),

@@ -1,6 +1,7 @@
 //! Rows between token order and expert order, and sums over them: the launches of `combine.cu`, `permute.cu`,
 //! `grad_score.cu` and `grad_bias.cu`, whose parameter structs are mirrored here.
 
+use crate::limits;
 use crate::{Buffer, DType, Gpu, Queue, Result, scratch_size};
 
 /// Warps of a block of these kernels.
@@ -61,10 +62,10 @@ impl Combine {
             inverse: inverse.address,
             weights: weights.address,
             out: out.address,
-            tokens: tokens as i32,
-            top_k: top_k as i32,
-            rows: rows as i32,
-            columns: columns as i32,
+            tokens: limits::rows("T (tokens)", tokens)?,
+            top_k: limits::rows("K (experts per token)", top_k)?,
+            rows: limits::rows("sorted rows", rows)?,
+            columns: limits::columns("H (hidden size)", columns)?,
         };
         let memory = [y.read(), inverse.read(), weights.read(), out.write()];
         let blocks = blocks(queue.gpu, tokens * parts(dtype, columns));
@@ -111,9 +112,9 @@ impl Permute {
             x: x.address,
             gather: gather.address,
             out: out.address,
-            tokens: tokens as i32,
-            rows: rows as i32,
-            columns: columns as i32,
+            tokens: limits::rows("T (tokens)", tokens)?,
+            rows: limits::rows("sorted rows", rows)?,
+            columns: limits::columns("H (hidden size)", columns)?,
         };
         let memory = [x.read(), gather.read(), out.write()];
         let blocks = blocks(queue.gpu, rows * parts(dtype, columns));
@@ -159,8 +160,8 @@ impl SortWeights {
             gather: gather.address,
             inverse: inverse.address,
             sorted: sorted.address,
-            slots: slots as i32,
-            rows: rows as i32,
+            slots: limits::rows("T*K (routed rows)", slots)?,
+            rows: limits::rows("sorted rows", rows)?,
         };
         let memory = [weights.read(), gather.read(), inverse.read(), sorted.write()];
         let blocks = blocks(queue.gpu, slots.max(rows).div_ceil(32));
@@ -226,10 +227,10 @@ impl UnpermuteGrad {
             weights: self.weights.address,
             grad_y: self.grad_y.address,
             grad_weights: self.grad_weights.address,
-            tokens: self.tokens as i32,
-            top_k: self.top_k as i32,
-            rows: self.rows as i32,
-            columns: self.columns as i32,
+            tokens: limits::rows("T (tokens)", self.tokens)?,
+            top_k: limits::rows("K (experts per token)", self.top_k)?,
+            rows: limits::rows("sorted rows", self.rows)?,
+            columns: limits::columns("H (hidden size)", self.columns)?,
         };
         let memory = [
             self.grad_out.read(),
@@ -304,12 +305,12 @@ impl GradScore {
             b2: self.b2.address,
             offsets: self.offsets.address,
             grad_weights: self.grad_weights.address,
-            tokens: self.tokens as i32,
-            top_k: self.top_k as i32,
-            rows: self.rows as i32,
-            experts: self.experts as i32,
-            columns: self.columns as i32,
-            tiles: self.tiles as i32,
+            tokens: limits::rows("T (tokens)", self.tokens)?,
+            top_k: limits::rows("K (experts per token)", self.top_k)?,
+            rows: limits::rows("sorted rows", self.rows)?,
+            experts: limits::rows("E (experts)", self.experts)?,
+            columns: limits::columns("H (hidden size)", self.columns)?,
+            tiles: limits::columns("tiles of a row", self.tiles)?,
         };
         let memory = [
             self.partial.read(),
@@ -361,7 +362,7 @@ pub struct GradBias {
 impl GradBias {
     /// Into how many parts an expert's rows are split, so that few experts with many rows keep the device busy.
     fn splits(sorted: usize, experts: usize) -> usize {
-        (sorted / experts / 256).clamp(1, 64)
+        (sorted / experts.max(1) / 256).clamp(1, 64)
     }
 
     /// Bytes of scratch memory.
@@ -402,10 +403,10 @@ impl GradBias {
             offsets: self.offsets.address,
             partial: partial.address,
             out: self.out.address,
-            experts: self.experts as i32,
-            sorted: self.sorted as i32,
-            sources: self.sources as i32,
-            columns: self.columns as i32,
+            experts: limits::rows("E (experts)", self.experts)?,
+            sorted: limits::rows("sorted rows", self.sorted)?,
+            sources: limits::rows("rows of the source", self.sources)?,
+            columns: limits::columns("H (hidden size)", self.columns)?,
             splits: splits as i32,
         };
         let suffix = self.dtype.suffix();

@@ -56,6 +56,7 @@ fn out_of_memory(text: String) -> PyErr {
 impl From<fastmoe_cuda::Error> for Error {
     fn from(error: fastmoe_cuda::Error) -> Self {
         match error {
+            fastmoe_cuda::Error::TooLarge { .. } => Self::Value(error.to_string()),
             fastmoe_cuda::Error::OutOfMemory { .. } => Self::OutOfMemory(error.to_string()),
             _ => Self::Runtime(error.to_string()),
         }

@@ -27,8 +27,7 @@ def run(config: Config, out: Path, text: Path | None, save_every: int, console: 
 
     Raises BadArgument for what cannot be used, DemoError for what went wrong on the way.
     """
-    if config.device != "cpu":
-        raise BadArgument(f"--device: this build of fastmoe_rs runs on the cpu, not on {config.device}")
+    check_device(config.device)
     corpus = data.load(text, config.context)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -52,6 +51,21 @@ def run(config: Config, out: Path, text: Path | None, save_every: int, console: 
     console.print(f"\nloss curve and expert load: [bold]{out / 'demo.png'}[/]")
 
 
+def check_device(name: str) -> None:
+    """Raises BadArgument unless there is such a device."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BadArgument(f"--device: {name!r} is no device of torch; cpu and cuda are") from None
+    if device.type not in ("cpu", "cuda"):
+        raise BadArgument(f"--device: fastmoe_rs runs on cpu and cuda, not on {name}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadArgument(
+            f"--device: torch finds {torch.cuda.device_count()} CUDA devices, so not {name};"
+            " `python -m fastmoe_rs doctor` tells more"
+        )
+
+
 def introduce(trainer: Trainer, corpus: data.Corpus, out: Path, console: Console) -> None:
     config = trainer.config
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6
@@ -60,7 +74,10 @@ def introduce(trainer: Trainer, corpus: data.Corpus, out: Path, console: Console
     console.print("[bold]fastmoe_rs demo[/]")
     console.print(f"model: {parameters:.1f} million parameters, {experts}", highlight=False)
     console.print(f"text:  {corpus.name}, {corpus.size / 1e6:.1f} MB", highlight=False)
-    console.print(f"run:   {batches}, {config.dtype}, {torch.get_num_threads()} threads", highlight=False)
+    place = f"{torch.get_num_threads()} threads"
+    if config.device != "cpu":
+        place = f"{config.device} ({torch.cuda.get_device_name(config.device)})"
+    console.print(f"run:   {batches}, {config.dtype}, {place}", highlight=False)
     if trainer.step == config.steps:
         console.print(f"{out} holds the finished run; remove it or choose another --out to train anew")
     elif trainer.step:

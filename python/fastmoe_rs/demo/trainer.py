@@ -33,11 +33,12 @@ class Trainer:
         self.config = config
         self.step = 0
         torch.manual_seed(config.seed)
-        self.model = Model(config)
+        self.device = torch.device(config.device)
+        self.model = Model(config).to(self.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
         )
-        self.scaler = torch.amp.GradScaler(config.device, enabled=config.dtype == "float16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == "float16")
         self.batches = torch.Generator().manual_seed(config.seed)
 
     def next_batch(self, text: Tensor) -> Tensor:
@@ -61,6 +62,7 @@ class Trainer:
 
     def forward(self, batch: Tensor) -> tuple[Output, Tensor]:
         """What the model gives for `batch` [B, S + 1], and the mean loss of its bytes."""
+        batch = batch.to(self.device)
         with self.autocast():
             output = self.model(batch[:, :-1])
             loss = F.cross_entropy(output.logits.float().flatten(0, 1), batch[:, 1:].flatten())
@@ -77,7 +79,7 @@ class Trainer:
     def autocast(self) -> torch.autocast:
         """Weights stay in float32; the matrix products run in the dtype asked for."""
         dtype = getattr(torch, self.config.dtype)
-        return torch.autocast(self.config.device, dtype=dtype, enabled=dtype != torch.float32)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint, by name."""

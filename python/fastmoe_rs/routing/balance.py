@@ -19,7 +19,7 @@ def update_selection_bias(bias_E: Tensor, counts_E: Tensor, *, rate: float = 1e-
     micro-batches; nothing is counted in the forward, so no recomputation counts twice.
 
     Args:
-        bias_E: [E], changed in place; such as `nn.Router(..., selection_bias=True).selection_bias`.
+        bias_E: [E], changed in place; such as an `nn.Router` has, whose method `balance` calls this.
         counts_E: [E], how many routes asked for every expert.
         rate: the step u.
         group: a torch.distributed process group over which the counts are summed first; True for the default

@@ -15,6 +15,8 @@ from ..plan import RoutingPlan
 from ..reference import _descending
 from .noise import Seed, gumbel, uniform
 
+QUEUES = ("token", "choice", "batch", "score")
+
 
 def drop_over_capacity(
     ids_TK: Tensor,
@@ -39,7 +41,7 @@ def drop_over_capacity(
         group_size: tokens are divided into groups of so many neighbours (sequences, say), each with its own
             capacity; None for one group.
     """
-    _check.one_of("queue", queue, ("token", "choice", "batch", "score"))
+    _check.one_of("queue", queue, QUEUES)
     _check.tensor("ids", ids_TK, "[T, K]")
     tokens, top_k = ids_TK.shape
     group_size = max(tokens, 1) if group_size is None else group_size
@@ -95,20 +97,11 @@ def gshard_route(
     Returns:
         ids int64 [T, 2], -1 where dropped; weights [T, 2], 0 where dropped; scores [T, E].
     """
-    _check.one_of("second", second, ("all", "random", "sampling"))
     _check.one_of("renormalize", renormalize, ("before", "after", "never"))
-    ids, _, scores = functional.route(logits_TE, 2)
-    if training and second == "sampling":
-        first = ids[:, :1]
-        noisy = scores.detach().log() + gumbel(scores, seed=seed)
-        ids = torch.cat([first, noisy.scatter(1, first, -torch.inf).argmax(dim=1, keepdim=True)], dim=1)
-    weights = scores.gather(1, ids)
-    if renormalize == "before":
-        weights = _renormalized(weights)
-    wanted = ids
-    if training and second == "random":
-        kept = 2 * weights[:, 1] > uniform(weights[:, 1], seed=seed)
-        wanted = torch.stack([ids[:, 0], ids[:, 1].where(kept, -1)], dim=1)
+    before = renormalize == "before"
+    ids, wanted, weights, scores = gshard_choice(
+        logits_TE, second=second, renormalize=before, training=training, seed=seed
+    )
     seated = drop_over_capacity(
         wanted, scores.shape[1], capacity, queue=queue, weights=scores.gather(1, ids), group_size=group_size
     )
@@ -116,6 +109,26 @@ def gshard_route(
     if renormalize == "after":
         weights = _renormalized(weights)
     return Routing(seated, weights, scores)
+
+
+def gshard_choice(
+    logits_TE: Tensor, *, second: str, renormalize: bool, training: bool, seed: Seed
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two experts a token, the same with -1 for second ones given up, weights [T, 2], scores [T, E]."""
+    _check.one_of("second", second, ("all", "random", "sampling"))
+    ids, _, scores = functional.route(logits_TE, 2)
+    if training and second == "sampling":
+        first = ids[:, :1]
+        noisy = scores.detach().log() + gumbel(scores, seed=seed)
+        ids = torch.cat([first, noisy.scatter(1, first, -torch.inf).argmax(dim=1, keepdim=True)], dim=1)
+    weights = scores.gather(1, ids)
+    if renormalize:
+        weights = _renormalized(weights)
+    if not training or second != "random":
+        return ids, ids, weights, scores
+    kept = 2 * weights[:, 1] > uniform(weights[:, 1], seed=seed)
+    wanted = torch.stack([ids[:, 0], ids[:, 1].where(kept, -1)], dim=1)
+    return ids, wanted, weights, scores
 
 
 def _renormalized(weights: Tensor) -> Tensor:

@@ -21,7 +21,13 @@ class SharedRouting(NamedTuple):
 
 
 def route_with_shared(
-    logits_TE: Tensor, num_shared: int, top_k: int, *, scale: float = 1.0, bias: Tensor | None = None
+    logits_TE: Tensor,
+    num_shared: int,
+    top_k: int,
+    *,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    ids_TK: Tensor | None = None,
 ) -> SharedRouting:
     """Pick K experts by sigmoid score (plus bias); the sigmoids of these and of the shared sum to `scale`.
 
@@ -31,12 +37,14 @@ def route_with_shared(
         top_k: K, 1 to E.
         scale: factor of all weights.
         bias: [E], added to the scores for the choice only.
+        ids_TK: weigh these picks, made before.
     """
     _check.positive(num_shared=num_shared)
     experts = logits_TE.shape[1] - num_shared
     logits = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     routed, shared = logits.split([experts, num_shared], dim=1)
     ids, _, scores = functional.route(routed, top_k, score="sigmoid", bias=bias)
+    ids = ids if ids_TK is None else ids_TK.long()
     # sigmoid / sum of sigmoids, without underflow
     weights = F.logsigmoid(torch.cat([routed.gather(1, ids), shared], dim=1)).softmax(dim=1) * scale
     return SharedRouting(ids, weights[:, :top_k], scores, weights[:, top_k:])

@@ -11,7 +11,13 @@ from .noise import Seed, gumbel, uniform
 
 
 def sparsemixer_route(
-    logits_TE: Tensor, top_k: int, *, jitter: float = 0.01, training: bool = True, seed: Seed = None
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    jitter: float = 0.01,
+    training: bool = True,
+    seed: Seed = None,
+    ids_TK: Tensor | None = None,
 ) -> Routing:
     """K picks, one after the other, each weighed by a softmax over the experts that could have been picked.
 
@@ -26,6 +32,7 @@ def sparsemixer_route(
         jitter: how near the largest is near enough.
         training: sample; False picks the largest.
         seed: see `noise`.
+        ids_TK: weigh these picks, made before, as out of training.
 
     Returns:
         ids int64 [T, K]; weights [T, K], which do not sum to 1, and scores [T, E], the softmax of all logits.
@@ -34,6 +41,7 @@ def sparsemixer_route(
     if not 1 <= top_k <= logits_TE.shape[1]:
         _check.wanted("top_k", top_k, f"1 to {logits_TE.shape[1]}, the number of experts")
     logits = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    training = training and ids_TK is None
     taken = torch.zeros_like(logits, dtype=torch.bool)
     ids, weights = [], []
     for pick in range(top_k):
@@ -43,7 +51,7 @@ def sparsemixer_route(
         candidates = logits.masked_fill(taken | far, -torch.inf)
         probabilities = candidates.softmax(dim=1)
         best = candidates.argmax(dim=1, keepdim=True)
-        drawn = best
+        drawn = best if ids_TK is None else ids_TK[:, pick : pick + 1].long()
         if training:
             noise = gumbel(logits, seed=seed, stream=2 * pick)
             drawn = (candidates.detach() + noise).argmax(dim=1, keepdim=True)

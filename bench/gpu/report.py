@@ -1,0 +1,126 @@
+"""A page of tables and a chart from a record of bench/gpu/run.py: `python bench/gpu/report.py RECORD.jsonl`.
+
+Writes RECORD.md and RECORD.svg beside it. A bar is the share of the floor's speed that a path reaches: 100%
+is what the ceilings measured in the same run allow, by FLOPs or by bytes, whichever takes longer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+
+OURS = "fastmoe_rs"
+COLORS = ("#d1242f", "#4878d0", "#6acc64", "#ee854a", "#956cb4", "#8c613c", "#82c6e2")
+LEFT, WIDTH, BAR = 300, 420, 11
+STYLE = "text { font: 11px system-ui, sans-serif } .title { font-weight: 600; font-size: 13px }"
+
+
+def seconds(path: dict) -> float | None:
+    """The better of eager and graph."""
+    times = [path[kind]["median_s"] for kind in ("eager", "graph") if "median_s" in path.get(kind, {})]
+    return min(times, default=None)
+
+
+def time_text(path: dict, kind: str) -> str:
+    found = path.get(kind, {})
+    if "median_s" in found:
+        return f"{1e3 * found['median_s']:.4g} ms, {found['tflops']:.4g} TFLOP/s"
+    return found.get("reason", "-")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return (
+        "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines) + "\n"
+    )
+
+
+def page(entries: list[dict]) -> str:
+    machine = next(entry for entry in entries if entry["kind"] == "machine")
+    rates = next(entry for entry in entries if entry["kind"] == "ceilings")
+    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items() if found)
+    text = (
+        f"# The expert layer on {machine['gpu'] or machine['cpu']}\n\n"
+        f"{machine['date'][:10]}, CUDA {machine['cuda']}; {versions}; commit {machine['commit']}. "
+        f"Ceilings measured in this run: {rates['flops_per_s'] / 1e12:.4g} TFLOP/s of a bfloat16 product, "
+        f"{rates['bytes_per_s'] / 1e12:.3g} TB/s of a copy. bfloat16; medians of runs by turns; TFLOP/s "
+        "count the products of the layer alone.\n"
+    )
+    for entry in entries:
+        if entry["kind"] == "cell":
+            text += f"\n## {entry['name']}\n\nfloor {1e3 * entry['floor_s']:.4g} ms\n\n" + cell_table(entry)
+    routing = [entry for entry in entries if entry["kind"] == "routing"]
+    if routing:
+        rows = [
+            [f"{entry['tokens']} x {entry['experts']}, K {entry['top_k']}"]
+            + [f"{1e6 * entry['paths'][name]['median_s']:.4g} us" for name in (OURS, "torch")]
+            for entry in routing
+        ]
+        text += "\n## Routing alone\n\n" + table(["tokens x experts", OURS, "torch"], rows)
+    left = [[entry["name"], entry["reason"]] for entry in entries if entry["kind"] == "left out"]
+    if left:
+        text += "\n## Left out\n\n" + table(["cell", "reason"], left)
+    return text
+
+
+def cell_table(entry: dict) -> str:
+    rows = []
+    for name, path in entry["paths"].items():
+        if path["status"] != "ok":
+            rows.append([name, f"{path['status']}: {path.get('reason', path.get('errors'))}", "", "", ""])
+            continue
+        best = seconds(path)
+        share = f"{entry['floor_s'] / best:.0%}" if best else "-"
+        memory = f"{path['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in path else "-"
+        rows.append([name, time_text(path, "eager"), time_text(path, "graph"), share, memory])
+    return table(["path", "eager", "graph", "of the floor", "peak memory"], rows)
+
+
+def bars(entries: list[dict]) -> Iterator[str]:
+    """The lines of the chart: a group for each cell, a bar for each path."""
+    y = 46
+    for entry in entries:
+        yield f'<text x="8" y="{y + 9}">{escape(entry["name"])}</text>'
+        for order, (name, path) in enumerate(entry["paths"].items()):
+            if (best := seconds(path)) is None:
+                continue
+            share = entry["floor_s"] / best
+            length, color = WIDTH * min(share, 1.2), COLORS[order % len(COLORS)]
+            yield f'<rect x="{LEFT}" y="{y}" width="{length:.1f}" height="{BAR - 2}" fill="{color}"/>'
+            label = f"{name} {share:.0%}, {1e3 * best:.4g} ms"
+            yield f'<text x="{LEFT + length + 4:.1f}" y="{y + 9}">{escape(label)}</text>'
+            y += BAR
+        y += BAR
+    yield f'<line x1="{LEFT + WIDTH}" x2="{LEFT + WIDTH}" y1="36" y2="{y}" stroke="#57606a"/>'
+
+
+def svg(entries: list[dict]) -> str:
+    machine = next(entry for entry in entries if entry["kind"] == "machine")
+    cells = [entry for entry in entries if entry["kind"] == "cell"]
+    lines = list(bars(cells))
+    height = 70 + sum(
+        BAR * (1 + sum(seconds(p) is not None for p in cell["paths"].values())) for cell in cells
+    )
+    title = f"Speed as a share of the floor, {machine['gpu'] or machine['cpu']}, bfloat16"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 240}" height="{height}">'
+        f'<style>{STYLE}</style><rect width="100%" height="100%" fill="white"/>'
+        f'<text x="8" y="20" class="title">{escape(title)}</text>'
+        f'<text x="{LEFT + WIDTH}" y="34" text-anchor="middle">floor</text>{"".join(lines)}</svg>\n'
+    )
+
+
+def main(argv: list[str]) -> int:
+    path = Path(argv[0])
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    path.with_suffix(".md").write_text(page(entries))
+    path.with_suffix(".svg").write_text(svg(entries))
+    print(path.with_suffix(".md"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
