@@ -16,7 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmoe_rs import RoutingPlan, functional, losses, nn, ops, routing, watch
+from fastmoe_rs.distillation import distillation_loss, merge_experts, merge_weights
 from fastmoe_rs.integrations import swap
+from fastmoe_rs.integrations.grok import GrokMoE
+from fastmoe_rs.upcycling import copy_experts, dense_mlp, upcycle
 
 KINDS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 LAYERS = {
@@ -134,6 +137,18 @@ def steps(device, dtype):
 
         return forward
 
+    dense = nn.SharedExpert(16, 12, device=device, dtype=dtype)
+    upcycled = upcycle(dense, 6, 2)
+    student = merge_experts(upcycled, gather=2)
+    caps = {"router_softcap": 30.0, "residual_intermediate_size": 8}
+    grok = GrokMoE(16, 12, 6, 2, **caps, device=device, dtype=dtype)
+
+    def distilled():
+        copies = copy_experts(dense_mlp(dense), 6, noise=0.1, redraw=0.5)
+        merged = merge_weights(*copies, scale, gather=2)
+        hidden = {"student_hidden": [student(x)], "teacher_hidden": [upcycled(x)], "mask": scale.new_ones(12)}
+        return distillation_loss(logits, 2 * logits, **hidden), *copies, *merged
+
     table = routing.hash_table(50, 6, 2, device=device)
     tokens = torch.zeros(12, dtype=torch.int64, device=device)
     mask = torch.ones(3, 4, device=device)
@@ -150,6 +165,8 @@ def steps(device, dtype):
     yield from ((name, routed_by(router)) for name, router in ROUTERS.items())
     yield "losses", balance
     yield "pieces", pieces
+    yield "grok", lambda: grok(x)
+    yield "distilled", distilled
     yield from ((name, mlp(router)) for name, router in routers.items())
 
 
