@@ -128,8 +128,8 @@ unsafe impl Sync for RouteGrad<'_> {}
 /// The machine has the instruction set; the pointers are valid for the sizes.
 pub unsafe fn route_backward<M: Machine, E: Element<Acc = M::Acc>>(p: &RouteGrad<'_>) {
     let top_k = p.router.top_k;
-    let mut by_choice = p.grad_expert_scale.map(|_| Scratch::<M::Acc>::new(p.tokens * top_k));
-    let by_choice_at = by_choice.as_mut().map(|by_choice| SharedPtr(by_choice.ptr()));
+    let by_choice = p.grad_expert_scale.map(|_| Scratch::<M::Acc>::new(p.tokens * top_k));
+    let by_choice_at = by_choice.as_ref().map(|by_choice| SharedPtr(by_choice.ptr()));
     let at_once = tokens_at_once(p.experts);
     Threads(p.threads).for_each(p.tokens.div_ceil(at_once), |i| {
         let tokens = i * at_once..p.tokens.min((i + 1) * at_once);
