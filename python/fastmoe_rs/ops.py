@@ -116,8 +116,8 @@ def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 def _route_backward(
     ctx: Any, grad_weights: Tensor | None, grad_scores: Tensor | None, _: None
 ) -> tuple[Any, ...]:
-    # The formula can be differentiated again, and takes batches of gradients.
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    # The formula can be differentiated again, and takes the batches of gradients that vmap makes.
+    if torch.is_grad_enabled() or _is_batched(grad_weights) or _is_batched(grad_scores):
         return _route_backward_formula(ctx, grad_weights, grad_scores)
     logits, expert_scale, ids, scores = ctx.saved_tensors
     softcap, score, order, *_, renormalize, eps, scale = ctx.options
@@ -127,6 +127,13 @@ def _route_backward(
         logits, expert_scale, ids, scores, *grads, *rules, ctx.needs_input_grad[2]
     )
     return _only(ctx.needs_input_grad, (grad_logits, None, grad_expert_scale))
+
+
+def _is_batched(tensor: Tensor | None) -> bool:
+    functorch = torch._C._functorch
+    return tensor is not None and (
+        functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+    )
 
 
 def _route_backward_formula(
