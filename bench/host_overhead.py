@@ -23,12 +23,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE, KERNELS = ROOT / "target/host/python", ROOT / "target/emulator/plain/libkernels.so"
 GOALS_US = {"forward": 25.0, "forward + backward": 60.0}
-BATCHES, CALLS, WARM_UP = 60, 200, 500
+BATCHES, CALLS, WARM_UP = 500, 25, 500
 
 
 def microseconds(call: Callable[[], object], batches: int, calls: int) -> dict[str, float]:
     """Median and least of the means of several batches of calls."""
-    for _ in range(min(WARM_UP, calls)):
+    for _ in range(WARM_UP if batches > 10 else 1):
         call()
     means = []
     gc.collect()
@@ -49,7 +49,7 @@ def calls() -> dict[str, Callable[[], object]]:
     import fastmoe_rs
     from fastmoe_rs.functional import moe_mlp
 
-    tokens, hidden, intermediate, experts, top_k = 16, 64, 64, 8, 2
+    tokens, hidden, intermediate, experts, top_k = 8, 16, 16, 8, 2
     torch.manual_seed(0)
     x = torch.randn(tokens, hidden).bfloat16()
     ids = torch.rand(tokens, experts).topk(top_k).indices
@@ -100,14 +100,17 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--smoke", action="store_true", help="few calls, and no file")
+    parser.add_argument(
+        "--package", type=Path, default=PACKAGE, help="a folder with a build for the emulator"
+    )
     parser.add_argument("--out", type=Path, help="result file")
     options = parser.parse_args(argv)
-    if missing := [path for path in (PACKAGE, KERNELS) if not path.exists()]:
+    if missing := [path for path in (options.package, KERNELS) if not path.exists()]:
         print(f"{missing[0]} is missing: make bench-host", file=sys.stderr)
         return 1
     os.environ.setdefault("FASTMOE_EMULATOR", str(KERNELS))
     os.environ |= {"FASTMOE_BACKEND": "emulator", "FASTMOE_EMULATOR_LAUNCH": "none"}
-    sys.path.insert(0, str(PACKAGE))
+    sys.path.insert(0, str(options.package))
     import machine
     import run
     import torch
@@ -121,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.smoke:
         return 0
     identity = machine.identity(1)
-    record = {"machine": identity, "goals_us": GOALS_US, "results": results}
+    record = {"matrix": "host-overhead", "machine": identity, "goals_us": GOALS_US, "results": results}
     path = options.out or run.RESULTS / run.default_name(identity, "host-overhead")
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(path)

@@ -129,12 +129,14 @@ def available_bytes() -> float:
 
 
 def cpu_model() -> str:
+    """The name that the processor gives itself, with the numbers that tell its generation."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.machine())
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = found.get("model name", platform.machine())
+    return f"{name} (family {found['cpu family']} model {found['model']})" if "cpu family" in found else name
 
 
 def commit() -> str:

@@ -16,7 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmoe_rs import RoutingPlan, functional, losses, nn, ops, routing, watch
+from fastmoe_rs.distillation import distillation_loss, merge_experts, merge_weights
 from fastmoe_rs.integrations import swap
+from fastmoe_rs.integrations.grok import GrokMoE
+from fastmoe_rs.upcycling import copy_experts, dense_mlp, upcycle
 
 KINDS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 LAYERS = {
@@ -24,6 +27,16 @@ LAYERS = {
     "capacity": {"capacity_factor": 1.5, "renormalize": True},
     "shared": {"shared_intermediate_size": 8, "activation": "relu2", "jitter": 0.1},
     "biases": {"activation": "swiglu_oai", "order": "topk_score", "bias": True, "selection_bias": True},
+}
+
+ROUTERS = {
+    "switch": lambda **o: nn.CapacityRouter(16, 6, 1, capacity_factor=1.0, **o),
+    "gshard": lambda **o: nn.GShardRouter(16, 6, group_size=4, **o),
+    "noise": lambda **o: nn.NoisyTopKRouter(16, 6, 2, logit_noise=0.1, **o),
+    "expert choice": lambda **o: nn.ExpertChoiceRouter(16, 6, **o),
+    "balanced": lambda **o: nn.SinkhornRouter(16, 6, 2, **o),
+    "with shared": lambda **o: nn.SharedRouter(16, 6, 2, num_shared=2, selection_bias=True, **o),
+    "mixer": lambda **o: nn.SparseMixerRouter(16, 6, 2, **o),
 }
 
 
@@ -69,6 +82,35 @@ def steps(device, dtype):
         loss = loss + losses.router_z_loss(stats.router.logits)
         return y, loss, stats.load, stats.max_vio, stats.entropy, stats.dropped
 
+    def routed_by(router):
+        made = {"device": device, "dtype": dtype}
+        moe = nn.MoE(16, 12, 6, router=router(**made), shared_intermediate_size=8, **made)
+        watch(moe)
+        moe.router.seed = 3
+
+        def forward():
+            y, stats = moe(x, return_stats=True)
+            if moe.router.selection_bias is not None:
+                moe.router.balance(stats.routes)
+            return y, stats.load, stats.dropped
+
+        return forward
+
+    def balance():
+        ids, weights, _ = functional.route(logits, 2)
+        options = {"mask": mask, "tokens": tokens.sum()}
+        loss, load = losses.global_batch_loss(logits, 2, group=None, **options)
+        return (
+            loss,
+            losses.load_balancing_loss([logits, logits], 2, load=load, **options),
+            losses.switch_loss(logits, group_size=4, **options),
+            losses.gshard_loss(logits, **options),
+            losses.sequence_balance_loss(logits, 2, 6, **options),
+            losses.importance_loss(ids, weights, 6, mask=mask),
+            losses.load_loss(routing.noisy_top_k_route(logits, logits, 2, seed=1).load, mask=mask),
+            losses.router_z_loss(logits, **options),
+        )
+
     def pieces():
         ids, weights, _ = functional.route(
             logits,
@@ -95,8 +137,21 @@ def steps(device, dtype):
 
         return forward
 
+    dense = nn.SharedExpert(16, 12, device=device, dtype=dtype)
+    upcycled = upcycle(dense, 6, 2)
+    student = merge_experts(upcycled, gather=2)
+    caps = {"router_softcap": 30.0, "residual_intermediate_size": 8}
+    grok = GrokMoE(16, 12, 6, 2, **caps, device=device, dtype=dtype)
+
+    def distilled():
+        copies = copy_experts(dense_mlp(dense), 6, noise=0.1, redraw=0.5)
+        merged = merge_weights(*copies, scale, gather=2)
+        hidden = {"student_hidden": [student(x)], "teacher_hidden": [upcycled(x)], "mask": scale.new_ones(12)}
+        return distillation_loss(logits, 2 * logits, **hidden), *copies, *merged
+
     table = routing.hash_table(50, 6, 2, device=device)
     tokens = torch.zeros(12, dtype=torch.int64, device=device)
+    mask = torch.ones(3, 4, device=device)
     routers = {
         "drops": lambda: routing.gshard_route(logits, 3, queue="batch", group_size=4, seed=5),
         "choice": lambda: routing.expert_choice_route(logits, 4),
@@ -107,7 +162,11 @@ def steps(device, dtype):
         "rounded": lambda: routing.round_tokens(functional.route(logits, 2), 2),
     }
     yield from ((name, lambda options=options: layer(options)) for name, options in LAYERS.items())
+    yield from ((name, routed_by(router)) for name, router in ROUTERS.items())
+    yield "losses", balance
     yield "pieces", pieces
+    yield "grok", lambda: grok(x)
+    yield "distilled", distilled
     yield from ((name, mlp(router)) for name, router in routers.items())
 
 

@@ -229,6 +229,11 @@ def test_student_learns_to_follow_the_teacher():
         (lambda: merge_experts(layer(), gather=0), "gather: got 0, wanted None or 1 to 5"),
         (lambda: merge_experts(layer(), gather=6), "gather: got 6, wanted None or 1 to 5"),
         (lambda: merge_experts(layer(bias=True)), "moe: got experts with biases, wanted experts without"),
+        (
+            lambda: merge_experts(layer(8, shared_gate=True)),
+            "moe: got a shared expert that is weighed, or identity experts",
+        ),
+        (lambda: merge_experts(layer(identity_experts=2)), "moe: got a shared expert that is weighed, or"),
         (lambda: merge_experts(GrokMoE(16, 24)), "moe: got GrokMoE, whose forward is its own"),
         (lambda: dense_student(torch.nn.Linear(2, 2)), "model: got Linear without nn.MoE layers"),
         (

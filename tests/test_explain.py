@@ -83,6 +83,7 @@ def test_text_and_json_of_the_command(capsys):
     ("arguments", "message"),
     [
         (["8", "16", "16", "4", "8"], "argument --explain: K 8 is more than E 4"),
+        (["9999999999", "16", "16", "4", "2"], "on a GPU, got "),
         (["8", "16", "16", "4", "0"], "argument --explain: wanted a whole number from 1 on, got '0'"),
         (
             ["8", "16", "16", "4", "2", "--gpu", "Z80"],

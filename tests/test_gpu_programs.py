@@ -20,10 +20,17 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_tests_of_a_gpu_pass_on_the_cpu() -> None:
-    done = run("-m", "pytest", "-q", "tests/gpu/test_gpu_parity.py", "--device", "cpu", "--quick")
+def test_tests_of_a_gpu_pass_on_the_cpu(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    options = ("--device", "cpu", "--quick", "--record", path)
+    done = run("-m", "pytest", "-q", "tests/gpu/test_gpu_parity.py", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
+    machine, *tests = map(json.loads, path.read_text().splitlines())
+    assert machine["device"] == "cpu"
+    assert machine["versions"]["torch"]
+    assert {test["outcome"] for test in tests} == {"passed", "skipped"}
+    assert all(test["reason"] for test in tests if test["outcome"] == "skipped")
 
 
 @no_gpu
@@ -81,6 +88,20 @@ def test_wrong_answers_end_the_benchmark(
     assert bench.main(["--device", "cpu", "--quick", "--out", str(path)]) == 1
     assert "fastmoe_rs is wrong on tiny T32 forward" in capsys.readouterr().err
     assert json.loads(path.read_text().splitlines()[-1])["kind"] == "wrong"
+
+
+def test_host_overhead_of_every_call_is_timed() -> None:
+    """With the build of `make bench-host` or of `make test-emulated`."""
+    built = [ROOT / "target" / name / "python" for name in ("host", "emulated")]
+    found = next((path for path in built if path.exists()), None)
+    if found is None:
+        pytest.skip("no build for the emulator: make emulated")
+    done = run("bench/host_overhead.py", "--smoke", "--package", found)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 6
+    assert lines[0].startswith("forward ")
+    assert lines[0].endswith("us  goal 25")
 
 
 @no_gpu

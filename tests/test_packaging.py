@@ -118,7 +118,7 @@ def test_tag_promises_no_more_than_the_symbols_keep(wheel):
     """auditwheel reads which glibc the module's symbols need: not a newer one than the tag says."""
     command = [sys.executable, "-m", "auditwheel", "show", str(wheel)]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r'consistent with\s+the\s+following\s+platform\s+tag:\s+"manylinux_(\d+)_(\d+)_', shown)
+    found = re.search(r'platform\s+tag:\s+"manylinux_(\d+)_(\d+)_', shown)
     assert found, shown
     promised = re.search(r"manylinux_(\d+)_(\d+)_", wheel.name)
     assert promised, wheel.name

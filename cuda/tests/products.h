@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "emulator/launch.h"
+#include "emulator/settings.h"
 #include "tests/near.h"
 #include "tests/plans.h"
 #include "tile/shape.cuh"
@@ -14,9 +15,12 @@ namespace test {
 struct Entry {
   std::string name, math, variant;
   int BM, BN;
+  int index = 0;  // among those of its family
 
   bool any() const { return variant == "any"; }
   bool tf32() const { return math == "tf32"; }
+  // Every activation in turn, over the entry points and over the runs.
+  Reference activation() const { return Reference(static_cast<tile::Kind>((index + emulator::settings.seed) % 10)); }
   // Elements before a tensor.
   int64_t skip() const { return any() && chance(2); }
   template <class T> int size(int about) const {
@@ -33,9 +37,10 @@ struct Entry {
 
 // A test for every entry point of a family; check.operator()<Math>(entry) is one problem.
 template <class Check> bool test_entries(const std::string& family, Check check) {
+  int index = 0;
   for (const emulator::Kernel* kernel : emulator::kernels()) {
     char math[8], variant[8];
-    Entry entry{kernel->name, "", "", 0, 0};
+    Entry entry{kernel->name, "", "", 0, 0, index++};
     if (sscanf(kernel->name, (family + "_%7[a-z0-9]_%dx%d_%7s").c_str(), math, &entry.BM, &entry.BN, variant) != 4) continue;
     entry.math = math, entry.variant = variant;
     Test(kernel->name, [=] {

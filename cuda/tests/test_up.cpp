@@ -8,8 +8,7 @@ namespace {
 
 template <class Math> void check_up(const Entry& entry) {
   using T = ElementOf<Math>;
-  const Reference act(static_cast<Kind>(uniform(0, 9)));
-  const Kind kind = act.kind();
+  const Reference act = entry.activation();
   const bool gated = act.gated(), interleaved = gated && chance(2), transposed = entry.any() ? chance(2) : entry.variant == "nn";
   const bool gathered = !chance(3), biased = chance(2), keep = !chance(4);
   const int H = entry.depth<T>(), I = entry.width<T>(), N = gated ? 2 * I : I;
@@ -21,7 +20,7 @@ template <class Math> void check_up(const Entry& entry) {
   const auto b1 = rows.of_experts<T>("b1", N, entry.skip());
   const auto hidden = output<T>("hidden", static_cast<int64_t>(rows.rows) * N, entry.skip());
   const auto out = output<T>("act", static_cast<int64_t>(rows.rows) * I, entry.skip());
-  UpParams<T> p{x, gather, offsets, w1, b1, hidden, out, rows.tokens, rows.rows, H, I, rows.experts(), static_cast<int>(kind), interleaved, transposed};
+  UpParams<T> p{x, gather, offsets, w1, b1, hidden, out, rows.tokens, rows.rows, H, I, rows.experts(), static_cast<int>(act.kind()), interleaved, transposed};
   if (!gathered) p.gather = nullptr;
   if (!biased) p.b1 = nullptr;
   if (!keep) p.hidden = nullptr;

@@ -182,7 +182,10 @@ def explain(options: argparse.Namespace) -> int:
         gpu = gpus.find(options.gpu)
     except KeyError as error:
         options.parser.error(f"argument --gpu: {error.args[0]}")
-    print(report(layer, gpu, as_json=options.json))
+    try:
+        print(report(layer, gpu, as_json=options.json))
+    except (RuntimeError, ValueError) as error:  # sizes beyond what the kernels count
+        options.parser.error(f"argument --explain: {error}")
     return 0
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import _check
 from .kernels import wide
 from .layers import moe_layers
-from .nn import MoE, SharedExpert
+from .nn import MoE, Router, SharedExpert, SharedRouter
 from .reference import GATED
 
 __all__ = ["dense_student", "distillation_loss", "merge_experts", "merge_weights"]
@@ -42,16 +42,20 @@ def merge_experts(moe: MoE, load: Tensor | None = None, *, gather: int | None = 
 
     Raises:
         ValueError: load has another shape than [E], gather is not from 1 to E, the experts have biases, for
-            which `SharedExpert` has no place, or the layer is of a subclass that computes something else.
+            which `SharedExpert` has no place, or the layer has a weighed shared expert or identity experts,
+            or is of a subclass that computes something else.
     """
     experts = moe.experts
     if experts.b1 is not None:
         _check.wanted("moe", "experts with biases", "experts without")
     if type(moe).forward is not MoE.forward:
         _check.wanted("moe", f"{type(moe).__name__}, whose forward is its own", "an nn.MoE")
+    if moe.shared_gate is not None or moe.identity_experts or isinstance(moe.router, SharedRouter):
+        _check.wanted("moe", "a shared expert that is weighed, or identity experts", "a layer without")
+    scale = moe.router.options.get("scale", 1.0) if isinstance(moe.router, Router) else 1.0
     gated = experts.activation in GATED
     w1, w2 = merge_weights(experts.w1, experts.w2, load, gather, gated=gated)
-    w2 = w2 * moe.router.scale
+    w2 = w2 * scale
     if moe.shared is not None:
         w1, w2 = _side_by_side([(w1, w2), (moe.shared.w1, moe.shared.w2)], gated)
     dense = SharedExpert(*w2.shape, activation=experts.activation, device="meta", dtype=w2.dtype).to_empty(

@@ -68,7 +68,7 @@ def _is_watched(args: tuple[Any, ...]) -> bool:
         torch._C._len_torch_dispatch_stack() > 0
         or not _PLAIN.issuperset(map(type, args))
         or any(isinstance(arg, Tensor) and arg.is_neg() for arg in args)
-        or args[0].device.type == "meta"
+        or args[0].is_meta
     )
 
 

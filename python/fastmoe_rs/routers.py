@@ -127,12 +127,16 @@ class Router(nn.Module):
         _check.like("x", x_TH, "the weight", self.weight, dtype=False)
         if self.jitter and self.training:
             x_TH = routing.input_jitter(x_TH, self.jitter, seed=self.seed)
-        logits_TE = F.linear(x_TH, self.weight, self.bias)
+        logits_TE = self.project(x_TH)
         if self.logit_noise and self.training:
             logits_TE = routing.logit_noise(logits_TE, self.logit_noise, seed=self.seed)
         if ids_TK is None:
             return self.choose(logits_TE, x_TH, **inputs)
         return self.chosen(logits_TE, x_TH, ids_TK)
+
+    def project(self, x_TH: Tensor) -> Tensor:
+        """The logits [T, E]."""
+        return F.linear(x_TH, self.weight, self.bias)
 
     def choose(self, logits_TE: Tensor, x_TH: Tensor) -> RouterOutput:
         """Pick experts: what subclasses do in other ways."""

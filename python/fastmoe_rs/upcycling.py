@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import _check
 from .kernels import wide
 from .layers import moe_layers
-from .nn import MoE, SharedExpert
+from .nn import MoE, Router, SharedExpert
 from .reference import GATED
 
 __all__ = ["DenseMLP", "copy_experts", "dense_mlp", "is_dense_mlp", "upcycle", "upcycle_model"]
@@ -145,6 +145,7 @@ def upcycle(
         **{"renormalize": True, **options},
     ).to_empty(device=w1.device)
     with torch.no_grad():
+        assert isinstance(layer.router, Router), "made by MoE"
         layer.router.reset_parameters()
         layer.router.weight.normal_(std=router_std, generator=generator)
         for parameter, value in (

@@ -213,14 +213,11 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Outer<'_, M, E> {
         (self.a.ptr().wrapping_add(self.starts[expert] * self.rows.cols() + c * stride), stride)
     }
 
-    /// Panel of an expert's packed B that starts with column `c`, and the units of a panel.
+    /// Panel of an expert's packed B that starts with column `c`.
     #[inline(always)]
-    fn b(&self, expert: usize, c: usize) -> (*mut M::Acc, usize) {
+    fn b(&self, expert: usize, c: usize) -> *mut M::Acc {
         let units = units::<M>(self.of.rows(expert).len());
-        (
-            self.b.ptr().wrapping_add(self.starts[expert] * padded_cols::<M>(self.cols.cols()) + c * units),
-            units,
-        )
+        self.b.ptr().wrapping_add(self.starts[expert] * padded_cols::<M>(self.cols.cols()) + c * units)
     }
 }
 
@@ -244,7 +241,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for PackTask<'_, M, E> {
                 let (dst, stride) = job.a(work.expert, cols.start);
                 side.transpose(&work.rows, &cols, dst, stride);
             } else {
-                side.panels(&work.rows, &cols, job.b(work.expert, cols.start).0);
+                side.panels(&work.rows, &cols, job.b(work.expert, cols.start));
             }
         }
     }
@@ -276,9 +273,10 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
         let stride = padded_cols::<M>(cols);
         let sums = Scratch::<M::Acc>::new(rows.next_multiple_of(M::ROWS) * stride);
         let (a, a_stride) = job.a(expert, row);
+        let all = job.of.rows(expert).len().div_ceil(M::UNIT);
         let mut ahead = Prefetch::NONE;
         for panel in (0..stride).step_by(M::COLS) {
-            let (b, all) = job.b(expert, col + panel);
+            let b = job.b(expert, col + panel);
             for k in (0..all).step_by(M::DEPTH) {
                 for (start, end) in row_groups::<M>(rows) {
                     // SAFETY: as promised by the caller of `matrix`; both operands are packed.

@@ -77,7 +77,7 @@ pub struct Tile<'a, F> {
     pub rows: usize,
     /// Panel of B: `[units][COLS]`.
     pub b: *const F,
-    /// Length of the contraction in units; a multiple of `BLOCK`.
+    /// Length of the contraction in units; zeros follow up to the next multiple of `BLOCK`.
     pub units: usize,
     /// Where the sums go.
     pub c: *mut F,
@@ -137,26 +137,43 @@ unsafe fn fma_tile_across<M: Machine, const R: usize, const N: usize>(t: Tile<'_
     // SAFETY: as promised by the caller of `tile`: R rows of A, a panel of B, R rows of C.
     unsafe {
         let mut sums = [[M::V::zero(); N]; R];
-        for block in (0..t.units).step_by(BLOCK) {
+        let whole = t.units / BLOCK * BLOCK;
+        for block in (0..whole).step_by(BLOCK) {
             t.ahead.step();
             for k in block..block + BLOCK {
-                let mut b = [M::V::zero(); N];
-                for n in 0..N {
-                    b[n] = M::V::load(t.b.add((k * N + n) * M::V::LANES));
-                }
-                for r in 0..R {
-                    let a = M::V::splat(t.a.add(r * t.a_stride + k));
-                    for n in 0..N {
-                        sums[r][n] = multiply_add::<M>(sums[r][n], a, b[n]);
-                    }
-                }
+                add_unit::<M, R, N>(&t, k, &mut sums);
             }
+        }
+        for k in whole..t.units {
+            add_unit::<M, R, N>(&t, k, &mut sums);
         }
         for r in 0..R {
             for n in 0..N {
                 let c = t.c.add(r * t.c_stride + n * M::V::LANES);
                 let sum = if t.accumulate { M::V::load(c).add(sums[r][n]) } else { sums[r][n] };
                 sum.store(c);
+            }
+        }
+    }
+}
+
+/// One unit of the contraction.
+#[inline(always)]
+unsafe fn add_unit<M: Machine, const R: usize, const N: usize>(
+    t: &Tile<'_, M::Acc>,
+    k: usize,
+    sums: &mut [[M::V; N]; R],
+) {
+    // SAFETY: as promised by the caller of `tile`.
+    unsafe {
+        let mut b = [M::V::zero(); N];
+        for n in 0..N {
+            b[n] = M::V::load(t.b.add((k * N + n) * M::V::LANES));
+        }
+        for r in 0..R {
+            let a = M::V::splat(t.a.add(r * t.a_stride + k));
+            for n in 0..N {
+                sums[r][n] = multiply_add::<M>(sums[r][n], a, b[n]);
             }
         }
     }

@@ -53,10 +53,13 @@ impl Gpu {
         if let Some(gpu) = gpus.iter().find(|gpu| gpu.index == index) {
             return Ok(gpu);
         }
-        let driver = driver()?;
-        let gpu = Self { driver, index, device: driver.device(index)?, kernels: driver.load(index)? };
-        gpus.push(Box::leak(Box::new(gpu)));
+        gpus.push(Box::leak(Box::new(Self::load(driver()?, index)?)));
         Ok(gpus[gpus.len() - 1])
+    }
+
+    /// A device of a driver, with its kernels loaded.
+    pub fn load(driver: &'static dyn Driver, index: i32) -> Result<Self> {
+        Ok(Self { driver, index, device: driver.device(index)?, kernels: driver.load(index)? })
     }
 
     /// A device whose driver makes up its kernels.

@@ -24,16 +24,13 @@ pub struct Device {
 
 impl Backend {
     /// The backend of the place where all arguments are.
-    pub fn of<'a>(tensors: impl IntoIterator<Item = Option<&'a Tensor>, IntoIter: Clone>) -> Result<Self> {
-        let tensors = tensors.into_iter();
-        let place = common_place(tensors.clone())?;
-        let index = match place {
-            Place::Cpu if !fastmoe_cuda::emulating() => return Ok(Self::Cpu),
-            Place::Cpu => 0,
-            Place::Cuda(index) => index,
-        };
-        tensors.flatten().try_for_each(Tensor::expect_countable)?;
-        Ok(Self::Cuda(Device { gpu: Gpu::get(index)?, place }))
+    pub fn of<'a>(tensors: impl IntoIterator<Item = Option<&'a Tensor>>) -> Result<Self> {
+        let place = common_place(tensors)?;
+        Ok(match place {
+            Place::Cpu if !fastmoe_cuda::emulating() => Self::Cpu,
+            Place::Cpu => Self::Cuda(Device { gpu: Gpu::get(0)?, place }),
+            Place::Cuda(index) => Self::Cuda(Device { gpu: Gpu::get(index)?, place }),
+        })
     }
 }
 
@@ -105,22 +102,6 @@ impl Tensor {
     pub fn buffer(&self) -> Buffer {
         let bytes = self.shape().iter().product::<usize>() * self.element().bytes();
         Buffer { name: self.name(), address: self.ptr().addr() as u64, bytes }
-    }
-
-    /// Fails unless 32 bits count its rows, its columns and, of integers, its elements, as the kernels do.
-    fn expect_countable(&self) -> Result<()> {
-        let counted = match self.element() {
-            Element::I32 | Element::I64 => self.shape().iter().product(),
-            _ => self.shape().iter().copied().max().unwrap_or(0),
-        };
-        if i32::try_from(counted).is_ok() {
-            return Ok(());
-        }
-        Err(Error::Value(format!(
-            "{}: expected sizes below 2^31 on a GPU, got shape {:?}",
-            self.name(),
-            self.shape()
-        )))
     }
 
     /// The floating-point type of the elements, if the CUDA kernels have it.

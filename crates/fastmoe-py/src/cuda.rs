@@ -1,7 +1,8 @@
-//! What there is of CUDA: `images` of this build, `cuda_info` of this machine, `mlp_launches` of any GPU.
+//! What there is of CUDA: `images` of this build, `cuda_info` of this machine, `load_cuda` for one of its GPUs,
+//! `mlp_launches` of any GPU.
 
 use fastmoe_cuda::driver::{Access, Device};
-use fastmoe_cuda::{Image, Math, Sizes};
+use fastmoe_cuda::{Gpu, Image, Math, Sizes};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -33,6 +34,12 @@ fn of_image<'py>(py: Python<'py>, image: &Image) -> PyResult<Bound<'py, PyDict>>
     dict.set_item("bytes", image.compressed_bytes())?;
     dict.set_item("kernels", kernels.collect::<PyResult<Vec<_>>>()?)?;
     Ok(dict)
+}
+
+#[pyfunction]
+pub fn load_cuda(py: Python<'_>, device: i32) -> Result<()> {
+    py.detach(|| Gpu::get(device))?;
+    Ok(())
 }
 
 /// Asks the driver alone, which makes no context on any device.

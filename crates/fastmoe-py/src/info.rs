@@ -1,6 +1,5 @@
-//! `cpu_info`: what the machine has and which kernels were chosen; `load_cuda`: the kernels of a GPU.
+//! `cpu_info`: what the machine has and which kernels were chosen.
 
-use fastmoe_cuda::Gpu;
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyDict};
 
@@ -17,10 +16,4 @@ pub fn cpu_info(py: Python<'_>) -> Result<Bound<'_, PyDict>> {
     dict.set_item("kernels", info.kernels.into_py_dict(py)?)?;
     dict.set_item("threads_pool", info.pool)?;
     Ok(dict)
-}
-
-#[pyfunction]
-pub fn load_cuda(py: Python<'_>, device: i32) -> Result<()> {
-    py.detach(|| Gpu::get(device))?;
-    Ok(())
 }

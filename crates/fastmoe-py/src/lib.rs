@@ -23,11 +23,11 @@ mod tensor;
 #[pyo3::pymodule(gil_used = false)]
 mod _native {
     #[pymodule_export]
-    use super::cuda::{cuda_info, images, mlp_launches};
+    use super::cuda::{cuda_info, images, load_cuda, mlp_launches};
     #[pymodule_export]
     use super::grouped::{grouped_mm, grouped_mm_grad_weight};
     #[pymodule_export]
-    use super::info::{cpu_info, load_cuda};
+    use super::info::cpu_info;
     #[pymodule_export]
     use super::memory::{empty, empty_cache, memory_stats};
     #[pymodule_export]

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _check, functional
+from .. import _check
 from ..kernels import wide
-from ..nn import MoE, Router, RouterOutput, RoutingStats
+from ..nn import MoE, Router, RoutingStats
 from ..plan import RoutingPlan
 
 __all__ = ["GrokMoE"]
@@ -55,18 +55,15 @@ class GrokMoE(MoE):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             hidden_size,
             intermediate_size,
             num_experts,
-            top_k,
+            router=_CappedRouter(router_softcap, hidden_size, num_experts, top_k, **made),
             activation="geglu_tanh",
             shared_intermediate_size=residual_intermediate_size,
-            device=device,
-            dtype=dtype,
-        )
-        self.router = _CappedRouter(
-            router_softcap, hidden_size, num_experts, top_k, device=device, dtype=dtype
+            **made,
         )
 
     @classmethod
@@ -94,10 +91,10 @@ class GrokMoE(MoE):
         )
 
     def forward(
-        self, x: Tensor, *, plan: RoutingPlan | None = None, return_stats: bool = False
+        self, x: Tensor, *, plan: RoutingPlan | None = None, return_stats: bool = False, **inputs: Any
     ) -> Tensor | tuple[Tensor, RoutingStats]:
         """[..., H] to [..., H]; see `nn.MoE.forward`."""
-        y, stats = super().forward(x, plan=plan, return_stats=True)
+        y, stats = super().forward(x, plan=plan, return_stats=True, **inputs)
         if self.shared is not None:
             y = y / math.sqrt(2)
         return (y, stats) if return_stats else y
@@ -112,16 +109,11 @@ class _CappedRouter(Router):
             _check.wanted("router_softcap", softcap, "None or a finite number of more than 0")
         self.softcap = softcap
 
-    def forward(self, x_TH: Tensor, ids_TK: Tensor | None = None) -> RouterOutput:
-        """Route x [T, H]; with `ids_TK`, weigh these experts instead of choosing."""
+    def project(self, x_TH: Tensor) -> Tensor:
+        """The logits [T, E]."""
         dtype = wide(x_TH.dtype)
         logits = F.linear(x_TH.to(dtype), self.weight.to(dtype))
-        if self.softcap is not None:
-            logits = self.softcap * (logits / self.softcap).tanh()
-        if ids_TK is None:
-            return RouterOutput(*functional.route(logits, self.top_k), logits)
-        weights, scores = functional.route_weights(logits, ids_TK), logits.softmax(-1)
-        return RouterOutput(ids_TK, weights, scores, logits)
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
 def _number(config: Mapping[str, Any], *names: str) -> int:
