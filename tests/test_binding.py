@@ -71,6 +71,22 @@ def route():
     return inputs, outputs, options
 
 
+def route_backward():
+    inputs, outputs, options = route()
+    _native.route(**inputs, **outputs, **options, threads=1)
+    inputs = {
+        "logits": inputs["logits"],
+        "expert_scale": inputs["expert_scale"],
+        "ids": outputs["ids"],
+        "scores": outputs["scores"],
+        "grad_weights": torch.randn(T, K),
+        "grad_scores": torch.randn(T, E),
+    }
+    rules = ("softcap", "score", "order", "renormalize", "renormalize_eps", "scale")
+    outputs = {"grad_logits": torch.zeros(T, E), "grad_expert_scale": torch.zeros(E)}
+    return inputs, outputs, {rule: options[rule] for rule in rules}
+
+
 def plan():
     inputs = {"ids": torch.randint(E, (T, K)), "weights": torch.rand(T, K)}
     outputs = {
@@ -134,6 +150,7 @@ CASES = {
     case.__name__: case
     for case in (
         route,
+        route_backward,
         plan,
         mlp_forward,
         mlp_backward,
@@ -305,6 +322,9 @@ def test_grouped_mm_of_the_other_layout():
         ("route", {"n_group": 64}, "^n_group: given 64, wanted a divisor of"),
         ("route", {"softcap": 0.0}, "^softcap: given 0, wanted a finite number > 0"),
         ("route", {"renormalize_eps": -1.0}, "^renormalize_eps: given -1, wanted a finite number >= 0"),
+        ("route_backward", {"score": "tanh"}, r"^score: .*tanh.*softmax"),
+        ("route_backward", {"order": "first"}, r"^order: .*first.*score_topk"),
+        ("route_backward", {"softcap": -1.0}, "^softcap: given -1, wanted a finite number > 0"),
         ("plan", {"drop": "some"}, r"^drop: .*some.*position"),
         ("plan", {"out_of_range": "wrap"}, r"^out_of_range: .*wrap.*error"),
         ("plan", {"capacity": -1}, r"^capacity: expected an int >= 0, got -1"),
@@ -329,6 +349,7 @@ def test_route_more_experts_than_there_are():
     [
         ("route", "ids", (T, 0), "K"),
         ("route", "logits", (T, 0), "E"),
+        ("route_backward", "ids", (T, 0), "K"),
         ("plan", "ids", (T, 0), "K"),
         ("mlp_forward", "x", (T, 0), "H"),
         ("mlp_forward", "weights", (T, 0), "K"),
@@ -348,12 +369,13 @@ def test_sizes_that_cannot_be_zero(name, argument, shape, axis):
         call(name, **{argument: given})
 
 
-@pytest.mark.parametrize("bad", [-1, E])
-def test_plan_ids_out_of_range(bad):
+@pytest.mark.parametrize("name", ["plan", "route_backward"])
+@pytest.mark.parametrize("bad", [-1, E, 2**32])
+def test_ids_out_of_range(bad, name):
     ids = torch.zeros(T, K, dtype=torch.int64)
     ids[2, 1] = bad
     with pytest.raises(ValueError, match=rf"^ids\[2, 1\]: .*{bad}"):
-        call("plan", ids=ids)
+        call(name, ids=ids)
 
 
 @pytest.mark.parametrize(

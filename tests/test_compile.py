@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastmoe_rs import RoutingPlan, functional, nn, ops
@@ -91,6 +93,25 @@ def test_pieces():
         assert_compiles(layer, [logits, x, w], backend)
 
 
+def test_backward_of_the_router_is_one_operator():
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    def router(logits, scale):
+        return functional.route(logits, 2, renormalize=True, softcap=9.0, expert_scale=scale)[1]
+
+    logits, scale = torch.randn(9, 5, requires_grad=True), torch.rand(5, requires_grad=True)
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    torch.compile(router, fullgraph=True, backend=backend)(logits, scale).square().sum().backward()
+    forward, backward = graphs
+    assert "fastmoe_rs.route.default" in forward
+    assert "fastmoe_rs.route_backward.default" in backward
+    assert not any("softmax" in name or "tanh" in name or "scatter" in name for name in backward)
+
+
 def operator_calls():
     """Every operator with arguments that it is called with."""
     arguments, options = mlp_case(6, 4, 3, 4, 2, bias=True, dtype=torch.float32)
@@ -102,6 +123,8 @@ def operator_calls():
     logits, bias = torch.randn(6, 4, requires_grad=True), torch.randn(4)
     scale = torch.rand(4, requires_grad=True)
     w = torch.randn(4, 5, 4, requires_grad=True)
+    scores = torch.rand(6, 4)
+    routed = logits.detach(), scale.detach(), ids, scores
     flags = "swiglu", False, False
     return [
         ("plan", (ids, weights.detach(), 4, 2, "score", True, "error")),
@@ -129,6 +152,14 @@ def operator_calls():
             "route",
             (logits, None, None, 2, None, "softmax", "topk_score", 1, 1, "top2", "-inf", False, 1e-20, 1.0),
         ),
+        (
+            "route_backward",
+            (*routed, weights.detach(), scores, 5.0, "sigmoid", "score_topk", True, 1e-20, 2.0, True),
+        ),
+        (
+            "route_backward",
+            (*routed, weights.detach(), None, None, "softmax", "topk_score", False, 1e-20, 1.0, False),
+        ),
         ("mlp", (x, weights, w1, w2, b1, b2, *index, *flags, True)),
         ("mlp", (x.detach(), weights.detach(), w1.detach(), w2.detach(), None, None, *index, *flags, False)),
         (
@@ -149,7 +180,7 @@ def operator_calls():
 
 # opcheck looks at the gradients of copies that it makes of the arguments.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("number", range(13))
+@pytest.mark.parametrize("number", range(15))
 def test_opcheck(number):
     name, arguments = operator_calls()[number]
     torch.library.opcheck(getattr(torch.ops.fastmoe_rs, name).default, arguments)
@@ -157,7 +188,7 @@ def test_opcheck(number):
 
 def test_every_operator_is_checked():
     calls = operator_calls()
-    assert len(calls) == 13
+    assert len(calls) == 15
     defined = {name for name in vars(ops) if hasattr(torch.ops.fastmoe_rs, name) and name[0] != "_"}
     assert {name for name, _ in calls} == defined
 

@@ -175,6 +175,116 @@ def test_gradient_in_the_dtype_of_the_logits(score, order, dtype):
     assert_near(logits.grad, wide.grad)
 
 
+def gradients(out, inputs, grads, **options):
+    """d inputs of the outputs that have a gradient: `grads` of (weights, scores), each may be None."""
+    given = [(tensor, grad) for tensor, grad in zip(out[1:], grads, strict=True) if grad is not None]
+    tensors, grads = zip(*given, strict=True)
+    return torch.autograd.grad(tensors, inputs, grads, **options)
+
+
+RULES = [
+    {"score": score, "order": order, "renormalize": renormalize, "softcap": softcap}
+    for score, order in CHOICES
+    for renormalize in (False, True)
+    for softcap in (None, 3.0)
+]
+# Of the largest element: what rounding to the dtype costs, and sums in another order.
+GRADIENT_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("rules", RULES)
+def test_kernel_of_the_gradient_equals_its_formula(rules, scaled, dtype):
+    """The formula is what a backward with create_graph=True computes."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for tokens, experts, top_k in ((21, 40, 6), (3, 5, 5), (2, 70, 33)):
+        logits = torch.randn(tokens, experts).to(dtype).requires_grad_()
+        expert_scale = torch.rand(experts, dtype=wide, requires_grad=True) if scaled else None
+        inputs = [tensor for tensor in (logits, expert_scale) if tensor is not None]
+        out = functional.route(
+            logits, top_k, **rules, expert_scale=expert_scale, scale=1.7, renormalize_eps=0.01
+        )
+        weights, scores = (torch.randn(tensor.shape, dtype=wide) for tensor in out[1:])
+        for grads in ((weights, None), (None, scores), (weights, scores)):
+            keep = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+            actual = gradients(out, inputs, grads, **keep)
+            formula = gradients(out, inputs, grads, create_graph=True, **keep)
+            for tensor, grad, wanted in zip(inputs, actual, formula, strict=True):
+                assert grad.dtype == tensor.dtype
+                assert not grad.requires_grad
+                tolerance = GRADIENT_TOLERANCES[tensor.dtype]
+                size = max(1.0, wanted.abs().max().item())
+                torch.testing.assert_close(grad, wanted, rtol=tolerance, atol=tolerance * size)
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_gradient_of_nan_logits_is_nan_where_the_formula_says_so(rules):
+    logits = torch.randn(6, 8)
+    logits[1, 3], logits[2], logits[3, 5], logits[4, :7] = torch.nan, torch.nan, -torch.inf, torch.nan
+    logits.requires_grad_()
+    out = functional.route(logits, 2, **rules)
+    for grads in ((torch.ones(6, 2), None), (None, torch.ones(6, 8)), (torch.ones(6, 2), torch.ones(6, 8))):
+        actual = gradients(out, logits, grads, retain_graph=True)[0]
+        wanted = gradients(out, logits, grads, create_graph=True)[0]
+        torch.testing.assert_close(actual, wanted, equal_nan=True)
+        assert actual[[0, 5]].isfinite().all()
+
+
+@pytest.mark.cpu_only(reason="about the threads of the CPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_has_the_same_bits_for_any_number_of_threads(set_threads, dtype):
+    logits = torch.randn(2000, 24, dtype=dtype, requires_grad=True)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    expert_scale = torch.rand(24, dtype=wide, requires_grad=True)
+    results = []
+    for threads in (1, 2, 1):
+        set_threads(threads)
+        out = functional.route(logits, 4, score="sigmoid", renormalize=True, expert_scale=expert_scale)
+        results.append(torch.autograd.grad(out.weights.square().sum(), (logits, expert_scale)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_gradient_without_eps_of_scores_alone():
+    logits = torch.randn(4, 6, requires_grad=True)
+    for order in ("score_topk", "topk_score"):
+        out = functional.route(logits, 2, order=order, renormalize=True, renormalize_eps=0.0)
+        (grad,) = torch.autograd.grad(out.scores.square().sum(), logits)
+        (wanted,) = torch.autograd.grad(logits.softmax(1).square().sum(), logits)
+        torch.testing.assert_close(grad, wanted)
+
+
+def test_gradients_that_are_views():
+    logits = torch.randn(4, 6, requires_grad=True)
+    out = functional.route(logits, 2)
+    expected = gradients(out, logits, (torch.ones(4, 2), torch.ones(4, 6)), retain_graph=True)
+    expanded = (torch.ones(1, 1).expand(4, 2), torch.ones(1, 6).expand(4, 6))
+    assert torch.equal(gradients(out, logits, expanded)[0], expected[0])
+
+
+def test_batches_of_gradients():
+    logits = torch.randn(4, 6, requires_grad=True)
+    weights, batch = functional.route(logits, 2).weights, torch.randn(3, 4, 2)
+
+    def gradient(grad, **options):
+        return torch.autograd.grad(weights, logits, grad, retain_graph=True, **options)[0]
+
+    expected = torch.stack([gradient(grad) for grad in batch])
+    torch.testing.assert_close(gradient(batch, is_grads_batched=True), expected)
+    torch.testing.assert_close(torch.func.vmap(gradient)(batch), expected)
+
+
+def test_scale_learns_where_the_logits_are_frozen():
+    logits, expert_scale = torch.randn(4, 6), torch.rand(6, requires_grad=True)
+    out = functional.route(logits, 2, expert_scale=expert_scale)
+    out.weights.sum().backward()
+    weights = out.weights.detach() / expert_scale.detach()[out.ids]
+    torch.testing.assert_close(
+        expert_scale.grad, torch.zeros(6).index_add(0, out.ids.flatten(), weights.flatten())
+    )
+
+
 def test_bias_chooses_but_has_no_gradient():
     bias = torch.zeros(4, requires_grad=True)
     logits = torch.randn(3, 4, requires_grad=True)
@@ -211,8 +321,9 @@ def test_ids_that_are_no_expert_weigh_nothing(score, order):
 
 
 def test_no_tokens():
-    logits = torch.empty(0, 4, requires_grad=True)
-    ids, weights, scores = functional.route(logits, 2)
+    logits, expert_scale = torch.empty(0, 4, requires_grad=True), torch.ones(4, requires_grad=True)
+    ids, weights, scores = functional.route(logits, 2, expert_scale=expert_scale)
     assert (ids.shape, weights.shape, scores.shape) == ((0, 2), (0, 2), (0, 4))
     (weights.sum() + scores.sum()).backward()
     assert logits.grad.shape == (0, 4)
+    assert torch.equal(expert_scale.grad, torch.zeros(4))

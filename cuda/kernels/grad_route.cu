@@ -9,7 +9,7 @@ namespace moe {
 
 template <class T> struct GradRouteParams {
   Global<const T> logits;            // [T, E]
-  Global<const int64_t> ids;         // [T, K]
+  Global<const int64_t> ids;         // [T, K]; one that is no expert adds nothing
   Global<const float> scores;        // [T, E]
   Global<const float> expert_scale;  // [E]; may be null
   Global<const float> grad_weights;  // [T, K]; may be null
@@ -38,11 +38,21 @@ template <class T> struct TokenGrad {
   }
   PTX_D bool softmax_of_chosen() const { return p.order == TOPK_SCORE && p.score == SOFTMAX; }
 
-  // Choice i * 32 + lane; one of expert -1, and zeros, past the last.
+  // Whether a score of its own has a gradient; where none has, scores that are NaN do not spread.
+  PTX_D bool reaches_scores() const { return p.grad_scores || (p.grad_weights && !softmax_of_chosen()); }
+
+  // The expert of choice i * 32 + lane; -1 where there is none.
+  PTX_D int expert_of(int i) const {
+    const int k = i * 32 + lane();
+    const int64_t id = k < p.top_k ? load_readonly(p.ids + (token * p.top_k + k)) : -1;
+    return id >= 0 && id < p.experts ? static_cast<int>(id) : -1;
+  }
+
+  // Choice i * 32 + lane; one of expert -1, and zeros, where there is none.
   PTX_D Choice choice(int i, const Scorer& of_chosen) const {
-    const int64_t k = i * 32 + lane(), slot = token * p.top_k + k;
-    if (k >= p.top_k || !p.grad_weights) return {-1, 0.0f, 0.0f};
-    const int expert = static_cast<int>(load_readonly(p.ids + slot));
+    const int expert = expert_of(i);
+    if (expert < 0 || !p.grad_weights) return {-1, 0.0f, 0.0f};
+    const int64_t slot = token * p.top_k + i * 32 + lane();
     float grad = load_readonly(p.grad_weights + slot) * p.scale;
     if (p.expert_scale) grad *= load_readonly(p.expert_scale + expert);
     const float score =
@@ -59,13 +69,13 @@ template <class T> struct TokenGrad {
 
   PTX_D void run() const {
     const auto chosen_logit = [&](int i) {
-      const int k = i * 32 + lane();
-      return k < p.top_k ? logit(load_readonly(p.ids + (token * p.top_k + k))) : -infinity();
+      const int expert = expert_of(i);
+      return expert < 0 ? -infinity() : logit(expert);
     };
     const Scorer of_chosen = softmax_of_chosen() ? scorer_of(SOFTMAX, p.top_k, chosen_logit) : Scorer{};
     const auto before = [&](int i) { return choice(i, of_chosen); };
     float total = 1.0f, dot = 0.0f;
-    if (p.renormalize) {
+    if (p.renormalize && p.grad_weights) {
       total = sum_of_choices([&](int i) { return before(i).score; }) + p.eps;
       dot = sum_of_choices([&](int i) { const Choice c = before(i); return c.grad * c.score; }) / total;
     }
@@ -115,10 +125,9 @@ template <class T> struct TokenGrad {
       }
       if (expert >= p.experts) continue;
       const int64_t at = token * p.experts + expert;
-      const float score = load_readonly(p.scores + at);
       float grad = p.grad_scores ? load_readonly(p.grad_scores + at) : 0.0f;
       if (!softmax_of_chosen()) grad += of_choice;
-      grad = through_score(grad, score, expert, inner);
+      if (reaches_scores()) grad = through_score(grad, load_readonly(p.scores + at), expert, inner);
       if (softmax_of_chosen()) grad += of_choice;
       if (p.softcap != 0.0f) {
         const float capped = tanh_exact(div_rn(to_float(load_readonly(p.logits + at)), p.softcap));

@@ -134,6 +134,10 @@ template <class T> void check_grad_route(const char* kernel) {
     std::shuffle(order.begin(), order.end(), test::random());
     chosen.insert(chosen.end(), order.begin(), order.begin() + K);
   }
+  const bool strays = chance(3);
+  for (auto& id : chosen)
+    if (strays && chance(4)) id = any_of<int64_t>({-1, E, int64_t{1} << 32, INT64_MIN});
+  const auto real = [&](int64_t id) { return id >= 0 && id < E; };
   // Capped logits, their slope, and scores, in float64.
   std::vector<double> x(te), slope(te, 1.0), score(te);
   const auto softmax = [](const std::vector<double>& v) {
@@ -172,25 +176,32 @@ template <class T> void check_grad_route(const char* kernel) {
   std::vector<double> want(te), size(te), by_expert(E), by_expert_size(E);
   for (int t = 0; t < tokens; t++) {
     std::vector<double> picked(K), g(K), by_score(E), by_logit(E);
-    for (int k = 0; k < K; k++) picked[k] = x[t * E + ids[t * K + k]];
+    for (int k = 0; k < K; k++) picked[k] = real(ids[t * K + k]) ? x[t * E + ids[t * K + k]] : -INFINITY;
     const bool own = p.order == TOPK_SCORE && p.score == SOFTMAX;
     if (own) picked = softmax(picked);
     double total = p.eps, dot = 0, inner = 0;
     for (int k = 0; k < K; k++) {
       const int64_t e = ids[t * K + k];
+      if (!real(e)) {
+        picked[k] = 0;
+        continue;
+      }
       if (!own) picked[k] = score[t * E + e];
       g[k] = p.grad_weights ? static_cast<double>(grad_weights[t * K + k]) * p.scale * (p.expert_scale ? expert_scale[e] : 1) : 0;
       total += picked[k], dot += g[k] * picked[k];
     }
     for (int k = 0; k < K; k++) {
       const int64_t e = ids[t * K + k];
+      if (!real(e)) continue;
       const double part = p.expert_scale && p.grad_weights ? static_cast<double>(grad_weights[t * K + k]) * p.scale * picked[k] / (p.renormalize ? total : 1) : 0;
       by_expert[e] += part, by_expert_size[e] += std::fabs(part);
     }
-    for (int k = 0; k < K && p.renormalize; k++) g[k] = (g[k] - dot / total) / total;
+    for (int k = 0; k < K && p.renormalize; k++)
+      if (real(ids[t * K + k])) g[k] = (g[k] - dot / total) / total;
     for (int k = 0; k < K; k++) inner += g[k] * picked[k];
     for (int k = 0; k < K; k++) {
       const int64_t e = ids[t * K + k];
+      if (!real(e)) continue;
       if (own) by_logit[e] = picked[k] * (g[k] - inner);
       else by_score[e] = g[k];
     }

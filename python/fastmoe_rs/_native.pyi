@@ -85,6 +85,7 @@ __all__ = [
     "permute",
     "plan",
     "route",
+    "route_backward",
     "unpermute",
     "unpermute_backward",
 ]
@@ -116,6 +117,30 @@ def route(
 
     Experts of a token come in falling order of score (plus bias, which enters the selection only), ties by
     rising id, NaN last; with n_group > 1 from the topk_group best groups of neighbours alone.
+    """
+
+def route_backward(
+    logits: _Tensor,
+    expert_scale: _Tensor | None,
+    ids: _Tensor,
+    scores: _Tensor,
+    grad_weights: _Tensor | None,
+    grad_scores: _Tensor | None,
+    grad_logits: _Tensor,
+    grad_expert_scale: _Tensor | None,
+    *,
+    softcap: float | None,
+    score: _Score,
+    order: _Order,
+    renormalize: bool,
+    renormalize_eps: float,
+    scale: float,
+    threads: int,
+) -> None:
+    """Gradients of route, from what it was given and what it returned; grad_logits is like logits.
+
+    Gradients of weights and scores that are None are zeros; grad_expert_scale, wide [E], is None where it is
+    not wanted.
     """
 
 def plan(

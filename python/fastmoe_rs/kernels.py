@@ -87,6 +87,44 @@ def route(
     return weights, scores, ids
 
 
+def route_backward(
+    logits: Tensor,
+    expert_scale: Tensor | None,
+    ids: Tensor,
+    scores: Tensor,
+    grad_weights: Tensor | None,
+    grad_scores: Tensor | None,
+    softcap: float | None,
+    score: str,
+    order: str,
+    renormalize: bool,
+    renormalize_eps: float,
+    scale: float,
+    with_expert_scale: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the logits and, if asked for, of expert_scale; a gradient that is None is zeros."""
+    grad_logits = torch.empty_like(logits)
+    grad_expert_scale = scores.new_empty(logits.shape[1]) if with_expert_scale else None
+    _run(
+        "route_backward",
+        logits,
+        expert_scale,
+        ids,
+        scores,
+        grad_weights,
+        grad_scores,
+        grad_logits,
+        grad_expert_scale,
+        softcap=softcap,
+        score=score,
+        order=order,
+        renormalize=renormalize,
+        renormalize_eps=renormalize_eps,
+        scale=scale,
+    )
+    return grad_logits, grad_expert_scale
+
+
 def plan(
     ids: Tensor,
     weights: Tensor | None,

@@ -116,7 +116,30 @@ def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 def _route_backward(
     ctx: Any, grad_weights: Tensor | None, grad_scores: Tensor | None, _: None
 ) -> tuple[Any, ...]:
-    """d logits and d expert_scale, of differentiable torch functions, so they can be differentiated again."""
+    # The formula can be differentiated again, and takes the batches of gradients that vmap makes.
+    if torch.is_grad_enabled() or _is_batched(grad_weights) or _is_batched(grad_scores):
+        return _route_backward_formula(ctx, grad_weights, grad_scores)
+    logits, expert_scale, ids, scores = ctx.saved_tensors
+    softcap, score, order, *_, renormalize, eps, scale = ctx.options
+    grads = [None if grad is None else grad.contiguous() for grad in (grad_weights, grad_scores)]
+    rules = softcap, score, order, renormalize, eps, scale
+    grad_logits, grad_expert_scale = route_backward(
+        logits, expert_scale, ids, scores, *grads, *rules, ctx.needs_input_grad[2]
+    )
+    return _only(ctx.needs_input_grad, (grad_logits, None, grad_expert_scale))
+
+
+def _is_batched(tensor: Tensor | None) -> bool:
+    functorch = torch._C._functorch
+    return tensor is not None and (
+        functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+    )
+
+
+def _route_backward_formula(
+    ctx: Any, grad_weights: Tensor | None, grad_scores: Tensor | None
+) -> tuple[Any, ...]:
+    """d logits and d expert_scale, of differentiable torch functions."""
     logits, expert_scale, ids, scores = ctx.saved_tensors
     softcap, score, order, *_, renormalize, eps, scale = ctx.options
     capped = logits.to(scores.dtype)
@@ -259,6 +282,12 @@ route = _operator(
     " -> (Tensor weights, Tensor scores, Tensor ids)",
     _route_setup,
     _route_backward,
+)
+route_backward = _operator(
+    "route_backward(Tensor logits, Tensor? expert_scale, Tensor ids, Tensor scores, Tensor? grad_weights,"
+    " Tensor? grad_scores, float? softcap, str score, str order, bool renormalize, float renormalize_eps,"
+    " float scale, bool with_expert_scale)"
+    " -> (Tensor logits, Tensor expert_scale)"
 )
 mlp = _operator(
     "mlp(Tensor x, Tensor weights, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2, Tensor offsets,"

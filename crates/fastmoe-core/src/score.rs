@@ -46,6 +46,16 @@ impl Score {
             Self::SqrtSoftplus => sqrt_softplus(row),
         }
     }
+
+    /// Replaces the gradients of one row of scores by those of its logits.
+    #[inline(always)]
+    pub(crate) fn apply_backward<F: Float>(self, grad: &mut [F], scores: &[F], logits: &[F]) {
+        match self {
+            Self::Softmax => softmax_backward(grad, scores),
+            Self::Sigmoid => sigmoid_backward(grad, scores),
+            Self::SqrtSoftplus => sqrt_softplus_backward(grad, scores, logits),
+        }
+    }
 }
 
 #[inline(always)]
@@ -82,6 +92,31 @@ fn sqrt_softplus<F: Float>(row: &mut [F]) {
             *x = (positive + (-size).exp().log1p()).sqrt();
         }
     });
+}
+
+#[inline(always)]
+pub(crate) fn softmax_backward<F: Float>(grad: &mut [F], softmax: &[F]) {
+    let inner = dot(grad, softmax);
+    for (grad, &softmax) in grad.iter_mut().zip(softmax) {
+        *grad = softmax * (*grad - inner);
+    }
+}
+
+#[inline(always)]
+fn sigmoid_backward<F: Float>(grad: &mut [F], sigmoid: &[F]) {
+    for (grad, &sigmoid) in grad.iter_mut().zip(sigmoid) {
+        *grad = *grad * sigmoid * (F::ONE - sigmoid);
+    }
+}
+
+/// The slope of `sqrt(softplus(x))` is `sigmoid(x) / (2 sqrt(softplus(x)))`, and goes to 0 with the root.
+#[inline(always)]
+fn sqrt_softplus_backward<F: Float>(grad: &mut [F], root: &[F], logits: &[F]) {
+    for ((grad, &root), &x) in grad.iter_mut().zip(root).zip(logits) {
+        let sigmoid = F::ONE / (F::ONE + (-x).exp());
+        let through = *grad * sigmoid / (root + root);
+        *grad = if root == F::ZERO { F::ZERO } else { through };
+    }
 }
 
 /// Replaces every logit by `cap * tanh(x / cap)`.
@@ -124,6 +159,22 @@ fn maximum<F: Float>(row: &[F]) -> F {
         *lane = larger(x, *lane);
     }
     fold_halves(lanes, larger)
+}
+
+#[inline(always)]
+fn dot<F: Float>(a: &[F], b: &[F]) -> F {
+    let mut sums = [F::ZERO; LANES];
+    let mut add = |a: &[F], b: &[F]| {
+        for ((sum, &a), &b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += a * b;
+        }
+    };
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        add(a, b);
+    }
+    add(a_rest, b_rest);
+    fold_halves(sums, |a, b| a + b)
 }
 
 #[inline(always)]

@@ -73,6 +73,20 @@ pub fn validate_inverse(inverse: &[i32], top_k: usize, rows: usize) -> Result<()
     }
 }
 
+/// Checks that every id of `ids [T,K]` is an expert in `0..experts`.
+///
+/// # Errors
+/// [`Error::ExpertId`] for the first bad one.
+pub fn validate_ids(ids: &[i64], top_k: usize, experts: usize) -> Result<(), Error> {
+    let outside = |&id: &i64| !(0..experts as i64).contains(&id);
+    match ids.iter().position(outside) {
+        None => Ok(()),
+        Some(flat) => {
+            Err(Error::ExpertId { token: flat / top_k, slot: flat % top_k, given: ids[flat], experts })
+        }
+    }
+}
+
 /// Position of the first index that is neither -1 nor in `0..limit`.
 fn first_outside(indices: &[i32], limit: usize) -> Option<usize> {
     let outside = |&index: &i32| index < -1 || i64::from(index) >= limit as i64;

@@ -35,7 +35,7 @@ pub use dtype::DType;
 pub use isa::{CpuInfo, Isa, IsaError, cpu_info, isa};
 pub use permute::{Unpermute, permute};
 pub use problem::{GroupedMm, Mlp, MlpGrads, Ptr, PtrMut, RoutedRows};
-pub use route::Route;
+pub use route::{Route, RouteGrad};
 pub use threads::{Threads, find_openmp};
 
 use dispatch::dispatch;
@@ -124,4 +124,15 @@ pub unsafe fn route(dtype: DType, p: &Route<'_>) {
     use route::route;
     // SAFETY: as promised by the caller.
     unsafe { dispatch!(dtype, route(p)) }
+}
+
+/// The gradients of `route` (`fastmoe_core::grad_route_rows`).
+///
+/// # Safety
+/// Every pointer is valid for the sizes in `p`; the ids have been checked by `fastmoe_core::validate_ids`; the outputs
+/// overlap nothing.
+pub unsafe fn route_backward(dtype: DType, p: &RouteGrad<'_>) {
+    use route::route_backward;
+    // SAFETY: as promised by the caller.
+    unsafe { dispatch!(dtype, route_backward(p)) }
 }

@@ -28,5 +28,5 @@ pub use mlp::{Mlp, MlpGrads};
 pub use plan::Plan;
 pub use products::{Factor, GradWeight, Math, Product, Sizes};
 pub use record::{Launch, mlp_launches};
-pub use route::Route;
+pub use route::{Route, RouteGrad};
 pub use rows::{Combine, GradBias, Permute, UnpermuteGrad};

@@ -4,12 +4,20 @@ use fastmoe_core::{
     Capacity, Drop, GroupLosers, GroupScore, Groups, Order, OutOfRange, PlanSpec, Router, Score,
 };
 use fastmoe_cuda::driver::{Device, Driver, Kernel, Region, Stream};
-use fastmoe_cuda::{Buffer, DType, Error, Gpu, Math, Plan, Product, Queue, Result, Route};
+use fastmoe_cuda::{Buffer, DType, Error, Gpu, Math, Plan, Product, Queue, Result, Route, RouteGrad};
 use std::collections::HashMap;
 use std::sync::Mutex;
 
-const NAMES: [&str; 6] =
-    ["plan_small_i64", "plan_count_i64", "plan_scan", "plan_scatter_i64", "plan_seat", "route_f32"];
+const NAMES: [&str; 8] = [
+    "plan_small_i64",
+    "plan_count_i64",
+    "plan_scan",
+    "plan_scatter_i64",
+    "plan_seat",
+    "route_f32",
+    "grad_route_f32",
+    "grad_expert_scale",
+];
 
 #[derive(Default)]
 struct Recorder(Mutex<Vec<&'static str>>);
@@ -122,6 +130,33 @@ fn groups_want_experts_that_the_kernel_keeps() {
     assert_eq!(route(5000, false).unwrap(), ["route_f32"]);
     let error = route(1026, true).unwrap_err();
     assert_eq!(error.to_string(), "E (experts) that are in groups: expected at most 1024 on a GPU, got 1026");
+}
+
+#[test]
+fn the_gradient_of_the_scale_is_a_launch_of_its_own_with_scratch_memory() {
+    let router = Router::new(2);
+    let none = Buffer::default();
+    let grad = |tokens, wants_scale| {
+        let problem = RouteGrad {
+            router: &router,
+            dtype: DType::F32,
+            tokens,
+            experts: 8,
+            logits: none,
+            ids: none,
+            scores: none,
+            expert_scale: none,
+            grad_weights: none,
+            grad_scores: none,
+            grad_logits: none,
+            grad_expert_scale: if wants_scale { Buffer { address: 1, ..none } } else { none },
+        };
+        // SAFETY: nothing runs.
+        (problem.scratch(), launched(|queue| unsafe { problem.launch(queue) }).unwrap())
+    };
+    assert_eq!(grad(100, false), (0, vec!["grad_route_f32"]));
+    assert_eq!(grad(100, true), (1024, vec!["grad_route_f32", "grad_expert_scale"]));
+    assert_eq!(grad(0, true), (0, vec!["grad_expert_scale"]));
 }
 
 #[test]

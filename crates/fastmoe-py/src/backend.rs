@@ -66,6 +66,19 @@ pub fn check_indices<const N: usize>(
     Ok(check(copies.each_ref().map(Vec::as_slice))?)
 }
 
+/// Checks int64 expert ids `[T, K]` where `FASTMOE_CHECK=1` asks for it, which waits for the device.
+pub fn check_ids(queue: &Queue<'_>, ids: &Tensor, top_k: usize, experts: usize) -> Result<()> {
+    if !fastmoe_cuda::checks() {
+        return Ok(());
+    }
+    // SAFETY: `Backend::of` has seen that the tensor is in memory of the queue's device.
+    let words = unsafe { queue.read(ids.buffer())? };
+    let (pairs, _) = words.as_chunks::<2>();
+    let ids: Vec<i64> =
+        pairs.iter().map(|&[low, high]| i64::from(high) << 32 | i64::from(low as u32)).collect();
+    Ok(fastmoe_core::validate_ids(&ids, top_k, experts)?)
+}
+
 /// What the products of tensors like this one are computed in: float32 in full, or in tf32 where torch allows it.
 pub fn math(py: Python<'_>, tensor: &Tensor) -> Result<Math> {
     let dtype = tensor.cuda_float()?;

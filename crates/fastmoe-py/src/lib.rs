@@ -37,7 +37,7 @@ mod _native {
     #[pymodule_export]
     use super::plan::plan;
     #[pymodule_export]
-    use super::route::route;
+    use super::route::{route, route_backward};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals, reason = "the Python name")]

@@ -1,11 +1,11 @@
-//! `route`: from logits to expert ids and weights.
+//! `route`: from logits to expert ids and weights, and back.
 
-use fastmoe_core::{Groups, Router};
-use fastmoe_cpu::Route;
+use fastmoe_core::{Groups, Router, validate_ids};
+use fastmoe_cpu::{Route, RouteGrad};
 use pyo3::prelude::*;
 
-use crate::backend::{Backend, buffer};
-use crate::call::{at_least, compute, optional_input, threads};
+use crate::backend::{Backend, buffer, check_ids};
+use crate::call::{at_least, compute, optional_input, optional_output, threads};
 use crate::element::Element;
 use crate::error::Result;
 use crate::tensor::{Tensor, disjoint};
@@ -105,6 +105,116 @@ pub fn route(
         };
         // SAFETY: dtypes, shapes and separate memory were checked above.
         unsafe { fastmoe_cpu::route(dtype, &problem) }
+        Ok(())
+    })
+}
+
+#[pyfunction]
+#[pyo3(signature = (
+    logits, expert_scale, ids, scores, grad_weights, grad_scores, grad_logits, grad_expert_scale, *,
+    softcap, score, order, renormalize, renormalize_eps, scale, threads
+))]
+#[expect(clippy::too_many_arguments, reason = "the arguments of the Python function")]
+pub fn route_backward(
+    py: Python<'_>,
+    logits: &Bound<'_, PyAny>,
+    expert_scale: Option<&Bound<'_, PyAny>>,
+    ids: &Bound<'_, PyAny>,
+    scores: &Bound<'_, PyAny>,
+    grad_weights: Option<&Bound<'_, PyAny>>,
+    grad_scores: Option<&Bound<'_, PyAny>>,
+    grad_logits: &Bound<'_, PyAny>,
+    grad_expert_scale: Option<&Bound<'_, PyAny>>,
+    softcap: Option<f64>,
+    score: &str,
+    order: &str,
+    renormalize: bool,
+    renormalize_eps: f64,
+    scale: f64,
+    threads: i64,
+) -> Result<()> {
+    let threads = self::threads(threads)?;
+    let logits = Tensor::input("logits", logits)?;
+    let [tokens, experts] = logits.dims("T, E")?;
+    let dtype = logits.float()?;
+    let wide = Element::of_weights(dtype);
+    let ids = Tensor::input("ids", ids)?;
+    let [_, top_k] = ids.dims("T, K")?;
+    ids.expect(Element::I64, &[tokens, top_k], "T, K")?;
+    let scores = Tensor::input("scores", scores)?;
+    scores.expect(wide, &[tokens, experts], "T, E")?;
+    let expert_scale = optional_input("expert_scale", expert_scale)?;
+    let grad_weights = optional_input("grad_weights", grad_weights)?;
+    if let Some(grad_weights) = &grad_weights {
+        grad_weights.expect(wide, &[tokens, top_k], "T, K")?;
+    }
+    let grad_scores = optional_input("grad_scores", grad_scores)?;
+    if let Some(grad_scores) = &grad_scores {
+        grad_scores.expect(wide, &[tokens, experts], "T, E")?;
+    }
+    let grad_logits = Tensor::output("grad_logits", grad_logits)?;
+    grad_logits.expect(dtype, &[tokens, experts], "T, E")?;
+    let grad_expert_scale = optional_output("grad_expert_scale", grad_expert_scale)?;
+    for per_expert in expert_scale.iter().chain(&grad_expert_scale) {
+        per_expert.expect(wide, &[experts], "E")?;
+    }
+    let inputs = [Some(&logits), Some(&ids), Some(&scores)].into_iter().chain([
+        expert_scale.as_ref(),
+        grad_weights.as_ref(),
+        grad_scores.as_ref(),
+    ]);
+    let outputs = [Some(&grad_logits), grad_expert_scale.as_ref()];
+    disjoint(outputs, inputs.clone())?;
+    let router = Router {
+        softcap,
+        score: score.parse()?,
+        order: order.parse()?,
+        renormalize,
+        renormalize_eps,
+        scale,
+        ..Router::new(top_k)
+    };
+    router.check(experts)?;
+    if let Backend::Cuda(device) = Backend::of(inputs.chain(outputs))? {
+        let problem = fastmoe_cuda::RouteGrad {
+            router: &router,
+            dtype: logits.cuda_float()?,
+            tokens,
+            experts,
+            logits: logits.buffer(),
+            ids: ids.buffer(),
+            scores: scores.buffer(),
+            expert_scale: buffer(&expert_scale),
+            grad_weights: buffer(&grad_weights),
+            grad_scores: buffer(&grad_scores),
+            grad_logits: grad_logits.buffer(),
+            grad_expert_scale: buffer(&grad_expert_scale),
+        };
+        return device.run(py, problem.scratch(), |queue| {
+            check_ids(queue, &ids, top_k, experts)?;
+            // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
+            unsafe { problem.launch(queue) }.map_err(Into::into)
+        });
+    }
+    compute(py, || {
+        let ids = ids.slice()?;
+        validate_ids(ids, top_k, experts)?;
+        let problem = RouteGrad {
+            router: &router,
+            tokens,
+            experts,
+            logits: logits.ptr(),
+            ids,
+            scores: scores.ptr(),
+            expert_scale: expert_scale.as_ref().map(Tensor::ptr),
+            grad_weights: grad_weights.as_ref().map(Tensor::ptr),
+            grad_scores: grad_scores.as_ref().map(Tensor::ptr),
+            grad_logits: grad_logits.ptr_mut(),
+            grad_expert_scale: grad_expert_scale.as_ref().map(Tensor::ptr_mut),
+            threads: threads.0,
+        };
+        // SAFETY: dtypes, shapes, separate memory and every id were checked.
+        unsafe { fastmoe_cpu::route_backward(dtype, &problem) }
         Ok(())
     })
 }
