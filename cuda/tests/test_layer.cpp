@@ -151,7 +151,7 @@ template <class T> void check_layer(const std::string& tile, int H, int I, tile:
   run(product("up", l.transposed ? "nn" : "nt"), UpParams<T>{x, gather, offsets, w1, b1, hidden, activated, l.T, rows, H, I, l.E,
                                                               static_cast<int>(kind), l.interleaved, l.transposed});
   run(product("gemm", l.transposed ? "nn" : "nt"), GemmParams<T>{activated, offsets, w2, b2, y, rows, I, H, l.E, l.transposed});
-  run("combine_" + type, CombineParams<T>{y, inverse, weights, out, l.T, l.K, H});
+  run("combine_" + type, CombineParams<T>{y, inverse, weights, out, l.T, l.K, rows, H});
 
   const auto sorted_weights = made<float>("sorted_weights", rows), slopes = made<float>("slopes", int64_t{rows} * runs);
   const auto grad_hidden = made<T>("grad_hidden", int64_t{rows} * l.N), scaled_act = made<T>("scaled_act", int64_t{rows} * I);
@@ -163,17 +163,17 @@ template <class T> void check_layer(const std::string& tile, int H, int I, tile:
   run(product("grad_hidden", l.transposed ? "nt" : "nn"),
       GradHiddenParams<T>{grad_out, gather, offsets, sorted_weights, w2, hidden, grad_hidden, scaled_act, slopes, l.T, rows, H, I, l.E,
                           static_cast<int>(kind), l.interleaved, l.transposed});
-  run("grad_score_" + type, GradScoreParams<T>{slopes, inverse, grad_out, b2, offsets, grad_weights, l.T, l.K, l.E, H, runs});
+  run("grad_score_" + type, GradScoreParams<T>{slopes, inverse, grad_out, b2, offsets, grad_weights, l.T, l.K, rows, l.E, H, runs});
   GradWeightParams<T> of_w2{grad_out, scaled_act, gather, nullptr, offsets, grad_w2, nullptr, l.T, rows, H, I, l.E};
   GradWeightParams<T> of_w1{grad_hidden, x, nullptr, gather, offsets, grad_w1, nullptr, l.T, rows, l.N, H, l.E};
   for (auto* p : {&of_w1, &of_w2})
     if (l.transposed) std::swap(p->a, p->b), std::swap(p->gather_a, p->gather_b), std::swap(p->m, p->n);
   run(product("grad_weight", l.transposed ? "b" : "a"), of_w2);
   run(product("grad_weight", l.transposed ? "a" : "b"), of_w1);
-  run("grad_bias_" + type, GradBiasParams<T>{grad_out, gather, sorted_weights, offsets, nullptr, grad_b2, l.E, H, 1});
-  run("grad_bias_" + type, GradBiasParams<T>{grad_hidden, nullptr, nullptr, offsets, nullptr, grad_b1, l.E, l.N, 1});
+  run("grad_bias_" + type, GradBiasParams<T>{grad_out, gather, sorted_weights, offsets, nullptr, grad_b2, l.E, rows, l.T, H, 1});
+  run("grad_bias_" + type, GradBiasParams<T>{grad_hidden, nullptr, nullptr, offsets, nullptr, grad_b1, l.E, rows, rows, l.N, 1});
   run(product("gemm", l.transposed ? "nt" : "nn"), GemmParams<T>{grad_hidden, offsets, w1, nullptr, grad_rows, rows, l.N, H, l.E, !l.transposed});
-  run("combine_" + type, CombineParams<T>{grad_rows, inverse, nullptr, grad_x, l.T, l.K, H});
+  run("combine_" + type, CombineParams<T>{grad_rows, inverse, nullptr, grad_x, l.T, l.K, rows, H});
   run("grad_route_" + type, GradRouteParams<T>{logits, ids, scores, nullptr, grad_weights, nullptr, grad_logits, nullptr, l.T, l.E, l.K,
                                                moe::SOFTMAX, moe::SCORE_TOPK, 1, 0, 1, 0});
 
