@@ -18,6 +18,7 @@ from transformers.monkey_patching import unregister_patch_mapping
 
 from fastmoe_rs.integrations import adapters
 from fastmoe_rs.integrations.transformers import NAME
+from moe_cases import needs_float64
 from test_transformers import fp8
 from transformers_models import (
     arguments,
@@ -193,6 +194,7 @@ def test_random_dropout_of_switch_is_unbiased_and_ends_with_training():
     assert (draws.std(0)[:10] > 0).all()  # none is left out
 
 
+@needs_float64
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2**-6), (torch.float16, 2**-9)], ids=str)
 def test_nllb_in_half_precision_is_close_to_fp64(dtype, bound):
     layer, x = nllb()
