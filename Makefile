@@ -39,7 +39,8 @@ EMULATED := $(abspath target/emulated)
 EMULATED_KERNELS := $(abspath target/emulator/plain/libkernels.so)
 
 EMULATED_TESTS := $(patsubst %,tests/test_%.py,bad_input binding compile cuda_tensors driver_faults functional nn plan \
-	replay route routing telemetry training_contexts transformers transformers_adapters two_backends)
+	replay route routing telemetry training_contexts transformers transformers_adapters transformers_families \
+	two_backends)
 
 test-emulated: develop emulated ## Run the Python tests with CPU tensors sent through the CUDA path (ARGS goes to pytest)
 	FASTMOE_BACKEND=emulator FASTMOE_EMULATOR=$(EMULATED_KERNELS) FASTMOE_CHECK=1 PYTHONPATH=$(EMULATED)/python \
