@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastmoe_rs import record_routing, replay_routing, watch
 from fastmoe_rs.integrations.grok import GrokMoE
-from moe_cases import assert_near
+from moe_cases import WIDEST, assert_near, needs_float64
 
 # The numbers of run.py in xai-org/grok-1 and of config.json in xai-org/grok-2, the sizes divided.
 GROK1 = {"hidden_size": 48, "intermediate_size": 256, "num_experts": 8, "num_experts_per_tok": 2}
@@ -28,7 +28,7 @@ GROK2 = {
 CONFIGS = pytest.mark.parametrize("config", [GROK1, GROK2], ids=["grok-1", "grok-2"])
 
 
-def block(config, dtype=torch.float64):
+def block(config, dtype=WIDEST):
     """A block whose router logits are spread so widely that the cap matters."""
     moe = GrokMoE.from_config(config, dtype=dtype)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def by_hand(moe, x_TH, cap):
 @CONFIGS
 def test_output_and_every_gradient(config):
     moe = block(config)
-    x = torch.randn(21, config["hidden_size"], dtype=torch.float64, requires_grad=True)
+    x = torch.randn(21, config["hidden_size"], dtype=WIDEST, requires_grad=True)
     expected = by_hand(moe, x, config.get("router_logit_softcapping"))
     actual = moe(x)
     assert_near(actual, expected)
@@ -76,7 +76,7 @@ def test_output_and_every_gradient(config):
 
 def test_the_cap_counts():
     moe = block(GROK2)
-    x = torch.randn(9, 32, dtype=torch.float64)
+    x = torch.randn(9, 32, dtype=WIDEST)
     assert (F.linear(x, moe.router.weight).abs().max() > 30).item()
     assert not torch.allclose(moe(x), by_hand(moe, x, None), rtol=1e-3)
     _, stats = moe(x, return_stats=True)
@@ -84,6 +84,7 @@ def test_the_cap_counts():
     assert (stats.router.weights.sum(1) < 0.999).any()  # not renormalised
 
 
+@needs_float64
 @CONFIGS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_other_dtypes_are_close_to_float64(config, dtype):
