@@ -1,12 +1,15 @@
 //! Few rows of A: inner products with the rows of W where they lie, for packing them would cost more.
+//!
+//! Rows of A go in groups, a few rows of W at a time, so that all sums of both stay in registers and whatever is
+//! loaded of the one serves several of the other.
 
 use crate::dtype::Element;
 use crate::machine::{Machine, multiply_add};
 use crate::pack::{Rows, load, load_some};
 use crate::simd::{Vector, prefetch_l1, prefetch_l2};
 
-/// Most rows of A.
-pub const FEW_ROWS: usize = 8;
+/// Most rows of A in a group.
+const GROUP: usize = 6;
 /// How far ahead a single row of W is asked for, in bytes.
 const AHEAD: usize = 4096;
 
@@ -16,7 +19,7 @@ pub struct Dots<'a, M: Machine, E> {
     pub a: *const M::Acc,
     /// Units from one row of A to the next.
     pub a_stride: usize,
-    /// At most `FEW_ROWS`.
+    /// Rows of A and C, at least one.
     pub rows: usize,
     /// Rows of W, each with its contraction contiguous.
     pub w: Rows<'a, E>,
@@ -37,97 +40,137 @@ impl<M: Machine, E: Element> Dots<'_, M, E> {
     /// Reached only from code compiled for the machine; the pointers are valid for the sizes.
     #[inline(always)]
     pub unsafe fn compute(&self) {
-        // Rows of W at a time: as many as keep all sums in registers, for each load of A serves them all.
-        // SAFETY: as promised by the caller.
-        unsafe {
-            match (self.rows, M::MANY_REGISTERS) {
-                (1, true) => self.all::<1, 4, 2>(),
-                (2, true) => self.all::<2, 4, 1>(),
-                (1, false) => self.all::<1, 1, 4>(),
-                (2, false) => self.all::<2, 2, 2>(),
-                (3, true) => self.all::<3, 4, 1>(),
-                (4, true) => self.all::<4, 4, 1>(),
-                (3, false) => self.all::<3, 2, 1>(),
-                (4, false) => self.all::<4, 2, 1>(),
-                (5, true) => self.all::<5, 4, 1>(),
-                (6, true) => self.all::<6, 4, 1>(),
-                (7, true) => self.all::<7, 3, 1>(),
-                (8, true) => self.all::<8, 3, 1>(),
-                (5, false) => self.all::<5, 2, 1>(),
-                (6, false) => self.all::<6, 2, 1>(),
-                (7, false) => self.all::<7, 1, 1>(),
-                (8, false) => self.all::<8, 1, 1>(),
-                (n, _) => unreachable!("{n} rows are not few"),
+        let groups = self.rows.div_ceil(GROUP);
+        let together = match (self.rows, M::MANY_REGISTERS) {
+            (_, true) => 4,
+            (1, false) => 1,
+            (_, false) => 2,
+        };
+        let mut column = 0;
+        while column < self.cols {
+            let n = if column + together <= self.cols { together } else { 1 };
+            for g in 0..groups {
+                let (start, end) = (self.rows * g / groups, self.rows * (g + 1) / groups);
+                // SAFETY: as promised by the caller.
+                unsafe { self.group(start, end - start, column, n) }
             }
+            column += n;
         }
     }
 
     #[inline(always)]
-    unsafe fn all<const R: usize, const J: usize, const U: usize>(&self) {
-        let together = self.cols / J * J;
-        for j in (0..together).step_by(J) {
-            // SAFETY: as promised by the caller of `compute`.
-            unsafe { self.some::<R, J, U>(j) }
+    unsafe fn group(&self, start: usize, rows: usize, column: usize, columns: usize) {
+        macro_rules! sizes {
+            ($($n:literal)*) => {
+                match (rows, columns) {
+                    // SAFETY: as promised by the caller of `compute`.
+                    $(
+                        ($n, 1) => unsafe { self.some::<$n, 1>(start, column) },
+                        ($n, 2) => unsafe { self.some::<$n, 2>(start, column) },
+                        ($n, 4) if M::MANY_REGISTERS => unsafe { self.some::<$n, 4>(start, column) },
+                    )*
+                    _ => unreachable!("{rows} rows by {columns}"),
+                }
+            };
         }
-        for j in together..self.cols {
-            // SAFETY: as promised by the caller of `compute`.
-            unsafe { self.some::<R, 1, U>(j) }
-        }
+        sizes!(1 2 3 4 5 6);
     }
 
-    /// All rows of A with the rows `j..j + J` of W, `U` registers of each at a time.
+    /// The rows `start..start + R` of A with the rows `column..column + J` of W.
     #[inline(always)]
-    unsafe fn some<const R: usize, const J: usize, const U: usize>(&self, j: usize) {
+    unsafe fn some<const R: usize, const J: usize>(&self, start: usize, column: usize) {
         let step = M::V::LANES * M::UNIT;
-        let row_bytes = self.w.stride * size_of::<E>();
+        let (whole, mut from) = (self.inner / step * step, 0);
+        let w = |q: usize| self.w.start.wrapping_add((column + q) * self.w.stride);
+        let ahead = if J == 1 { AHEAD } else { J * self.w.stride * size_of::<E>() };
         // SAFETY: as promised by the caller of `compute`; A is padded to whole registers.
         unsafe {
-            let mut sums = [[[M::V::zero(); U]; J]; R];
-            let mut from = 0;
-            while from + U * step <= self.inner {
-                for u in 0..U {
-                    let at = from + u * step;
-                    let mut w = [M::V::zero(); J];
+            let mut sums = [[M::V::zero(); J]; R];
+            if R * J <= 4 {
+                // More sums than results, for an addition takes longer than it takes to begin the next.
+                let mut others = [[M::V::zero(); J]; R];
+                while from + 2 * step <= whole {
+                    self.add::<R, J>(start, from, w, ahead, &mut sums);
+                    self.add::<R, J>(start, from + step, w, ahead, &mut others);
+                    from += 2 * step;
+                }
+                for r in 0..R {
                     for q in 0..J {
-                        let p = self.w.start.add((j + q) * self.w.stride + at);
-                        if J == 1 {
-                            prefetch_l1(p.cast::<u8>().wrapping_add(AHEAD));
-                        } else {
-                            prefetch_l2(p.cast::<u8>().wrapping_add(J * row_bytes));
-                        }
-                        w[q] = load::<M, E>(p);
-                    }
-                    for r in 0..R {
-                        let a = M::V::load(self.a.add(r * self.a_stride + at / M::UNIT));
-                        for q in 0..J {
-                            sums[r][q][u] = multiply_add::<M>(sums[r][q][u], w[q], a);
-                        }
+                        sums[r][q] = sums[r][q].add(others[r][q]);
                     }
                 }
-                from += U * step;
             }
-            while from < self.inner {
-                for q in 0..J {
-                    let p = self.w.start.add((j + q) * self.w.stride + from);
-                    let w = if from + step <= self.inner {
-                        load::<M, E>(p)
-                    } else {
-                        load_some::<M, E>(p, self.inner - from)
-                    };
-                    for r in 0..R {
-                        let a = M::V::load(self.a.add(r * self.a_stride + from / M::UNIT));
-                        sums[r][q][0] = multiply_add::<M>(sums[r][q][0], w, a);
-                    }
-                }
+            while from < whole {
+                self.add::<R, J>(start, from, w, ahead, &mut sums);
                 from += step;
             }
+            if from < self.inner {
+                let mut rest = [M::V::zero(); J];
+                for q in 0..J {
+                    rest[q] = load_some::<M, E>(w(q).add(from), self.inner - from);
+                }
+                self.multiply::<R, J>(start, from, &rest, &mut sums);
+            }
+            // The sums leave their registers here: what follows is too long to be unrolled around them.
+            let mut done = [[M::V::zero(); J]; R];
             for r in 0..R {
                 for q in 0..J {
-                    let mut total = sums[r][q][0];
-                    for u in 1..U {
-                        total = total.add(sums[r][q][u]);
+                    done[r][q] = sums[r][q];
+                }
+            }
+            for (r, sums) in done.iter().enumerate() {
+                let c = self.c.add((start + r) * self.c_stride + column);
+                if let Ok(&four) = <&[M::V; 4]>::try_from(&sums[..]) {
+                    c.cast::<[M::Acc; 4]>().write_unaligned(M::V::sum_four(four));
+                } else {
+                    for (q, v) in sums.iter().enumerate() {
+                        *c.add(q) = v.sum();
                     }
-                    *self.c.add(r * self.c_stride + j + q) = total.sum();
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add<const R: usize, const J: usize>(
+        &self,
+        start: usize,
+        from: usize,
+        row: impl Fn(usize) -> *const E,
+        ahead: usize,
+        sums: &mut [[M::V; J]; R],
+    ) {
+        // SAFETY: as promised by the caller of `compute`.
+        unsafe {
+            let mut w = [M::V::zero(); J];
+            for q in 0..J {
+                let p = row(q).add(from);
+                let soon = p.cast::<u8>().wrapping_add(ahead);
+                if J == 1 {
+                    prefetch_l1(soon)
+                } else {
+                    prefetch_l2(soon)
+                }
+                w[q] = load::<M, E>(p);
+            }
+            self.multiply::<R, J>(start, from, &w, sums);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply<const R: usize, const J: usize>(
+        &self,
+        start: usize,
+        from: usize,
+        w: &[M::V; J],
+        sums: &mut [[M::V; J]; R],
+    ) {
+        // SAFETY: as promised by the caller of `compute`.
+        unsafe {
+            for r in 0..R {
+                let a = M::V::load(self.a.add((start + r) * self.a_stride + from / M::UNIT));
+                for q in 0..J {
+                    sums[r][q] = multiply_add::<M>(sums[r][q], w[q], a);
                 }
             }
         }

@@ -1,6 +1,6 @@
 //! One task's product: packed A by a block of B that is packed on the way.
 
-use crate::dots::{Dots, FEW_ROWS};
+use crate::dots::Dots;
 use crate::dtype::Element;
 use crate::machine::{BLOCK, Machine, Tile};
 use crate::memory::Scratch;
@@ -123,7 +123,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
     pub unsafe fn compute(&self) {
         let c_stride = self.c_stride();
         let width = padded_cols::<M>(self.cols);
-        if let (true, Factor::Nk(_)) = (self.rows <= FEW_ROWS, self.parts[0]) {
+        if let (true, Factor::Nk(_)) = (self.rows <= M::FEW_ROWS, self.parts[0]) {
             for (p, part) in self.parts.iter().enumerate() {
                 let Factor::Nk(w) = *part else { unreachable!("the parts of B lie alike") };
                 let (a, a_stride, rows) = (self.a, self.a_stride, self.rows);

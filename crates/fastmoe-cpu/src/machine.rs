@@ -40,6 +40,14 @@ pub trait Machine: Copy + Send + Sync + 'static {
     const DEPTH: usize = 192;
     /// A tile reads and writes all `ROWS` rows, wanted or not.
     const WHOLE_TILES: bool = false;
+    /// Up to so many rows of A, packing rows of W takes longer than inner products with W in its place (measured).
+    const FEW_ROWS: usize = if Self::WHOLE_TILES {
+        8
+    } else if Self::MANY_REGISTERS {
+        64
+    } else {
+        24
+    };
     /// Columns of a tile and of a packed panel.
     const COLS: usize = Self::ACROSS * Self::V::LANES;
     /// Numbers along the contraction in a unit.

@@ -46,6 +46,12 @@ pub unsafe trait Vector: Copy {
     unsafe fn fma(self, a: Self, b: Self) -> Self;
     /// Sum of the lanes in a fixed order.
     unsafe fn sum(self) -> Self::Cell;
+    /// The sums of the lanes of four registers.
+    #[inline(always)]
+    unsafe fn sum_four([a, b, c, d]: [Self; 4]) -> [Self::Cell; 4] {
+        // SAFETY: as promised by the caller.
+        unsafe { [a.sum(), b.sum(), c.sum(), d.sum()] }
+    }
     /// Transposes the `LANES x LANES` matrix of the first `LANES` registers.
     unsafe fn transpose(rows: &mut [Self]);
 
