@@ -129,7 +129,8 @@ impl GradWeight<'_> {
         // Where each expert's packed rows start, in units of the contraction.
         let mut starts = vec![0; self.experts() + 1];
         for e in 0..self.experts() {
-            starts[e + 1] = starts[e] + row_stride::<M>(self.rows(e).len());
+            let rows = self.rows(e).len();
+            starts[e + 1] = starts[e] + if rows > 0 { row_stride::<M>(rows) } else { 0 };
         }
         let total = starts[self.experts()];
         let longest = self.work.iter().map(|w| row_stride::<M>(w.rows.len())).max().unwrap_or(0);
