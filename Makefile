@@ -38,7 +38,7 @@ test: develop ## Run the Python and the Rust tests (ARGS goes to pytest)
 EMULATED := $(abspath target/emulated)
 EMULATED_KERNELS := $(abspath target/emulator/plain/libkernels.so)
 
-EMULATED_TESTS := $(patsubst %,tests/test_%.py,bad_input binding compile cuda_tensors driver_faults functional grok nn plan \
+EMULATED_TESTS := $(patsubst %,tests/test_%.py,bad_input binding compile cuda_tensors driver_faults functional grok main_grad nn plan \
 	replay route routers routing telemetry training_contexts transformers transformers_adapters transformers_families \
 	two_backends)
 

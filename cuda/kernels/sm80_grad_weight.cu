@@ -3,8 +3,8 @@
 //   out[e] = sum of a[r]^T b[r]      [M, N]
 //
 // where one factor may be gathered: dL/dW1 = grad_hidden^T x[gather], dL/dW2 = grad_out[gather]^T scaled_act; transposed
-// weights have the factors exchanged. E experts, R sorted rows. An expert without rows gets zeros. Where `sum` is given
-// it is the gradient in float, added to.
+// weights have the factors exchanged. E experts, R sorted rows. An expert without rows gets zeros. Gradients that are
+// added, to `sum` in float or to `out`, leave it as it is.
 //
 // Entry points: grad_weight_<math>_<BM>x<BN>_<which factor may be gathered>, see tile/entries.cuh.
 #include "tile/entries.cuh"
@@ -21,7 +21,8 @@ template <class T> struct GradWeightParams {
   Global<const int> gather_b;   // [R] the same for b
   Global<const int> offsets;    // [E+1] first sorted row of each expert
   Global<T> out;                // [E, M, N], not used where `sum` is given
-  Global<float> sum;            // [E, M, N] or null
+  Global<float> sum;            // [E, M, N] that is added to, or null
+  int adds;                     // `out` is added to
   int tokens;                   // T, rows of a factor that is gathered
   int rows;                     // R
   int m, n;                     // M, N
@@ -37,7 +38,7 @@ template <class S, Major MAJOR> struct GradWeight {
   PTX_D MatrixWalk walk() const { return {p.experts, ceil_div(p.m, S::BM), ceil_div(p.n, S::BN)}; }
 
   template <class A, class B> PTX_D int start(const Tile& tile, A& a, B& b) const {
-    const int first = row_offset(p.offsets, tile.expert, p.rows), rows = row_offset(p.offsets, tile.expert + 1, p.rows) - first;
+    const int first = row_offset(p.offsets, tile.expert, p.rows), rows = rows_of(tile.expert);
     if (rows <= 0) return 0;
     a.start(Rows<T>{p.a, p.gather_a, p.m, p.tokens}.from(BUG(weight_first_rows) ? 0 : first), rows,
             [&](int i) { return tile.m * S::BM + i < p.m ? tile.m * S::BM + i : -1; });
@@ -49,26 +50,28 @@ template <class S, Major MAJOR> struct GradWeight {
   PTX_D void begin(const Tile&, typename S::Sums& c) const { begin_with_zeros<S>(c); }
 
   PTX_D void finish(const Tile& tile, typename S::Sums& c) const {
+    // Adding zeros would turn -0 into 0, and cost as much as adding numbers.
+    if ((p.sum || p.adds) && !BUG(weight_adds_zeros) && rows_of(tile.expert) <= 0) return;
     for_each_row<S>(c, [&](int i, Run& left, Run& right) {
-      const int row = tile.m * S::BM + S::warp_row() + i, at = tile.n * S::BN + S::run_column(0);
+      const int row = tile.m * S::BM + S::warp_row() + i;
       const int64_t start = (static_cast<int64_t>(BUG(weight_first_expert) ? 0 : tile.expert) * p.m + row) * p.n;
-      if (p.sum) {
-        add_run(p.sum + start, at, left, row < p.m);
-        add_run(p.sum + start, at + S::BN / 2, right, row < p.m);
-      } else {
-        store_run<ALIGNED>(p.out + start, at, p.n, left, row < p.m);
-        store_run<ALIGNED>(p.out + start, at + S::BN / 2, p.n, right, row < p.m);
-      }
+      if (p.sum) put(p.sum + start, tile, left, right, row < p.m, true);
+      else put(p.out + start, tile, left, right, row < p.m, p.adds);
     });
   }
 
-  PTX_D void add_run(Global<float> row, int column, const Run& v, bool exists) const {
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-      for (int b = 0; b < 2; b++) {
-        const int at = column + 8 * j + 2 * quad_lane() + b;
-        if (exists && at < p.n) store(row + at, (BUG(weight_no_sum) ? 0 : load(row + at)) + v[j][b]);
-      }
+  template <class To> PTX_D void put(Global<To> row, const Tile& tile, Run& left, Run& right, bool exists, bool adds) const {
+    const int at = tile.n * S::BN + S::run_column(0);
+    if (adds) {
+      add_run<ALIGNED>(left, row, at, p.n, exists);
+      add_run<ALIGNED>(right, row, at + S::BN / 2, p.n, exists);
+    }
+    store_run<ALIGNED>(row, at, p.n, left, exists);
+    store_run<ALIGNED>(row, at + S::BN / 2, p.n, right, exists);
+  }
+
+  PTX_D int rows_of(int expert) const {
+    return row_offset(p.offsets, expert + 1, p.rows) - row_offset(p.offsets, expert, p.rows);
   }
 };
 

@@ -105,8 +105,8 @@ template <class T> Buffer<T> output(const char* name, int64_t count, int64_t ski
   return b;
 }
 // What a kernel reads and writes, such as a workspace.
-template <class T> Buffer<T> scratch(const char* name, int64_t count, T value) {
-  Buffer<T> b(name, count, emulator::Use::read_write);
+template <class T> Buffer<T> scratch(const char* name, int64_t count, T value, int64_t skip = 0) {
+  Buffer<T> b(name, count, emulator::Use::read_write, skip);
   for (T& x : b.values()) x = value;
   return b;
 }

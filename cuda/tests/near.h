@@ -33,9 +33,8 @@ class Sum {
   }
 };
 
-// Element i is what has been stored of a number near want(i): NaN where that is NaN. Every element has been written.
-template <class T, class Want> void expect_near(const Buffer<T>& got, Want&& want, Where where = Where::current()) {
-  if (!got.written()) failed(std::string(got.name()) + " has elements that were not written", where);
+// Element i is what is stored of a number near want(i): NaN where that is NaN.
+template <class T, class Want> void expect_all_near(const Buffer<T>& got, Want&& want, Where where = Where::current()) {
   for (int64_t i = 0; i < got.size(); i++) {
     const Near w = want(i);
     const double g = real(got[i]), bound = w.error + (std::fabs(w.value) + w.error) * rounding<T>() + (sizeof(T) == 2 ? 0x1p-25 : 0);
@@ -43,6 +42,11 @@ template <class T, class Want> void expect_near(const Buffer<T>& got, Want&& wan
       failed(std::string(got.name()) + '[' + std::to_string(i) + "] is " + std::to_string(g) + ", not " + std::to_string(w.value) +
              " within " + std::to_string(bound), where);
   }
+}
+// And every element has been written.
+template <class T, class Want> void expect_near(const Buffer<T>& got, Want&& want, Where where = Where::current()) {
+  if (!got.written()) failed(std::string(got.name()) + " has elements that were not written", where);
+  expect_all_near(got, want, where);
 }
 
 // An activation between the projections, as tile/activation.cuh defines it, and the errors of its approximations.

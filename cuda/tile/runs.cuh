@@ -87,6 +87,21 @@ template <bool ALIGNED, class T> PTX_D void load_run(Run& v, Global<const T> row
   }
 }
 
+// Adds to v what stands where it will be stored. (load_run is for memory that the kernel does not write.)
+template <bool ALIGNED, class T> PTX_D void add_run(Run& v, Global<T> row, int column, int columns, bool exists) {
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    const int at = column + 8 * j + 2 * quad_lane();
+    if constexpr (ALIGNED && sizeof(T) == 4) {
+      const float2 old = exists && at < columns && !BUG(weight_no_sum) ? load((row + at).template as<float2>()) : float2{};
+      v[j][0] += old.x, v[j][1] += old.y;
+    } else {
+      for (int b = 0; b < 2; b++)
+        if (exists && at + b < columns && !BUG(weight_no_sum)) v[j][b] += to_float(load(row + (at + b)));
+    }
+  }
+}
+
 // Runs of 32 gate and of 32 up columns that alternate in memory, for the units from `unit` on, as far as below `units`.
 template <bool ALIGNED, class T>
 PTX_D void store_pairs(Global<T> row, int unit, int units, const Run& gate, const Run& up, bool exists) {

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from .drift import freeze_routers, routing_drift
     from .integrations import accelerate
+    from .main_grad import main_grads
     from .plan import RoutingPlan
     from .replay import load_routing, record_routing, replay_routing, save_routing
     from .telemetry import ExpertCollapseWarning, watch
@@ -46,6 +47,7 @@ __all__ = [
     "functional",
     "load_routing",
     "losses",
+    "main_grads",
     "memory_stats",
     "nn",
     "record_routing",
@@ -70,6 +72,7 @@ _SOURCES = {
     "functional": "functional",
     "load_routing": "replay",
     "losses": "losses",
+    "main_grads": "main_grad",
     "nn": "nn",
     "record_routing": "replay",
     "reference": "reference",

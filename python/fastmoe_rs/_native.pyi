@@ -215,8 +215,13 @@ def mlp_backward(
     transposed: bool,
     interleaved: bool,
     threads: int,
+    add_w1: bool = False,
+    add_w2: bool = False,
 ) -> None:
-    """Gradients of mlp_forward; each is like its tensor, and None where it is not wanted and not computed."""
+    """Gradients of mlp_forward; each is like its tensor, and None where it is not wanted and not computed.
+
+    add_w1, add_w2: grad_w1, grad_w2 are added to, and may be wide; experts without rows leave them be.
+    """
 
 def grouped_mm(
     x: _Tensor,
@@ -242,10 +247,12 @@ def grouped_mm_grad_weight(
     *,
     transposed: bool,
     threads: int,
+    add_w: bool = False,
 ) -> None:
     """grad_w[e] = grad_out[rows of e].T @ x[rows of e], and grad_bias[e] the sum of those rows of grad_out.
 
     grad_out [R, N], x [R, K], grad_w [E, N, K] (transposed: [E, K, N]), grad_bias [E, N].
+    add_w: grad_w is added to, and may be wide.
     """
 
 def permute(x: _Tensor, gather: _Tensor, out: _Tensor, *, threads: int) -> None:

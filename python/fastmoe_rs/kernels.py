@@ -213,13 +213,18 @@ def mlp_backward(
     transposed: bool,
     interleaved: bool,
     needs: Sequence[bool],
+    sums: Sequence[Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weights, w1, w2, b1 and b2, each where `needs` says so."""
+    """The gradients of x, weights, w1, w2, b1 and b2, each where `needs` says so.
+
+    Those of w1 and w2 are added to `sums` where these are given.
+    """
     x_need, weights_need, w1_need, w2_need, b1_need, b2_need = needs
     grad_x = torch.empty_like(x) if x_need else None
     grad_weights = torch.empty_like(weights) if weights_need else None
-    grad_w1 = _recycled(w1, w1.shape) if w1_need else None
-    grad_w2 = _recycled(w2, w2.shape) if w2_need else None
+    sum_w1, sum_w2 = sums
+    grad_w1 = _recycled(w1, w1.shape) if w1_need and sum_w1 is None else None
+    grad_w2 = _recycled(w2, w2.shape) if w2_need and sum_w2 is None else None
     grad_b1 = torch.empty_like(b1) if b1 is not None and b1_need else None
     grad_b2 = torch.empty_like(b2) if b2 is not None and b2_need else None
     _run(
@@ -237,13 +242,15 @@ def mlp_backward(
         inverse,
         grad_x,
         grad_weights,
-        grad_w1,
+        grad_w1 if sum_w1 is None else sum_w1,
         grad_b1,
-        grad_w2,
+        grad_w2 if sum_w2 is None else sum_w2,
         grad_b2,
         activation=activation,
         transposed=transposed,
         interleaved=interleaved,
+        add_w1=sum_w1 is not None,
+        add_w2=sum_w2 is not None,
     )
     return grad_x, grad_weights, grad_w1, grad_w2, grad_b1, grad_b2
 
@@ -261,12 +268,20 @@ def weight_shape(y: Tensor, x: Tensor, offsets: Tensor, transposed: bool) -> tup
 
 
 def grouped_mm_grad_weight(
-    grad_out: Tensor, x: Tensor, offsets: Tensor, transposed: bool, with_bias: bool
+    grad_out: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    transposed: bool,
+    with_bias: bool,
+    sum_w: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of w and, if asked for, of the bias."""
-    grad_w = _recycled(x, weight_shape(grad_out, x, offsets, transposed))
+    """The gradients of w, added to sum_w where that is given, and, if asked for, of the bias."""
+    grad_w = _recycled(x, weight_shape(grad_out, x, offsets, transposed)) if sum_w is None else sum_w
     grad_bias = x.new_empty(offsets.shape[0] - 1, grad_out.shape[1]) if with_bias else None
-    _run("grouped_mm_grad_weight", grad_out, x, offsets, grad_w, grad_bias, transposed=transposed)
+    add_w = sum_w is not None
+    _run(
+        "grouped_mm_grad_weight", grad_out, x, offsets, grad_w, grad_bias, transposed=transposed, add_w=add_w
+    )
     return grad_w, grad_bias
 
 

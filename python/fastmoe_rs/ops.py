@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import kernels
+from . import kernels, main_grad
 
 _LIBRARY = torch.library.Library("fastmoe_rs", "DEF")
 _PLAIN = frozenset({Tensor, Parameter, type(None), bool, int, float, str, tuple, list})
@@ -200,19 +200,44 @@ def _mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor |
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, hidden)
         ctx.options = activation, transposed, interleaved
+        ctx.owners = main_grad.owner(tensors[2]), main_grad.owner(tensors[3])
 
 
 def _mlp_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad
     if grad_out is None:
         return (None,) * len(needs)
-    grads = mlp_backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.options, needs[:6])
-    return _only(needs, grads)
+    inputs: tuple[Any, ...] = (grad_out.contiguous(), *ctx.saved_tensors)
+    sums = _main_grads(ctx, inputs, w1=needs[2], w2=needs[3])
+    if sums is None:
+        return _only(needs, mlp_backward(*inputs, *ctx.options, needs[:6]))
+    grads = kernels.mlp_backward(*inputs, *ctx.options, needs[:6], sums)
+    return _only(needs, (*grads[:2], *_added(ctx, sums, grads[2:4]), *grads[4:]))
+
+
+def _main_grads(ctx: Any, inputs: tuple[Any, ...], **needs: bool) -> list[Tensor | None] | None:
+    """What the gradients of the weights are added to; None where none is, or something must see gradients."""
+    sums = [
+        main_grad.target(name, leaf) if need else None
+        for (name, need), leaf in zip(needs.items(), ctx.owners, strict=True)
+    ]
+    if all(target is None for target in sums) or torch.is_grad_enabled() or _is_watched(inputs):
+        return None
+    return sums
+
+
+def _added(ctx: Any, sums: list[Tensor | None], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """What autograd is given for the weights."""
+    return [
+        grad if target is None else main_grad.added(leaf, target)
+        for leaf, target, grad in zip(ctx.owners, sums, grads, strict=True)
+    ]
 
 
 def _grouped_mm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, w, _, offsets, ctx.transposed = inputs
     ctx.save_for_backward(x, w, offsets)
+    ctx.owners = (main_grad.owner(w),)
 
 
 def _grouped_mm_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
@@ -222,7 +247,12 @@ def _grouped_mm_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     grad_x = grad_w = grad_bias = None
     if needs_x:
         grad_x = grouped_mm(grad_out, w, None, offsets, not ctx.transposed)
-    if needs_w or needs_bias:
+    sums = _main_grads(ctx, (grad_out, x, w), w=needs_w)
+    if sums is not None:
+        options = ctx.transposed, needs_bias, sums[0]
+        grad_w, grad_bias = kernels.grouped_mm_grad_weight(grad_out, x, offsets, *options)
+        (grad_w,) = _added(ctx, sums, (grad_w,))
+    elif needs_w or needs_bias:
         grad_w, grad_bias = grouped_mm_grad_weight(grad_out, x, offsets, ctx.transposed, needs_bias)
     return _only(ctx.needs_input_grad, (grad_x, grad_w, grad_bias))
 

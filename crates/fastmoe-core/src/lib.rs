@@ -20,6 +20,7 @@ mod route;
 mod score;
 mod sort;
 mod topk;
+mod update;
 mod validate;
 
 pub use capacity::{Capacity, Drop};
@@ -31,4 +32,5 @@ pub use parallel::{Parallel, Serial};
 pub use plan::{ExpertId, OutOfRange, PlanOut, PlanSpec};
 pub use route::{Order, PerExpert, Router, route_rows};
 pub use score::Score;
+pub use update::Update;
 pub use validate::{validate_gather, validate_ids, validate_inverse, validate_offsets, validate_plan};

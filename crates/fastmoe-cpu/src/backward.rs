@@ -74,11 +74,11 @@ pub unsafe fn backward<M: Machine, E: Element<Acc = M::Acc>>(
         let weights = GradWeight { offsets: p.rows.offsets, work: &layer.work, threads: layer.threads };
         if let Some(out) = grads.w1 {
             let (rows, cols) = if p.transposed { (x, packed_h) } else { (packed_h, x) };
-            weights.matrix::<M, E>(rows, cols, out.cast());
+            weights.matrix::<M, E>(rows, cols, out);
         }
         if let Some(out) = grads.w2 {
             let (rows, cols) = if p.transposed { (packed_act, grad_y) } else { (grad_y, packed_act) };
-            weights.matrix::<M, E>(rows, cols, out.cast());
+            weights.matrix::<M, E>(rows, cols, out);
         }
         if let Some(out) = grads.b1 {
             weights.bias::<M, E>(packed_h, None, out.cast());

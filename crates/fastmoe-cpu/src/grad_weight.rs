@@ -1,4 +1,4 @@
-//! Gradients of weights: `dW_e = A_e^T B_e` over the rows of an expert, each element written once.
+//! Gradients of weights: `dW_e = A_e^T B_e` over the rows of an expert, each element written, or added to, once.
 
 use crate::dtype::Element;
 use crate::gemm::{padded_cols, row_groups};
@@ -7,9 +7,10 @@ use crate::machine::{Machine, Op, Tile};
 use crate::memory::Scratch;
 use crate::pack::{Rows, pack_panels_kn, pack_transposed, row_stride, units};
 use crate::prefetch::Prefetch;
+use crate::problem::PtrMut;
 use crate::simd::{copy_past_caches, fence};
 use crate::threads::Threads;
-use fastmoe_core::Float;
+use fastmoe_core::{Float, Update};
 use std::ops::Range;
 
 /// Rows and columns of a task's part of dW.
@@ -114,20 +115,22 @@ impl GradWeight<'_> {
         self.offsets[expert] as usize..self.offsets[expert + 1] as usize
     }
 
-    /// `out[e] = rows_e^T cols_e`, zeros for an expert without rows.
+    /// `out[e] = rows_e^T cols_e`, or added to it.
     ///
     /// # Safety
-    /// The machine has the instruction set; the matrices are valid for the sorted rows, `out` for all experts.
+    /// The machine has the instruction set; the matrices are valid for the sorted rows, `out` for all experts in the type
+    /// of `update`.
     pub unsafe fn matrix<M: Machine, E: Element<Acc = M::Acc>>(
         &self,
         rows: Matrix<'_, M, E>,
         cols: Matrix<'_, M, E>,
-        out: *mut E,
+        (out, update): (PtrMut, Update),
     ) {
         // Where each expert's packed rows start, in units of the contraction.
         let mut starts = vec![0; self.experts() + 1];
         for e in 0..self.experts() {
-            starts[e + 1] = starts[e] + row_stride::<M>(self.rows(e).len());
+            let rows = self.rows(e).len();
+            starts[e + 1] = starts[e] + if rows > 0 { row_stride::<M>(rows) } else { 0 };
         }
         let total = starts[self.experts()];
         let longest = self.work.iter().map(|w| row_stride::<M>(w.rows.len())).max().unwrap_or(0);
@@ -140,6 +143,7 @@ impl GradWeight<'_> {
             rows,
             cols,
             out,
+            update,
             streams: self.experts() * m * n * size_of::<E>() >= STREAM_BYTES,
         };
         let (left, right) = (m.div_ceil(PACK_COLS), n.div_ceil(PACK_COLS));
@@ -197,7 +201,8 @@ struct Outer<'a, M: Machine, E> {
     cols: Matrix<'a, M, E>,
     a: Scratch<M::Acc>,
     b: Scratch<M::Acc>,
-    out: *mut E,
+    out: PtrMut,
+    update: Update,
     /// dW is larger than the caches: it goes past them.
     streams: bool,
 }
@@ -261,13 +266,13 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
         let Self { job, expert, row, col } = self;
         let (m, n) = (job.rows.cols(), job.cols.cols());
         let (rows, cols) = (TASK_ROWS.min(m - row), TASK_COLS.min(n - col));
-        let out = job.out.wrapping_add((expert * m + row) * n + col);
-        let out_row = |r: usize| {
-            // SAFETY: the row lies in this task's part of dW.
-            unsafe { std::slice::from_raw_parts_mut(out.add(r * n), cols) }
-        };
+        let first = (expert * m + row) * n + col;
+        // SAFETY: the rows lie in this task's part of dW, which has this type unless sums are added to it.
+        let out_row = |r: usize| unsafe { row_mut::<E>(job.out, first + r * n, cols) };
         if job.of.rows(expert).is_empty() {
-            (0..rows).for_each(|r| out_row(r).fill(E::default()));
+            if job.update == Update::Write {
+                (0..rows).for_each(|r| out_row(r).fill(E::default()));
+            }
             return;
         }
         let stride = padded_cols::<M>(cols);
@@ -296,20 +301,46 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
                 }
             }
         }
-        if !job.streams {
-            (0..rows).for_each(|r| E::narrow(&sums[r * stride..][..cols], out_row(r)));
-            return;
-        }
+        let mut wide = [M::Acc::ZERO; TASK_COLS];
         let mut rounded = [E::default(); TASK_COLS];
         for r in 0..rows {
-            E::narrow(&sums[r * stride..][..cols], &mut rounded[..cols]);
-            // SAFETY: the row lies in this task's part of dW.
-            unsafe {
-                copy_past_caches(rounded.as_ptr().cast(), out.add(r * n).cast(), cols * size_of::<E>())
-            };
+            let sums = &sums[r * stride..][..cols];
+            match job.update {
+                Update::Write if job.streams => {
+                    E::narrow(sums, &mut rounded[..cols]);
+                    let out = out_row(r).as_mut_ptr().cast();
+                    // SAFETY: the row is this task's.
+                    unsafe { copy_past_caches(rounded.as_ptr().cast(), out, cols * size_of::<E>()) };
+                }
+                Update::Write => E::narrow(sums, out_row(r)),
+                Update::Add => {
+                    E::widen(out_row(r), &mut wide[..cols]);
+                    add(sums, &mut wide[..cols]);
+                    E::narrow(&wide[..cols], out_row(r));
+                }
+                // SAFETY: the row lies in this task's part of dW, which has the type of sums.
+                Update::AddWide => add(sums, unsafe { row_mut(job.out, first + r * n, cols) }),
+            }
         }
         fence();
     }
+}
+
+#[inline(always)]
+fn add<F: Float>(numbers: &[F], to: &mut [F]) {
+    for (t, &x) in to.iter_mut().zip(numbers) {
+        *t += x;
+    }
+}
+
+/// `len` numbers of a tensor.
+///
+/// # Safety
+/// The tensor has them, and nothing else refers to them.
+#[inline(always)]
+unsafe fn row_mut<'a, T>(tensor: PtrMut, first: usize, len: usize) -> &'a mut [T] {
+    // SAFETY: as promised by the caller.
+    unsafe { std::slice::from_raw_parts_mut(tensor.cast::<T>().add(first), len) }
 }
 
 struct Bias<'a, M: Machine, E> {

@@ -9,7 +9,7 @@ use crate::memory::Scratch;
 use crate::pack::Rows;
 use crate::problem::{GroupedMm, Ptr, PtrMut};
 use crate::threads::Threads;
-use fastmoe_core::Float;
+use fastmoe_core::{Float, Update};
 
 /// The product of every expert's rows; rows past the last expert's become zeros.
 ///
@@ -116,7 +116,7 @@ pub unsafe fn grouped_grad_weight<M: Machine, E: Element<Acc = M::Acc>>(
     p: &GroupedMm<'_>,
     grad_out: Ptr,
     x: Ptr,
-    grad_w: PtrMut,
+    grad_w: (PtrMut, Update),
     grad_bias: Option<PtrMut>,
 ) {
     let work = work(p.offsets);
@@ -126,7 +126,7 @@ pub unsafe fn grouped_grad_weight<M: Machine, E: Element<Acc = M::Acc>>(
     // SAFETY: as promised by the caller.
     unsafe {
         let (rows, cols) = if p.transposed { (x, grad_out) } else { (grad_out, x) };
-        weights.matrix::<M, E>(rows, cols, grad_w.cast());
+        weights.matrix::<M, E>(rows, cols, grad_w);
         if let Some(out) = grad_bias {
             weights.bias::<M, E>(grad_out, None, out.cast());
         }

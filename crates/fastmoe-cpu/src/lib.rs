@@ -39,6 +39,7 @@ pub use route::{Route, RouteGrad};
 pub use threads::{Threads, find_openmp};
 
 use dispatch::dispatch;
+use fastmoe_core::Update;
 
 /// `out[t] = sum_k weights[t,k] (act(x W1^T + b1) W2^T + b2)`; keeps the pre-activation `[rows, 2I]` in
 /// `hidden` where wanted.
@@ -72,7 +73,7 @@ pub unsafe fn grouped_mm(p: &GroupedMm<'_>, x: Ptr, w: Ptr, bias: Option<Ptr>, o
     unsafe { dispatch!(p.dtype, grouped(p, x, w, bias, out)) }
 }
 
-/// `grad_w[e] = grad_out_e^T x_e` (transposed where W is) and `grad_bias[e]`, zeros for an expert without rows.
+/// `grad_w[e] = grad_out_e^T x_e` (transposed where W is), or added to it, and `grad_bias[e]`.
 ///
 /// # Safety
 /// As `grouped_mm`.
@@ -80,7 +81,7 @@ pub unsafe fn grouped_mm_grad_weight(
     p: &GroupedMm<'_>,
     grad_out: Ptr,
     x: Ptr,
-    grad_w: PtrMut,
+    grad_w: (PtrMut, Update),
     grad_bias: Option<PtrMut>,
 ) {
     use grouped::grouped_grad_weight;

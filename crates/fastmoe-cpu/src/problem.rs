@@ -1,6 +1,7 @@
 //! What the backend is asked to compute: pointers, sizes, and the plan that says which row goes where.
 
 use crate::{Activation, DType};
+use fastmoe_core::Update;
 
 /// Address of a dense row-major input tensor.
 pub type Ptr = *const u8;
@@ -65,11 +66,11 @@ pub struct MlpGrads {
     /// `[T,K]`, f64 when the dtype is F64, else f32.
     pub weights: Option<PtrMut>,
     /// Like W1.
-    pub w1: Option<PtrMut>,
+    pub w1: Option<(PtrMut, Update)>,
     /// Like b1.
     pub b1: Option<PtrMut>,
     /// Like W2.
-    pub w2: Option<PtrMut>,
+    pub w2: Option<(PtrMut, Update)>,
     /// Like b2.
     pub b2: Option<PtrMut>,
 }

@@ -7,8 +7,9 @@ use crate::grouped::{grouped, grouped_grad_weight};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::Isa;
 use crate::machine::*;
-use crate::problem::{GroupedMm, Mlp, MlpGrads, RoutedRows};
+use crate::problem::{GroupedMm, Mlp, MlpGrads, PtrMut, RoutedRows};
 use crate::{Activation, DType};
+use fastmoe_core::Update;
 use half::{bf16, f16};
 
 /// Numbers in [-1, 1) from a small generator.
@@ -241,9 +242,9 @@ impl Problem {
         let grads = MlpGrads {
             x: Some(dx.as_mut_ptr().cast()),
             weights: Some(dweights.as_mut_ptr().cast()),
-            w1: Some(dw1.as_mut_ptr().cast()),
+            w1: Some((dw1.as_mut_ptr().cast(), Update::Write)),
             b1: Some(db1.as_mut_ptr().cast()),
-            w2: Some(dw2.as_mut_ptr().cast()),
+            w2: Some((dw2.as_mut_ptr().cast(), Update::Write)),
             b2: Some(db2.as_mut_ptr().cast()),
         };
         // SAFETY: the vectors have the sizes of the case, and only machines that are present are checked.
@@ -310,7 +311,10 @@ where
     check_grouped::<M, E>(dtype, tolerance);
 }
 
-fn check_grouped<M: Machine, E: Element<Acc = M::Acc> + Seen>(dtype: DType, tolerance: f64) {
+fn check_grouped<M: Machine, E: Element<Acc = M::Acc> + Seen>(dtype: DType, tolerance: f64)
+where
+    M::Acc: Seen,
+{
     let (rows, inner, outer) = (50, 33, 41);
     let offsets = [0, 20, 20, 47];
     let mut r = Random(7);
@@ -320,6 +324,11 @@ fn check_grouped<M: Machine, E: Element<Acc = M::Acc> + Seen>(dtype: DType, tole
         let p = GroupedMm { dtype, inner, outer, rows, offsets: &offsets, transposed, threads: 2 };
         let mut out = vec![E::default(); rows * outer];
         let (mut dw, mut db) = (w.clone(), b.clone());
+        // An expert without rows keeps even the sign of a zero.
+        let mut before = seen(&w);
+        before[inner * outer] = -0.0;
+        let mut added = store::<E>(&before);
+        let mut added_wide: Vec<M::Acc> = before.iter().map(|&x| fastmoe_core::Float::from_f64(x)).collect();
         // SAFETY: the vectors have the sizes of `p`.
         unsafe {
             grouped::<M, E>(
@@ -329,13 +338,18 @@ fn check_grouped<M: Machine, E: Element<Acc = M::Acc> + Seen>(dtype: DType, tole
                 Some(b.as_ptr().cast()),
                 out.as_mut_ptr().cast(),
             );
-            grouped_grad_weight::<M, E>(
-                &p,
-                g.as_ptr().cast(),
-                x.as_ptr().cast(),
-                dw.as_mut_ptr().cast(),
-                Some(db.as_mut_ptr().cast()),
-            );
+            let grad_weight = |out: PtrMut, update, bias: Option<PtrMut>| {
+                grouped_grad_weight::<M, E>(&p, g.as_ptr().cast(), x.as_ptr().cast(), (out, update), bias);
+            };
+            grad_weight(dw.as_mut_ptr().cast(), Update::Write, Some(db.as_mut_ptr().cast()));
+            grad_weight(added.as_mut_ptr().cast(), Update::Add, None);
+            grad_weight(added_wide.as_mut_ptr().cast(), Update::AddWide, None);
+        }
+        let (added, added_wide) = (seen(&added), seen(&added_wide));
+        for i in inner * outer..2 * inner * outer {
+            assert_eq!(dw[i].seen(), 0.0);
+            assert_eq!(added[i].to_bits(), before[i].to_bits());
+            assert_eq!(added_wide[i].to_bits(), before[i].to_bits());
         }
         let at = |e: usize, n: usize, k: usize| {
             if transposed { (e * inner + k) * outer + n } else { (e * outer + n) * inner + k }
@@ -348,7 +362,11 @@ fn check_grouped<M: Machine, E: Element<Acc = M::Acc> + Seen>(dtype: DType, tole
                 for k in 0..inner {
                     let want: f64 =
                         range.clone().map(|r| g[r * outer + n].seen() * x[r * inner + k].seen()).sum();
-                    assert!((dw[at(e, n, k)].seen() - want).abs() <= tolerance * 20.0, "dw {e} {n} {k}");
+                    let i = at(e, n, k);
+                    assert!((dw[i].seen() - want).abs() <= tolerance * 20.0, "dw {e} {n} {k}");
+                    assert!((added[i] - before[i] - want).abs() <= tolerance * 20.0, "added {e} {n} {k}");
+                    let wide = tolerance.min(F32) * 20.0;
+                    assert!((added_wide[i] - before[i] - want).abs() <= wide, "added wide {e} {n} {k}");
                 }
                 for r in range.clone() {
                     let want: f64 = (0..inner).map(|k| x[r * inner + k].seen() * w[at(e, n, k)].seen()).sum();

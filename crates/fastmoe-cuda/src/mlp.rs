@@ -3,6 +3,7 @@
 use crate::products::{Factor, GradHidden, GradWeight, Product, SLOPE_UNITS, Sizes, Up};
 use crate::rows::{Combine, GradBias, GradScore, SortWeights};
 use crate::{Buffer, Queue, Result, scratch_size};
+use fastmoe_core::Update;
 
 /// `out[t] = sum_k weights[t,k] (act(x W1^T + b1) W2^T + b2)`.
 #[derive(Clone, Copy)]
@@ -39,18 +40,18 @@ pub struct MlpGrads {
     /// `[T, K]` f32.
     pub weights: Buffer,
     /// Like W1.
-    pub w1: Buffer,
+    pub w1: (Buffer, Update),
     /// Like b1.
     pub b1: Buffer,
     /// Like W2.
-    pub w2: Buffer,
+    pub w2: (Buffer, Update),
     /// Like b2.
     pub b2: Buffer,
 }
 
 impl MlpGrads {
     fn hidden(&self) -> bool {
-        [self.x, self.w1, self.b1].iter().any(|grad| !grad.is_null())
+        [self.x, self.w1.0, self.b1].iter().any(|grad| !grad.is_null())
     }
 }
 
@@ -120,7 +121,7 @@ impl Mlp {
         [
             4 * sizes.rows,
             when(grads.hidden(), self.rows_bytes(sizes.up())),
-            when(!grads.w2.is_null(), self.rows_bytes(sizes.intermediate)),
+            when(!grads.w2.0.is_null(), self.rows_bytes(sizes.intermediate)),
             when(!grads.weights.is_null(), 4 * sizes.rows * self.slope_columns()),
             when(!grads.x.is_null(), self.rows_bytes(sizes.hidden)),
         ]
@@ -213,14 +214,14 @@ impl Mlp {
                 }
                 .launch(queue)?;
             }
-            if !grads.w2.is_null() {
+            if !grads.w2.0.is_null() {
                 let (left, right) = (gathered(grad_out), sorted(scaled_act, sizes.intermediate));
                 weight(left, right, grads.w2).launch(queue)?;
             }
             if !grads.b2.is_null() {
                 bias(sizes.hidden, grad_out, gather, weights, grads.b2).launch(queue)?;
             }
-            if !grads.w1.is_null() {
+            if !grads.w1.0.is_null() {
                 let (left, right) = (sorted(grad_hidden, sizes.up()), gathered(self.x));
                 weight(left, right, grads.w1).launch(queue)?;
             }

@@ -3,6 +3,7 @@
 
 use crate::limits;
 use crate::{Buffer, DType, Gpu, Queue, Result};
+use fastmoe_core::Update;
 
 /// Units whose slopes the hidden gradient sums into one number.
 pub(crate) const SLOPE_UNITS: usize = 32;
@@ -378,8 +379,7 @@ pub struct Factor {
     pub columns: usize,
 }
 
-/// `out[e] = sum of a[r]^T b[r]` over the sorted rows r of expert e, zeros where it has none; at most one factor is
-/// gathered.
+/// `out[e] = sum of a[r]^T b[r]` over the sorted rows r of expert e, or added to it; at most one factor is gathered.
 #[derive(Clone, Copy)]
 pub struct GradWeight {
     /// What is multiplied.
@@ -396,8 +396,8 @@ pub struct GradWeight {
     pub a: Factor,
     /// Gives its columns.
     pub b: Factor,
-    /// `[E, a, b]`.
-    pub out: Buffer,
+    /// `[E, a, b]`, f32 where sums are added to it.
+    pub out: (Buffer, Update),
 }
 
 impl GradWeight {
@@ -419,13 +419,14 @@ impl GradWeight {
             offsets: u64,
             out: u64,
             sum: u64,
+            adds: i32,
             tokens: i32,
             rows: i32,
             m: i32,
             n: i32,
             experts: i32,
         }
-        let Self { math, tokens, rows, experts, offsets, a, b, out } = *self;
+        let Self { math, tokens, rows, experts, offsets, a, b, out: (out, update) } = *self;
         let aligned = aligned(math.dtype, &[a.columns, b.columns], &[a.rows, b.rows, out]);
         let tile = weight_tile(queue.gpu, math, aligned, b.columns);
         let params = Params {
@@ -434,16 +435,17 @@ impl GradWeight {
             gather_a: a.gather.address,
             gather_b: b.gather.address,
             offsets: offsets.address,
-            out: out.address,
-            sum: 0,
+            out: if update == Update::AddWide { 0 } else { out.address },
+            sum: if update == Update::AddWide { out.address } else { 0 },
+            adds: (update == Update::Add).into(),
             tokens: limits::rows("T (tokens)", tokens)?,
             rows: limits::rows("sorted rows", rows)?,
             m: limits::columns("rows of a gradient of weights", a.columns)?,
             n: limits::columns("columns of a gradient of weights", b.columns)?,
             experts: limits::rows("E (experts)", experts)?,
         };
-        let memory =
-            [a.rows.read(), b.rows.read(), a.gather.read(), b.gather.read(), offsets.read(), out.write()];
+        let out = if update == Update::Write { out.write() } else { out.read_write() };
+        let memory = [a.rows.read(), b.rows.read(), a.gather.read(), b.gather.read(), offsets.read(), out];
         let tiles = experts * a.columns.div_ceil(tile.rows) * b.columns.div_ceil(tile.columns);
         let variant = if a.gather.is_null() { "b" } else { "a" };
         // SAFETY: this is the kernel's struct, and as promised by the caller.

@@ -2,7 +2,7 @@
 
 use crate::driver::{Device, Driver, Kernel, Region, Stream};
 use crate::{Buffer, Error, Gpu, Mlp, MlpGrads, Plan, Queue, Result, Sizes};
-use fastmoe_core::{OutOfRange, PlanSpec};
+use fastmoe_core::{OutOfRange, PlanSpec, Update};
 use std::cell::RefCell;
 use std::collections::HashMap;
 
@@ -62,9 +62,9 @@ pub fn mlp_launches(
     let grads = MlpGrads {
         x: like("grad_x", mlp.x),
         weights: like("grad_weights", mlp.weights),
-        w1: like("grad_w1", mlp.w1),
+        w1: (like("grad_w1", mlp.w1), Update::Write),
         b1: like("grad_b1", mlp.b1),
-        w2: like("grad_w2", mlp.w2),
+        w2: (like("grad_w2", mlp.w2), Update::Write),
         b2: like("grad_b2", mlp.b2),
     };
     record(device, |mut queue| {

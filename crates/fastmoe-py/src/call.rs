@@ -1,8 +1,10 @@
 //! What every native function does around its work.
 
-use fastmoe_cpu::Threads;
+use fastmoe_core::Update;
+use fastmoe_cpu::{DType, Threads};
 use pyo3::prelude::*;
 
+use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
@@ -32,4 +34,13 @@ pub fn optional_input(name: &'static str, object: Option<&Bound<'_, PyAny>>) -> 
 
 pub fn optional_output(name: &'static str, object: Option<&Bound<'_, PyAny>>) -> Result<Option<Tensor>> {
     object.map(|object| Tensor::output(name, object)).transpose()
+}
+
+/// How the gradient of weights of this dtype meets its tensor: what is added may be as wide as the sums are.
+pub fn update(grad: &Tensor, dtype: DType, adds: bool) -> Result<Update> {
+    if adds && grad.element() == Element::of_weights(dtype) {
+        return Ok(Update::AddWide);
+    }
+    grad.expect_element(dtype.into())?;
+    Ok(if adds { Update::Add } else { Update::Write })
 }

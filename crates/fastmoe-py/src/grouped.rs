@@ -6,7 +6,7 @@ use fastmoe_cuda::{Buffer, Factor, GradBias, GradWeight, Product};
 use pyo3::prelude::*;
 
 use crate::backend::{Backend, buffer, check_indices, math};
-use crate::call::{compute, optional_input, optional_output, threads};
+use crate::call::{compute, optional_input, optional_output, threads, update};
 use crate::element::Element;
 use crate::error::Result;
 use crate::tensor::{Tensor, disjoint};
@@ -86,7 +86,7 @@ pub fn grouped_mm(
 }
 
 #[pyfunction]
-#[pyo3(signature = (grad_out, x, offsets, grad_w, grad_bias, *, transposed, threads))]
+#[pyo3(signature = (grad_out, x, offsets, grad_w, grad_bias, *, transposed, threads, add_w=false))]
 #[expect(clippy::too_many_arguments, reason = "the arguments of the Python function")]
 pub fn grouped_mm_grad_weight(
     py: Python<'_>,
@@ -97,6 +97,7 @@ pub fn grouped_mm_grad_weight(
     grad_bias: Option<&Bound<'_, PyAny>>,
     transposed: bool,
     threads: i64,
+    add_w: bool,
 ) -> Result<()> {
     let threads = self::threads(threads)?;
     let x = Tensor::input("x", x)?;
@@ -107,7 +108,7 @@ pub fn grouped_mm_grad_weight(
     grad_out.expect(dtype, &[rows, outer], "R, N")?;
     let grad_w = Tensor::output("grad_w", grad_w)?;
     let [experts, ..] = grad_w.dims::<3>(if transposed { "E, K, N" } else { "E, N, K" })?;
-    grad_w.expect_element(dtype.into())?;
+    let update = update(&grad_w, dtype, add_w)?;
     expect_weights(&grad_w, [experts, outer, inner], transposed)?;
     let offsets = Tensor::input("offsets", offsets)?;
     offsets.expect_shape(&[experts + 1], "E+1")?;
@@ -130,7 +131,7 @@ pub fn grouped_mm_grad_weight(
             offsets: offsets.buffer(),
             a: factor(&grad_out, outer),
             b: factor(&x, inner),
-            out: grad_w.buffer(),
+            out: (grad_w.buffer(), update),
         }
         .transposed(transposed);
         let bias = grad_bias.as_ref().map(|grad_bias| GradBias {
@@ -162,7 +163,8 @@ pub fn grouped_mm_grad_weight(
         let (grad_out, grad_bias) = (grad_out.ptr(), grad_bias.as_ref().map(Tensor::ptr_mut));
         // SAFETY: dtypes, shapes, separate memory and the offsets were checked.
         unsafe {
-            fastmoe_cpu::grouped_mm_grad_weight(&problem, grad_out, x.ptr(), grad_w.ptr_mut(), grad_bias)
+            let grad_w = (grad_w.ptr_mut(), update);
+            fastmoe_cpu::grouped_mm_grad_weight(&problem, grad_out, x.ptr(), grad_w, grad_bias)
         }
         Ok(())
     })

@@ -1,12 +1,12 @@
 //! `mlp_forward` and `mlp_backward`: the expert MLP over a routing plan.
 
-use fastmoe_core::validate_plan;
+use fastmoe_core::{Update, validate_plan};
 use fastmoe_cpu::{Activation, DType, Mlp, MlpGrads, RoutedRows, Threads};
 use fastmoe_cuda::Queue;
 use pyo3::prelude::*;
 
 use crate::backend::{Backend, buffer, check_indices, math};
-use crate::call::{compute, optional_input, optional_output, threads};
+use crate::call::{compute, optional_input, optional_output, threads, update};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::tensor::{Tensor, disjoint};
@@ -78,7 +78,7 @@ pub fn mlp_forward(
 #[pyo3(signature = (
     grad_out, x, w1, b1, w2, b2, weights, hidden, offsets, gather, inverse,
     grad_x, grad_weights, grad_w1, grad_b1, grad_w2, grad_b2, *,
-    activation, transposed, interleaved, threads
+    activation, transposed, interleaved, threads, add_w1=false, add_w2=false
 ))]
 #[expect(clippy::too_many_arguments, reason = "the arguments of the Python function")]
 pub fn mlp_backward(
@@ -104,6 +104,8 @@ pub fn mlp_backward(
     transposed: bool,
     interleaved: bool,
     threads: i64,
+    add_w1: bool,
+    add_w2: bool,
 ) -> Result<()> {
     let layout = Layout::new(activation, transposed, interleaved)?;
     let threads = self::threads(threads)?;
@@ -142,10 +144,17 @@ pub fn mlp_backward(
         &down_shape,
     ];
     let legends = ["T, H", "T, K", "like w1", "like b1", "like w2", "E, H"];
+    let update = |grad: &Option<Tensor>, adds| {
+        grad.as_ref().map_or(Ok(Update::Write), |grad| update(grad, sizes.dtype, adds))
+    };
+    let (up, down) = (update(&grads[2], add_w1)?, update(&grads[4], add_w2)?);
     for ((grad, shape), legend) in grads.iter().zip(shapes).zip(legends) {
         if let Some(grad) = grad {
-            let element =
-                if legend == "T, K" { Element::of_weights(sizes.dtype) } else { sizes.dtype.into() };
+            let element = match legend {
+                "T, K" => Element::of_weights(sizes.dtype),
+                "like w1" | "like w2" => grad.element(),
+                _ => sizes.dtype.into(),
+            };
             grad.expect(element, shape, legend)?;
         }
     }
@@ -154,7 +163,7 @@ pub fn mlp_backward(
     if let Backend::Cuda(device) = Backend::of(inputs.chain(grads.iter().map(Option::as_ref)))? {
         let mlp = problem.on_device(py, sizes, layout)?;
         let [x, weights, w1, b1, w2, b2] = grads.each_ref().map(buffer);
-        let grads = fastmoe_cuda::MlpGrads { x, weights, w1, b1, w2, b2 };
+        let grads = fastmoe_cuda::MlpGrads { x, weights, w1: (w1, up), b1, w2: (w2, down), b2 };
         let (hidden, grad_out) = (hidden.buffer(), grad_out.buffer());
         let scratch = mlp.backward_scratch(&grads);
         return device.run(py, scratch, |queue| {
@@ -166,6 +175,7 @@ pub fn mlp_backward(
     compute(py, || {
         let mlp = problem.mlp(sizes, layout, threads)?;
         let [x, weights, w1, b1, w2, b2] = grads.each_ref().map(|grad| grad.as_ref().map(Tensor::ptr_mut));
+        let (w1, w2) = (w1.map(|w1| (w1, up)), w2.map(|w2| (w2, down)));
         let grads = MlpGrads { x, weights, w1, b1, w2, b2 };
         // SAFETY: dtypes, shapes, separate memory and the plan were checked.
         unsafe { fastmoe_cpu::mlp_backward(&mlp, hidden.ptr(), grad_out.ptr(), &grads) }
