@@ -275,51 +275,49 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
             }
             return;
         }
+        // A few rows at a time, whose sums go on to memory from the nearest cache.
         let stride = padded_cols::<M>(cols);
-        let sums = Scratch::<M::Acc>::new(rows.next_multiple_of(M::ROWS) * stride);
+        let sums = Scratch::<M::Acc>::new(M::ROWS * stride);
         let (a, a_stride) = job.a(expert, row);
         let all = job.of.rows(expert).len().div_ceil(M::UNIT);
-        let mut ahead = Prefetch::NONE;
-        for panel in (0..stride).step_by(M::COLS) {
-            let b = job.b(expert, col + panel);
+        let mut wide = [M::Acc::ZERO; TASK_COLS];
+        let mut rounded = [E::default(); TASK_COLS];
+        for (start, end) in row_groups::<M>(rows) {
             for k in (0..all).step_by(M::DEPTH) {
-                for (start, end) in row_groups::<M>(rows) {
+                for panel in (0..stride).step_by(M::COLS) {
                     // SAFETY: as promised by the caller of `matrix`; both operands are packed.
                     unsafe {
                         M::tile(Tile {
                             a: a.add(start * a_stride + k),
                             a_stride,
                             rows: end - start,
-                            b: b.add(k * M::COLS),
+                            b: job.b(expert, col + panel).add(k * M::COLS),
                             units: M::DEPTH.min(all - k),
-                            c: sums.ptr().add(start * stride + panel),
+                            c: sums.ptr().add(panel),
                             c_stride: stride,
                             accumulate: k > 0,
-                            ahead: &mut ahead,
+                            ahead: &mut Prefetch::NONE,
                         });
                     }
                 }
             }
-        }
-        let mut wide = [M::Acc::ZERO; TASK_COLS];
-        let mut rounded = [E::default(); TASK_COLS];
-        for r in 0..rows {
-            let sums = &sums[r * stride..][..cols];
-            match job.update {
-                Update::Write if job.streams => {
-                    E::narrow(sums, &mut rounded[..cols]);
-                    let out = out_row(r).as_mut_ptr().cast();
-                    // SAFETY: the row is this task's.
-                    unsafe { copy_past_caches(rounded.as_ptr().cast(), out, cols * size_of::<E>()) };
+            for r in start..end {
+                let sums = &sums[(r - start) * stride..][..cols];
+                match job.update {
+                    Update::Write if job.streams => {
+                        E::narrow(sums, &mut rounded[..cols]);
+                        // SAFETY: the row is this task's.
+                        unsafe { copy_past_caches::<M::V, E>(&rounded[..cols], out_row(r)) };
+                    }
+                    Update::Write => E::narrow(sums, out_row(r)),
+                    Update::Add => {
+                        E::widen(out_row(r), &mut wide[..cols]);
+                        add(sums, &mut wide[..cols]);
+                        E::narrow(&wide[..cols], out_row(r));
+                    }
+                    // SAFETY: the row lies in this task's part of dW, which has the type of sums.
+                    Update::AddWide => add(sums, unsafe { row_mut(job.out, first + r * n, cols) }),
                 }
-                Update::Write => E::narrow(sums, out_row(r)),
-                Update::Add => {
-                    E::widen(out_row(r), &mut wide[..cols]);
-                    add(sums, &mut wide[..cols]);
-                    E::narrow(&wide[..cols], out_row(r));
-                }
-                // SAFETY: the row lies in this task's part of dW, which has the type of sums.
-                Update::AddWide => add(sums, unsafe { row_mut(job.out, first + r * n, cols) }),
             }
         }
         fence();

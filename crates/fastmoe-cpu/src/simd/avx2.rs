@@ -34,6 +34,11 @@ unsafe impl Vector for F32x8 {
         unsafe { _mm256_storeu_ps(p, self.0) }
     }
     #[inline(always)]
+    unsafe fn store_past_caches(self, p: *mut f32) {
+        // SAFETY: see the impl.
+        unsafe { _mm256_stream_ps(p, self.0) }
+    }
+    #[inline(always)]
     unsafe fn add(self, other: Self) -> Self {
         // SAFETY: see the impl.
         Self(unsafe { _mm256_add_ps(self.0, other.0) })

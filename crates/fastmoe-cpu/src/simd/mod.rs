@@ -40,6 +40,12 @@ pub unsafe trait Vector: Copy {
     unsafe fn splat(p: *const Self::Cell) -> Self;
     unsafe fn load(p: *const Self::Cell) -> Self;
     unsafe fn store(self, p: *mut Self::Cell);
+    /// Stores past the caches, where the machine can; `p` is aligned to a register. See `fence`.
+    #[inline(always)]
+    unsafe fn store_past_caches(self, p: *mut Self::Cell) {
+        // SAFETY: as promised by the caller.
+        unsafe { self.store(p) }
+    }
     /// `self + other`.
     unsafe fn add(self, other: Self) -> Self;
     /// `self + a * b`.
@@ -72,20 +78,17 @@ pub unsafe trait Vector: Copy {
 /// Copies to memory that will not be read soon, past the caches; `dst` is visible after `fence`.
 ///
 /// # Safety
-/// Both are valid for `bytes` bytes and do not overlap.
+/// As `Vector`; the slices have one length.
 #[inline(always)]
-pub unsafe fn copy_past_caches(src: *const u8, dst: *mut u8, bytes: usize) {
-    // SAFETY: as promised by the caller; the streaming stores are aligned.
-    unsafe {
-        #[cfg(target_arch = "x86_64")]
-        if (dst as usize).is_multiple_of(16) && bytes.is_multiple_of(16) {
-            use std::arch::x86_64::{_mm_loadu_si128, _mm_stream_si128};
-            for i in (0..bytes).step_by(16) {
-                _mm_stream_si128(dst.add(i).cast(), _mm_loadu_si128(src.add(i).cast()));
-            }
-            return;
-        }
-        std::ptr::copy_nonoverlapping(src, dst, bytes);
+pub unsafe fn copy_past_caches<V: Vector, T: Copy>(src: &[T], dst: &mut [T]) {
+    let (bytes, register) = (size_of_val(src), size_of::<V>());
+    if !dst.as_ptr().addr().is_multiple_of(register) || !bytes.is_multiple_of(register) {
+        return dst.copy_from_slice(src);
+    }
+    let (src, dst) = (src.as_ptr().cast::<V::Cell>(), dst.as_mut_ptr().cast::<V::Cell>());
+    for i in 0..bytes / register {
+        // SAFETY: as promised by the caller; `dst` is aligned, and the bits of a number go through a register as they are.
+        unsafe { V::load(src.add(i * V::LANES)).store_past_caches(dst.add(i * V::LANES)) };
     }
 }
 
