@@ -29,9 +29,9 @@ class UnknownModel(ValueError):
 
 @cache
 def presets() -> dict[str, Any]:
-    """Configurations and published figures by name. Each has `config` and `published`, where `definition` is what
-    the publisher counts as active, if it says so. If the count does not `agree` with a figure, or there is none,
-    `unconfirmed` tells why."""
+    """Configurations and published figures by name. Each has `config` and `published`, where `definition` is
+    what the publisher counts as active, if it says so. `unconfirmed` tells why a count does not `agree` with
+    a figure, or that there is none."""
     return json.loads(resources.files(__package__).joinpath("presets.json").read_text())
 
 
