@@ -449,6 +449,52 @@ def test_losses_of_collected_stats(checkpointed):
     assert len(routed) == 6
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_stats_are_collected_of_a_compiled_model(within):
+    """Also of one that was compiled before, and where the block is part of the graph."""
+    torch._dynamo.reset()
+    model, x = Model(), torch.randn(T, H, dtype=WIDEST)
+
+    def step(layers):
+        with nn.collect_stats(model) as routed:
+            y = layers(x)
+        return y.sum() + auxiliary(routed)
+
+    def gradients(loss):
+        return loss, torch.autograd.grad(loss, list(model.parameters()))
+
+    expected = gradients(step(model))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(x)
+    if within:
+        whole = torch.compile(lambda: step(model), fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(gradients(whole() if within else step(compiled)), expected)
+    with nn.collect_stats(model) as routed:
+        compiled(x)
+        compiled(x)
+    compiled(x)
+    assert len(routed) == 6
+
+
+def test_collecting_of_a_compiled_checkpointed_model_is_refused():
+    torch._dynamo.reset()
+    model, x = Model(use_reentrant=False), torch.randn(T, H, dtype=WIDEST)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with nn.collect_stats(model), pytest.raises(torch._dynamo.exc.Unsupported, match="side effect"):
+        compiled(x)
+
+
+def test_the_innermost_block_collects():
+    model, x = Model(), torch.randn(T, H, dtype=WIDEST)
+    with nn.collect_stats(model) as outer:
+        with nn.collect_stats(model) as inner:
+            model(x)
+        assert (len(outer), len(inner)) == (0, 3)
+        model(x)
+    assert (len(outer), len(inner)) == (3, 3)
+
+
 def test_collected_stats_without_a_graph_are_told():
     model = Model(use_reentrant=True)
     x = torch.randn(T, H, dtype=WIDEST, requires_grad=True)
