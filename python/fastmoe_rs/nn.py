@@ -29,9 +29,11 @@ from .strategies import (
     GShardRouter,
     HashRouter,
     NoisyTopKRouter,
+    ProductKeyRouter,
     SharedRouter,
     SinkhornRouter,
     SparseMixerRouter,
+    TokenRoundingRouter,
 )
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "HashRouter",
     "MoE",
     "NoisyTopKRouter",
+    "ProductKeyRouter",
     "Router",
     "RouterOutput",
     "RoutingStats",
@@ -49,6 +52,7 @@ __all__ = [
     "SharedRouter",
     "SinkhornRouter",
     "SparseMixerRouter",
+    "TokenRoundingRouter",
     "collect_stats",
 ]
 
