@@ -378,7 +378,8 @@ class ProductKeyRouter(Router):
         self.top_k = top_k
 
     def choose(self, logits_T2N: Tensor, x_TH: Tensor) -> RouterOutput:
-        ids = routing.product_key_route(*logits_T2N.chunk(2, dim=1), self.top_k).ids
+        rows_TN, columns_TN = logits_T2N.chunk(2, dim=1)
+        ids = routing.product_key_route(rows_TN, columns_TN, self.top_k).ids
         return self.chosen(logits_T2N, x_TH, ids)
 
     def chosen(self, logits_T2N: Tensor, x_TH: Tensor, ids_TK: Tensor) -> RouterOutput:
