@@ -38,9 +38,10 @@ test: develop ## Run the Python and the Rust tests (ARGS goes to pytest)
 EMULATED := $(abspath target/emulated)
 EMULATED_KERNELS := $(abspath target/emulator/plain/libkernels.so)
 
-EMULATED_TESTS := $(patsubst %,tests/test_%.py,bad_input binding compile cuda_tensors driver_faults functional grok main_grad nn plan \
-	replay route routers routing telemetry training_contexts transformers transformers_adapters transformers_families \
-	two_backends)
+# Left out: programs that take minutes in an emulator, and what launches no kernel or looks at those of the CPU alone.
+PROGRAMS := bench demo examples gpu_programs
+NO_KERNELS := cuda_instructions cuda_layouts cuda_machine_code cuda_sources doctor explain isa packaging params reference
+EMULATED_TESTS := $(filter-out $(patsubst %,tests/test_%.py,$(PROGRAMS) $(NO_KERNELS)),$(wildcard tests/test_*.py))
 
 test-emulated: develop emulated ## Run the Python tests with CPU tensors sent through the CUDA path (ARGS goes to pytest)
 	FASTMOE_BACKEND=emulator FASTMOE_EMULATOR=$(EMULATED_KERNELS) FASTMOE_CHECK=1 PYTHONPATH=$(EMULATED)/python \

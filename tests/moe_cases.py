@@ -16,6 +16,7 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, t
 EMULATED = os.environ.get("FASTMOE_BACKEND") == "emulator"
 DTYPES = tuple(TOLERANCES)[1 if EMULATED else 0 :]
 WIDEST = DTYPES[0]
+trains = pytest.mark.cpu_only(reason="trains for minutes in an emulator")
 needs_float64 = pytest.mark.cpu_only(reason="in float64, for which GPUs have no kernels")
 
 
@@ -84,6 +85,14 @@ def assert_near(actual, expected, dtype=None, what=""):
     error = (actual.double() - expected).abs().max().item()
     allowed = TOLERANCES[dtype or actual.dtype] * max(expected.abs().max().item(), 0.1)
     assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def assert_same(actual, expected):
+    """One thing computed twice in WIDEST: by element in float64, up to the largest's rounding in float32."""
+    if torch.float64 == WIDEST:
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    else:
+        assert_near(actual, expected)
 
 
 def assert_matches_reference(function, oracle, arguments, options):

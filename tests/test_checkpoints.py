@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from fastmoe_rs import checkpoints, cli, functional, nn
 from fastmoe_rs.checkpoints import LAYOUTS, convert_checkpoint, convert_state_dict, files
+from moe_cases import WIDEST, assert_same
 
 E, H, I = 3, 6, 4
 PREFIX = "model.layers.{}.mlp.experts"
@@ -171,7 +172,7 @@ def by_hand(x, ids, weights, state, bias):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("to", sorted(name for name, layout in LAYOUTS.items() if layout.stacked))
 def test_a_converted_layer_gives_the_same_output(to, bias, tmp_path):
-    state = per_expert(bias=bias, dtype=torch.float64)
+    state = per_expert(bias=bias, dtype=WIDEST)
     save_file(state, tmp_path / "a.safetensors")
     convert_checkpoint(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to)
     loaded = load_file(tmp_path / "b.safetensors")
@@ -179,15 +180,15 @@ def test_a_converted_layer_gives_the_same_output(to, bias, tmp_path):
     if to != "fastmoe_rs":
         names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
     w1, w2, b1, b2 = (loaded.get(f"{PREFIX.format(1)}.{name}") for name in names)
-    x = torch.randn(10, H, dtype=torch.float64)
-    ids, weights, _ = functional.route(torch.randn(10, E, dtype=torch.float64), 2)
+    x = torch.randn(10, H, dtype=WIDEST)
+    ids, weights, _ = functional.route(torch.randn(10, E, dtype=WIDEST), 2)
     options = {"transposed": LAYOUTS[to].transposed, "interleaved": LAYOUTS[to].interleaved}
     y = functional.moe_mlp(x, ids, weights, w1, w2, b1=b1, b2=b2, **options)
-    torch.testing.assert_close(y, by_hand(x, ids, weights, state, bias))
+    assert_same(y, by_hand(x, ids, weights, state, bias))
     convert_checkpoint(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "per-expert", from_=to)
     back = load_file(tmp_path / "c.safetensors")
     same(back, state)
-    torch.testing.assert_close(y, by_hand(x, ids, weights, back, bias))
+    assert_same(y, by_hand(x, ids, weights, back, bias))
 
 
 @pytest.mark.parametrize(("family", "on_disk"), [("qwen3_moe", "per-expert"), ("mixtral", "mixtral")])

@@ -37,6 +37,7 @@ ROUTERS = {
     "balanced": lambda **o: nn.SinkhornRouter(16, 6, 2, **o),
     "with shared": lambda **o: nn.SharedRouter(16, 6, 2, num_shared=2, selection_bias=True, **o),
     "mixer": lambda **o: nn.SparseMixerRouter(16, 6, 2, **o),
+    "rounded": lambda **o: nn.TokenRoundingRouter(16, 6, 2, tile=4, **o),
 }
 
 

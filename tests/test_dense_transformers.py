@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import fastmoe_rs
 from fastmoe_rs.distillation import distillation_loss
 from fastmoe_rs.integrations.dense import dense_pretrained, upcycle_pretrained
+from moe_cases import trains
 from small_llama import evaluate, llama, train
 from transformers_models import build, relative, tokens
 
@@ -74,6 +75,7 @@ def test_dtype_is_kept_and_experts_are_drawn_from_a_seed():
     assert not torch.equal(experts[0], experts[1])
 
 
+@trains
 def test_upcycled_then_distilled():
     dense = llama()
     train(dense, 40)

@@ -13,6 +13,7 @@ from fastmoe_rs import nn, watch
 from fastmoe_rs.distillation import dense_student, distillation_loss, merge_experts
 from fastmoe_rs.integrations.grok import GrokMoE
 from fastmoe_rs.upcycling import upcycle
+from moe_cases import WIDEST, assert_same, trains
 
 SHARED = [None, 10]
 
@@ -25,20 +26,16 @@ def layer(shared=None, activation="swiglu", **options):
         2,
         activation=activation,
         shared_intermediate_size=shared,
-        dtype=torch.float64,
+        dtype=WIDEST,
         **options,
     )
 
 
 def expert(moe, e):
     """One expert as an MLP of its own."""
-    dense = nn.SharedExpert(16, 24, activation=moe.experts.activation, dtype=torch.float64)
+    dense = nn.SharedExpert(16, 24, activation=moe.experts.activation, dtype=WIDEST)
     dense.w1.data, dense.w2.data = moe.experts.w1.data[e], moe.experts.w2.data[e]
     return dense
-
-
-def near(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_merging_undoes_upcycling():
@@ -51,21 +48,21 @@ def test_merging_undoes_upcycling():
 @pytest.mark.parametrize("shared", SHARED)
 def test_average_weighs_experts_by_their_load(shared):
     moe, load = layer(shared), torch.tensor([3.0, 0.0, 1.0, 0.0, 0.0])  # need not sum to 1
-    x = torch.randn(7, 16, dtype=torch.float64)
+    x = torch.randn(7, 16, dtype=WIDEST)
     mean = expert(moe, 0)
     mean.w1.data = 0.75 * moe.experts.w1[0] + 0.25 * moe.experts.w1[2]
     mean.w2.data = 0.75 * moe.experts.w2[0] + 0.25 * moe.experts.w2[2]
-    near(merge_experts(moe, load)(x), mean(x) + (moe.shared(x) if shared else 0))
+    assert_same(merge_experts(moe, load)(x), mean(x) + (moe.shared(x) if shared else 0))
     equal = merge_experts(moe)
-    near(equal.w1[:24], moe.experts.w1[:, :24].mean(0))
-    near(merge_experts(moe, torch.zeros(5)).w1, equal.w1)  # nothing was routed
+    assert_same(equal.w1[:24], moe.experts.w1[:, :24].mean(0))
+    assert_same(merge_experts(moe, torch.zeros(5)).w1, equal.w1)  # nothing was routed
 
 
 @pytest.mark.parametrize("shared", SHARED)
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
 def test_gathered_experts_lie_side_by_side_scaled_by_their_share(activation, shared):
     moe, load = layer(shared, activation), torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2])
-    x = torch.randn(7, 16, dtype=torch.float64)
+    x = torch.randn(7, 16, dtype=WIDEST)
     dense = merge_experts(moe, load, gather=3)
     assert dense.w2.shape == (16, 3 * 24 + (shared or 0))
     expected = (0.4 * expert(moe, 1)(x) + 0.3 * expert(moe, 3)(x) + 0.2 * expert(moe, 4)(x)) / 0.9
@@ -84,7 +81,7 @@ def test_student_replaces_every_layer_of_a_copy():
     model = torch.nn.Sequential(layer(), torch.nn.Tanh(), layer(shared=10)).eval()
     before = copy.deepcopy(model.state_dict())
     watched = watch(model)
-    model(torch.randn(50, 16, dtype=torch.float64))
+    model(torch.randn(50, 16, dtype=WIDEST))
     load = {name: stats.load for name, stats in watched.stats().items()}
     watched.close()
     student = dense_student(model, load, gather=2)
@@ -189,6 +186,7 @@ def test_no_token_counts():
     assert (logits.grad == 0).all()
 
 
+@trains
 def test_student_learns_to_follow_the_teacher():
     pytest.importorskip("transformers", "5", reason="trains a small Llama")
     from fastmoe_rs.upcycling import upcycle_model

@@ -6,10 +6,11 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from fastmoe_rs import functional, losses, routing
+from moe_cases import WIDEST, needs_float64
 
 
-def double(*shape, scale=2.0):
-    return (scale * torch.randn(*shape, dtype=torch.float64)).requires_grad_()
+def double(*shape, scale=2.0, dtype=torch.float64):
+    return (scale * torch.randn(*shape, dtype=torch.float64)).to(dtype).requires_grad_()
 
 
 def written_out(logits, picks, real=None, score="softmax"):
@@ -125,7 +126,7 @@ def test_sequence_wise_loss_survives_scores_that_underflow():
 
 
 def test_importance():
-    logits = double(9, 5)
+    logits = double(9, 5, dtype=WIDEST)
     ids, weights, _ = functional.route(logits, 2, order="topk_score")
     importance = [weights[ids == e].sum() for e in range(5)]
     wanted = coefficient_of_variation(importance) ** 2
@@ -139,7 +140,7 @@ def test_importance():
 
 def test_load_with_the_smooth_estimator():
     """Eq. 8 to 11 of the paper: P(x, i) is the chance of being among the K best with new noise of its own."""
-    clean, raw = double(9, 5), double(9, 5)
+    clean, raw = double(9, 5, dtype=WIDEST), double(9, 5, dtype=WIDEST)
     routed = routing.noisy_top_k_route(clean, raw, 2, seed=3)
     noisy = clean + routing.normal(clean, seed=3) * (F.softplus(raw) + 1e-2)
     load = []
@@ -171,10 +172,11 @@ LOSSES = {
     "load": lambda x, **o: losses.load_loss(routing.noisy_top_k_route(x, x.flip(1), 2, seed=1).load, **o),
     "z": losses.router_z_loss,
 }
-MEANS = sorted(LOSSES.keys() - {"importance", "load"})
+ROUTED = ("importance", "load")  # these run a router, the others are torch's sums alone
+MEANS = sorted(LOSSES.keys() - {*ROUTED})
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [*MEANS, *(pytest.param(name, marks=needs_float64) for name in ROUTED)])
 def test_gradcheck(name):
     logits, mask = double(6, 4), torch.tensor([1, 1, 0, 1, 1, 0])
     assert torch.autograd.gradcheck(lambda x: LOSSES[name](x, mask=mask), logits)
@@ -303,7 +305,7 @@ def step_of_rank(rank, rendezvous, results):
 
 def global_batch():
     generator = torch.Generator().manual_seed(4)
-    logits = torch.randn(12, 5, dtype=torch.float64, generator=generator)
+    logits = torch.randn(12, 5, dtype=WIDEST, generator=generator)
     return logits.requires_grad_(), torch.tensor([1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 0, 0])
 
 

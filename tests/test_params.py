@@ -2,7 +2,6 @@
 
 import json
 import re
-from decimal import Decimal
 
 import pytest
 import torch
@@ -100,18 +99,33 @@ def test_counts_switch_transformers():
 
 @pytest.mark.parametrize("name", params.presets())
 def test_presets_have_the_published_sizes(name):
-    """The total within 1%; the active figure within 1%, or one unit of a last digit that may be cut off."""
+    """Rounded to the same digits, or within 1%: the total always, the active figure unless it is marked."""
     entry = params.presets()[name]
-    published = entry["published"]
-    counted = counting.count(entry["config"])
-    assert counted.total / 1e9 == pytest.approx(float(published["total"][:-1]), rel=0.01)
-    if "unconfirmed" in entry:
-        assert "active" in entry["unconfirmed"]
-        return
-    unlooked = counted.lookup if published.get("active_without_lookup") else 0
-    active = Decimal(published["active"][:-1])
-    unit, active = 10.0 ** active.as_tuple().exponent, float(active)
-    assert (counted.active - unlooked) / 1e9 == pytest.approx(active, abs=max(unit, 0.01 * active))
+    published, numbers = entry["published"], params.facts(counting.count(entry["config"]), 0, 1)
+    assert params.agree(published["total"], numbers["total"])
+    active = numbers[params.active_as(published)]
+    agrees = "active" in published and params.agree(published["active"], active)
+    assert agrees == ("unconfirmed" not in entry)
+    if not agrees:
+        reason = f"active parameters: the configuration gives {active / 1e9:.2f}B"
+        assert entry["unconfirmed"].startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("figure", "counted", "agree"),
+    [
+        ("1.3B", 1_282_000_000, True),  # rounds to it
+        ("1.3B", 1_249_000_000, False),
+        ("3.3B", 3_353_000_000, False),  # one unit off, and 1.6%
+        ("36.7B", 36_400_000_000, True),  # 0.8%
+        ("37B", 37_499_000_000, True),
+        ("37B", 37_501_000_000, False),
+        ("400B", 404_000_001_000, False),
+        ("400B", 401_600_000_000, True),
+    ],
+)
+def test_when_a_count_agrees_with_a_figure(figure, counted, agree):
+    assert params.agree(figure, counted) == agree
 
 
 def test_flops_are_those_that_torch_counts():
@@ -154,16 +168,27 @@ def test_the_command(tmp_path, capsys):
     for words in (
         "routed experts, 2 of 8",
         "315.68",
-        "314B in all (counted +0.5%), 86B active (counted -2.6%): model card of xai-org/grok-1",
+        "314B in all (counted +0.5%): README.md of xai-org/grok-1",
+        "counted as active: not defined by the source, so all that a token uses",
         "unconfirmed: active parameters",
         "dense, equally active",
     ):
         assert words in text
 
 
+def test_the_command_tells_what_the_publisher_counts(capsys):
+    assert cli.main(["params", "gpt-oss-120b"]) == 0
+    text = capsys.readouterr().out
+    assert "5.13B active (counted 5.13 without input embeddings, +0.1%): arXiv:2508.10925" in text
+    assert "counted as active: with the output head, without input embeddings" in text
+
+
 def test_the_command_without_a_model_lists_the_presets(capsys):
     assert cli.main(["params"]) == 0
-    lines = capsys.readouterr().out.splitlines()[1:]
+    table, _, legend = capsys.readouterr().out.partition("\n\n")
+    assert "active: what a token uses" in legend
+    assert "unconfirmed: the count" in legend
+    lines = table.splitlines()[1:]
     assert [line.split()[0] for line in lines] == list(params.presets())
     for line, entry in zip(lines, params.presets().values(), strict=True):
         assert entry["published"]["total"] in line

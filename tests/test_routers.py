@@ -42,6 +42,7 @@ ROUTERS = {
     "logit_noise": lambda **o: nn.Router(H, E, 2, logit_noise=0.5, **o),
     "shared": lambda **o: nn.SharedRouter(H, E, 2, num_shared=2, scale=8.0, selection_bias=True, **o),
     "sparsemixer": lambda **o: nn.SparseMixerRouter(H, E, 2, nearness=5.0, **o),
+    "rounding": lambda **o: nn.TokenRoundingRouter(H, E, 2, score="sigmoid", tile=4, **o),
 }
 
 
@@ -110,6 +111,9 @@ def by_function(name, router, logits, x):
         ids, weights, _ = routing.sinkhorn_route(logits, 2, training=training, iterations=10)
     if name == "hash":
         ids, weights, _ = routing.hash_route(logits, router.table, TOKENS, renormalize=True)
+    if name == "rounding":
+        routed = functional.route(logits, 2, score="sigmoid")
+        ids, weights, _ = routing.round_tokens(routed, 4) if training else routed
     if name == "sparsemixer":
         ids, weights, _ = routing.sparsemixer_route(logits, 2, jitter=5.0, training=training, seed=seed)
     return ids, ids, weights
@@ -285,51 +289,77 @@ def test_any_module_that_returns_a_routing():
     torch.testing.assert_close(watched.stats()["0"].load, stats.load)
 
 
-class Rounded(nn.Router):
-    """Whole tiles for every expert while it trains, the example of docs/routing.md."""
+class Exploring(nn.Router):
+    """A tenth of the tokens go anywhere while it trains, the example of docs/routing.md."""
 
     def choose(self, logits, x):
-        plain = super().choose(logits, x)
         if not self.training:
-            return plain
-        rounded = routing.round_tokens(Routing(*plain[:3]), tile=4)
-        return plain._replace(ids=rounded.ids, weights=rounded.weights)
-
-    def rows(self, tokens):
-        return tokens * self.top_k + 4 * len(self.weight)
+            return super().choose(logits, x)
+        anywhere = torch.rand(len(x), 1, device=x.device) < 0.1
+        ids = torch.where(anywhere, torch.rand_like(logits), logits).topk(self.top_k).indices
+        return self.chosen(logits, x, ids)
 
 
 def test_choice_of_a_subclass():
-    moe = nn.MoE(H, I, E, router=Rounded(H, E, 2, renormalize=True, dtype=WIDEST), dtype=WIDEST)
+    moe = nn.MoE(H, I, E, router=Exploring(H, E, 2, renormalize=True, dtype=WIDEST), dtype=WIDEST)
     x = torch.randn(T, H, dtype=WIDEST)
     y, stats = moe(x, return_stats=True)
-    plain = functional.route(x @ moe.router.weight.T, 2, renormalize=True)
-    ids, weights, _ = routing.round_tokens(plain, 4)
+    logits, ids = x @ moe.router.weight.T, stats.router.ids
+    plain = functional.route(logits, 2, renormalize=True)
+    assert 0 < (ids != plain.ids).any(1).sum() < T / 2
+    weights = functional.route_weights(logits, ids, renormalize=True)
     torch.testing.assert_close(y, by_dense_weights(moe, x, ids, weights))
-    assert (stats.routes % 4 == 0).all()
-    assert len(stats.plan.gather) == T * 2 + 4 * E
     moe.eval()
     torch.testing.assert_close(moe(x), by_dense_weights(moe, x, plain.ids, plain.weights))
 
 
-class ProductKeys(torch.nn.Linear):
-    """The two best of 9 experts by the sums of 3 row and 3 column logits."""
+@pytest.mark.parametrize("rounding", ["nearest", "up", "down"])
+def test_token_rounding_fills_whole_tiles(rounding):
+    moe = nn.MoE(H, I, E, router=nn.TokenRoundingRouter(H, E, 2, tile=4, rounding=rounding))
+    _, stats = moe(torch.randn(T, H), return_stats=True)
+    assert (stats.routes % 4 == 0).all()
+    assert stats.dropped == 0
+    plain = functional.route(stats.router.logits, 2)
+    assert torch.equal(stats.router.ids, routing.round_tokens(plain, 4, rounding=rounding).ids)
+    assert len(stats.plan.gather) == T * 2 + 4 * E  # not the T * E that ids have room for
 
-    def forward(self, x):
-        rows, columns = super().forward(x).chunk(2, dim=1)
-        ids, weights, _ = routing.product_key_route(rows, columns, 2)
-        return Routing(ids, weights, (rows[:, :, None] + columns[:, None, :]).flatten(1).softmax(1))
 
+@pytest.mark.parametrize(
+    "options", [{}, {"score": "sigmoid", "renormalize": True, "scale": 2.0, "bias": True}]
+)
+def test_product_keys_in_a_layer(options):
+    """Nine experts by three rows and three columns are those of a plain router with all nine keys."""
+    router = nn.ProductKeyRouter(H, 9, 4, **options, dtype=WIDEST)  # more than a plain one has of the 6 keys
+    moe = nn.MoE(H, I, 9, router=router, dtype=WIDEST)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.normal_()
+    x = torch.randn(T, H, dtype=WIDEST, requires_grad=True)
 
-def test_product_keys_in_a_layer():
-    moe = nn.MoE(H, I, 9, router=ProductKeys(H, 6, bias=False, dtype=WIDEST), dtype=WIDEST)
-    x = torch.randn(T, H, dtype=WIDEST)
-    y, stats = moe(x, return_stats=True)
-    rows, columns = moe.router.weight[:3], moe.router.weight[3:]
-    keys = (rows[:, None] + columns[None]).flatten(0, 1)
-    ids, weights, scores = functional.route(x @ keys.T, 2, order="topk_score")
-    torch.testing.assert_close(y, moe.experts(x, ids, weights))
-    torch.testing.assert_close(stats.router.scores, scores)
+    def of_all(rows_and_columns):
+        return (rows_and_columns[:3, None] + rows_and_columns[None, 3:]).flatten(0, 1)
+
+    logits = F.linear(x, of_all(router.weight), of_all(router.bias) if options else None)
+    scoring = {name: value for name, value in options.items() if name != "bias"}
+    ids, weights, scores = functional.route(logits, 4, order="topk_score", **scoring)
+    model = torch.nn.Sequential(moe)
+    with record_routing(model) as recorded:
+        y, stats = moe(x, return_stats=True)
+    assert_close(y, moe.experts(x, ids, weights))
+    assert torch.equal(stats.router.ids, ids)
+    assert_close(stats.router.logits, logits)
+    assert_close(stats.router.scores, scores)
+    grads, wanted = (
+        torch.autograd.grad(out.square().sum(), (x, *router.parameters()), retain_graph=True)
+        for out in (y, moe.experts(x, ids, weights))
+    )
+    for grad, want in zip(grads, wanted, strict=True):
+        assert_close(grad, want)
+    with replay_routing(model, recorded):
+        torch.testing.assert_close(moe(x), y)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(moe, fullgraph=True, backend="aot_eager")(x), y)
+    assert str(router).startswith(f"ProductKeyRouter({H}, 6, top_k=4")
 
 
 def test_load_ignores_ids_that_are_no_expert():
@@ -449,6 +479,52 @@ def test_losses_of_collected_stats(checkpointed):
     assert len(routed) == 6
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_stats_are_collected_of_a_compiled_model(within):
+    """Also of one that was compiled before, and where the block is part of the graph."""
+    torch._dynamo.reset()
+    model, x = Model(), torch.randn(T, H, dtype=WIDEST)
+
+    def step(layers):
+        with nn.collect_stats(model) as routed:
+            y = layers(x)
+        return y.sum() + auxiliary(routed)
+
+    def gradients(loss):
+        return loss, torch.autograd.grad(loss, list(model.parameters()))
+
+    expected = gradients(step(model))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(x)
+    if within:
+        whole = torch.compile(lambda: step(model), fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(gradients(whole() if within else step(compiled)), expected)
+    with nn.collect_stats(model) as routed:
+        compiled(x)
+        compiled(x)
+    compiled(x)
+    assert len(routed) == 6
+
+
+def test_collecting_of_a_compiled_checkpointed_model_is_refused():
+    torch._dynamo.reset()
+    model, x = Model(use_reentrant=False), torch.randn(T, H, dtype=WIDEST)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with nn.collect_stats(model), pytest.raises(torch._dynamo.exc.Unsupported, match="side effect"):
+        compiled(x)
+
+
+def test_the_innermost_block_collects():
+    model, x = Model(), torch.randn(T, H, dtype=WIDEST)
+    with nn.collect_stats(model) as outer:
+        with nn.collect_stats(model) as inner:
+            model(x)
+        assert (len(outer), len(inner)) == (0, 3)
+        model(x)
+    assert (len(outer), len(inner)) == (3, 3)
+
+
 def test_collected_stats_without_a_graph_are_told():
     model = Model(use_reentrant=True)
     x = torch.randn(T, H, dtype=WIDEST, requires_grad=True)
@@ -506,6 +582,21 @@ def test_noisy_routers_feed_importance_and_load():
         (lambda: nn.Router(H, E, 2, logit_noise=-1.0), ValueError, "logit_noise: got -1.0, wanted a finite"),
         (lambda: nn.SharedRouter(H, E, 2, num_shared=0), ValueError, "num_shared: got 0"),
         (lambda: nn.GShardRouter(H, E, second="third"), ValueError, "second: got 'third'"),
+        (lambda: nn.TokenRoundingRouter(H, E, 2, tile=0), ValueError, "tile: got 0"),
+        (lambda: nn.TokenRoundingRouter(H, E, 2, rounding="even"), ValueError, "rounding: got 'even'"),
+        (
+            lambda: nn.TokenRoundingRouter(H, E, 2, renormalize=True),
+            ValueError,
+            "renormalize: got True, wanted no such option of this router",
+        ),
+        (lambda: nn.ProductKeyRouter(H, 6, 2), ValueError, "num_experts: got 6, wanted a square number"),
+        (lambda: nn.ProductKeyRouter(H, -4, 2), ValueError, "num_experts: got -4, wanted a square number"),
+        (lambda: nn.ProductKeyRouter(H, 9, 10), ValueError, "top_k: got 10, wanted 1 to 9"),
+        (
+            lambda: nn.ProductKeyRouter(H, 9, 2, selection_bias=True),
+            ValueError,
+            "selection_bias: got True, wanted no such option of this router",
+        ),
         (lambda: nn.HashRouter(H, E, 2, vocab_size=0), ValueError, "vocab_size: got 0"),
         (
             lambda: build("hash")(torch.randn(3, H), token_ids=TOKENS),

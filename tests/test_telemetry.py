@@ -104,13 +104,17 @@ def test_statistics_do_not_read_the_device():
     watched.reset()
 
 
-def test_compiled_in_one_graph():
-    model, x = Model(), torch.randn(30, 16)
+@pytest.mark.parametrize("use_reentrant", [None, False], ids=["plain", "checkpointed"])
+def test_compiled_in_one_graph(use_reentrant):
+    """Also layers that are watched once they were compiled, and that the backward recomputes."""
+    torch._dynamo.reset()
+    model, x = Model(use_reentrant), torch.randn(30, 16)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(x)
     watched = watch(model)
     model(x)
     expected = watched.stats()
     watched.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled(x).sum().backward()
     assert_same(watched.stats(), expected)
 

@@ -16,6 +16,7 @@ pytest.importorskip("transformers", "5", reason="reads the MLPs of transformers"
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from moe_cases import WIDEST, assert_same, trains
 from small_llama import evaluate, llama, train
 from transformers_models import relative, tokens
 
@@ -32,17 +33,17 @@ def llama_mlp(**options):
 @pytest.mark.parametrize("activation", reference.GATED + reference.UNGATED)
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_layer_computes_what_the_dense_one_did(activation, top_k):
-    dense = nn.SharedExpert(16, 24, activation=activation, dtype=torch.float64)
+    dense = nn.SharedExpert(16, 24, activation=activation, dtype=WIDEST)
     layer = upcycle(dense, 5, top_k)
-    x = torch.randn(3, 7, 16, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), dense(x), rtol=1e-12, atol=1e-12)
+    x = torch.randn(3, 7, 16, dtype=WIDEST)
+    assert_same(layer(x), dense(x))
 
 
 @pytest.mark.parametrize("options", [{}, {"mlp_bias": True}, {"hidden_act": "gelu_pytorch_tanh"}], ids=str)
 def test_mlp_of_transformers_is_read_with_its_biases_and_activation(options):
-    dense = llama_mlp(**options).double()
-    x = torch.randn(7, 16, dtype=torch.float64)
-    torch.testing.assert_close(upcycle(dense, 4, 2)(x), dense(x), rtol=1e-12, atol=1e-12)
+    dense = llama_mlp(**options).to(WIDEST)
+    x = torch.randn(7, 16, dtype=WIDEST)
+    assert_same(upcycle(dense, 4, 2)(x), dense(x))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
@@ -131,6 +132,7 @@ def test_nothing_waits_for_the_device():
     assert moe(torch.randn(7, 16, device="meta")).shape == (7, 16)
 
 
+@trains
 @pytest.mark.parametrize("options", [{}, {"redraw": 0.5}], ids=str)
 def test_training_goes_on_below_the_loss_of_the_dense_model(options):
     model = llama()

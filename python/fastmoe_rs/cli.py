@@ -83,7 +83,8 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
 
 def add_params(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Parameters, memory, FLOPs and bytes per token of a model, beside an equally fast dense one."
+        "Parameters, memory, FLOPs and bytes per token of a model, beside an equally fast dense one. "
+        "Active parameters are those that one token uses, both embedding tables in full among them."
     )
     parser.add_argument(
         "model",

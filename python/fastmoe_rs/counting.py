@@ -70,7 +70,10 @@ class Count:
 
     @property
     def active(self) -> int:
-        """Parameters that one token uses, the whole embedding table among them."""
+        """Parameters that one token uses: all but the experts that it is not sent to and a vision tower.
+
+        Both embedding tables count in full; some publishers leave out that of the inputs (`lookup`), or both.
+        """
         return sum(part.active for part in self.parts.values())
 
     def flops(self, context: int = 0) -> int:

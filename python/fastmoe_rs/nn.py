@@ -9,7 +9,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,11 @@ from .strategies import (
     GShardRouter,
     HashRouter,
     NoisyTopKRouter,
+    ProductKeyRouter,
     SharedRouter,
     SinkhornRouter,
     SparseMixerRouter,
+    TokenRoundingRouter,
 )
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "HashRouter",
     "MoE",
     "NoisyTopKRouter",
+    "ProductKeyRouter",
     "Router",
     "RouterOutput",
     "RoutingStats",
@@ -49,6 +52,7 @@ __all__ = [
     "SharedRouter",
     "SinkhornRouter",
     "SparseMixerRouter",
+    "TokenRoundingRouter",
     "collect_stats",
 ]
 
@@ -270,6 +274,7 @@ class MoE(nn.Module):
         if shared_gate:
             self.shared_gate = nn.Linear(hidden_size, 1, bias=False, **made)
         self.counters: telemetry.Counters | None = None
+        self.kept: list[RoutingStats] | None = None  # within a block of `collect_stats`, its list
 
     def forward(
         self, x: Tensor, *, plan: RoutingPlan | None = None, return_stats: bool = False, **inputs: Any
@@ -290,6 +295,10 @@ class MoE(nn.Module):
             plan = self._plan(router)
         if self.counters is not None:
             self.counters.add(router.ids, router.logits, _dropped(router.ids, plan))
+        stats = RoutingStats(router, plan)
+        if self.kept is not None and not telemetry.recomputing():
+            self._warn_without_graph(router)
+            self.kept.append(stats)
         y_TH = self.experts(x_TH, router.ids, router.weights, plan=plan)
         if self.identity_experts:
             weight_T = identity_weight(router.ids, router.weights, self.num_experts)
@@ -300,7 +309,7 @@ class MoE(nn.Module):
                 weights_TS = self.shared_gate(x_TH).sigmoid()
             y_TH = y_TH + self.shared(x_TH, weights_TS)
         y = y_TH.reshape(x.shape)
-        return (y, RoutingStats(router, plan)) if return_stats else y
+        return (y, stats) if return_stats else y
 
     def stats(self) -> telemetry.Stats:
         """How the layer routed since it is watched, or since the last reset; see `fastmoe_rs.watch`.
@@ -311,6 +320,16 @@ class MoE(nn.Module):
         if self.counters is None:
             raise RuntimeError("stats: nothing was counted, call fastmoe_rs.watch(model) before the forward")
         return self.counters.stats()
+
+    def _warn_without_graph(self, router: RouterOutput) -> None:
+        learns = self.router.training and any(p.requires_grad for p in self.router.parameters())
+        if learns and not router.logits.requires_grad and not torch.compiler.is_compiling():
+            warnings.warn(
+                "collect_stats: a router ran without a graph, so losses of its logits have no "
+                "gradient (torch.no_grad, or checkpointing with use_reentrant=True)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _plan(self, router: RouterOutput) -> RoutingPlan:
         experts, capacity = self.num_experts, None
@@ -340,6 +359,10 @@ def collect_stats(model: nn.Module) -> Iterator[list[RoutingStats]]:
     backward are not kept again. Reentrant checkpointing runs the first forward without a graph, so that no
     loss of what is kept has a gradient: pass use_reentrant=False.
 
+    Under `torch.compile` the block may be around the compiled model or within what is compiled; a forward is
+    compiled for the length that the list has when it begins. Checkpointed layers cannot be compiled within a
+    block: torch refuses what would reach out of them. Of blocks within one another the innermost keeps.
+
     Raises:
         ValueError: `model` has no MoE layer.
 
@@ -350,31 +373,14 @@ def collect_stats(model: nn.Module) -> Iterator[list[RoutingStats]]:
     if not layers:
         _check.wanted("model", type(model).__name__, "a module with nn.MoE layers")
     routed: list[RoutingStats] = []
-    outputs: dict[nn.Module, RouterOutput] = {}
-
-    def keep_output(router: nn.Module, args: Any, output: Any) -> None:
-        outputs[router] = RouterOutput.of(output)
-
-    with ExitStack() as hooks:
-        for moe in layers:
-
-            def keep(experts: nn.Module, args: Any, kwargs: Any, router: nn.Module = moe.router) -> None:
-                output = outputs.pop(router)
-                if telemetry.recomputing():
-                    return
-                learns = router.training and any(p.requires_grad for p in router.parameters())
-                if learns and not output.logits.requires_grad:
-                    warnings.warn(
-                        "collect_stats: a router ran without a graph, so losses of its logits have no "
-                        "gradient (torch.no_grad, or checkpointing with use_reentrant=True)",
-                        RuntimeWarning,
-                        stacklevel=2,
-                    )
-                routed.append(RoutingStats(output, kwargs["plan"]))
-
-            hooks.callback(moe.router.register_forward_hook(keep_output).remove)
-            hooks.callback(moe.experts.register_forward_pre_hook(keep, with_kwargs=True).remove)
+    before = [moe.kept for moe in layers]
+    for moe in layers:
+        moe.kept = routed
+    try:
         yield routed
+    finally:
+        for moe, kept in zip(layers, before, strict=True):
+            moe.kept = kept
 
 
 def _dropped(ids_TK: Tensor, plan: RoutingPlan) -> Tensor:

@@ -1,4 +1,9 @@
-"""`python -m fastmoe_rs params`: the size of a model, beside that of a dense one that is as fast."""
+"""`python -m fastmoe_rs params`: the size of a model, beside that of a dense one that is as fast.
+
+Active parameters are those that one token uses (`counting.Count.active`), both embedding tables in full among
+them. A published figure is held against that, or against what its publisher says to count: OpenAI leaves out
+the table of input embeddings. Where a publisher says nothing, no definition is sought that fits.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,11 @@ from typing import Any
 from .counting import BITS, Count, count
 
 GIGA = 1e9
+LEGEND = (
+    "active: what a token uses, both embedding tables in full among it, unless its publisher says otherwise",
+    "unconfirmed: the count neither rounds to the published figure nor is within 1% of it, or there is none;",
+    "             `params NAME` tells why",
+)
 
 
 class UnknownModel(ValueError):
@@ -19,9 +29,16 @@ class UnknownModel(ValueError):
 
 @cache
 def presets() -> dict[str, Any]:
-    """Configurations and published figures by name. Each has `config` and `published`; where a figure was not
-    published as a number, `unconfirmed` says so."""
+    """Configurations and published figures by name. Each has `config` and `published`, where `definition` is
+    what the publisher counts as active, if it says so. `unconfirmed` tells why a count does not `agree` with
+    a figure, or that there is none."""
     return json.loads(resources.files(__package__).joinpath("presets.json").read_text())
+
+
+def agree(figure: str, counted: int) -> bool:
+    """Whether a count rounds to a published figure such as "12.9B", at its digits, or is within 1% of it."""
+    decimals = len(figure.removesuffix("B").partition(".")[2])
+    return f"{counted / GIGA:.{decimals}f}B" == figure or abs(_difference(figure, counted)) <= 0.01
 
 
 def load(model: str) -> tuple[str, dict[str, Any]]:
@@ -54,6 +71,11 @@ def load(model: str) -> tuple[str, dict[str, Any]]:
         raise UnknownModel(f"got {model!r}, wanted a config.json or one of {', '.join(presets())}")
     name = (exact or matches)[0]
     return name, presets()[name]
+
+
+def active_as(published: dict[str, Any]) -> str:
+    """The entry of `facts` that a published active figure stands for."""
+    return "active_without_lookup" if published.get("active_without_lookup") else "active"
 
 
 def facts(counted: Count, context: int, tokens: int) -> dict[str, Any]:
@@ -112,7 +134,11 @@ def report(model: str, *, context: int = 0, tokens: int = 1, as_json: bool = Fal
         return json.dumps({"name": name, **numbers, **published}, indent=2)
     lines = [f"{name} ({counted.model_type})", *_table(numbers)]
     if published:
-        lines += ["", "published: " + _published(published["published"], numbers)]
+        lines += ["", f"published: {_published(published['published'], numbers)}"]
+        defined = published["published"].get(
+            "definition", "not defined by the source, so all that a token uses"
+        )
+        lines.append(f"counted as active: {defined}")
     if "unconfirmed" in published:
         lines.append(f"unconfirmed: {entry['unconfirmed']}")
     return "\n".join(lines)
@@ -143,6 +169,7 @@ def overview(*, as_json: bool = False) -> str:
             f"{name:<26}{numbers['total'] / GIGA:>9.2f}{numbers['active'] / GIGA:>9.2f}   "
             f"{mark}{_published(entry['published'], numbers)}"
         )
+    lines += ["", *LEGEND]
     return "\n".join(lines)
 
 
@@ -193,10 +220,15 @@ def _row(label: str, *values: str) -> str:
 
 def _published(figures: dict[str, Any], numbers: dict[str, Any]) -> str:
     """The figures of others, and by how much those of the configuration differ from them."""
-    active = "active_without_lookup" if figures.get("active_without_lookup") else "active"
     said = []
-    for figure, number, what in (("total", "total", "in all"), ("active", active, "active")):
-        if figure in figures:
-            counted = numbers[number] / GIGA / float(figures[figure].removesuffix("B")) - 1
-            said.append(f"{figures[figure]} {what} (counted {counted:+.1%})")
+    for name, number, what in (("total", "total", "in all"), ("active", active_as(figures), "active")):
+        if name in figures:
+            counted = f"{_difference(figures[name], numbers[number]):+.1%}"
+            if number == "active_without_lookup":
+                counted = f"{numbers[number] / GIGA:.2f} without input embeddings, {counted}"
+            said.append(f"{figures[name]} {what} (counted {counted})")
     return f"{', '.join(said)}: {figures['source']}"
+
+
+def _difference(figure: str, counted: int) -> float:
+    return counted / GIGA / float(figure.removesuffix("B")) - 1

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _check, routing
+from .functional import Routing
 from .routers import Router, RouterOutput, uniform_
 from .routing.capacity import QUEUES, gshard_choice
+from .routing.token_rounding import ROUNDINGS
 
 
 class CapacityRouter(Router):
@@ -313,6 +315,83 @@ class SharedRouter(Router):
 
     def chosen(self, logits_TE: Tensor, x_TH: Tensor, ids_TK: Tensor) -> RouterOutput:
         return self.choose(logits_TE, x_TH, ids_TK=ids_TK)
+
+
+class TokenRoundingRouter(Router):
+    """In training, every expert gets whole tiles of tokens (SonicMoE, arXiv:2512.14080).
+
+    See `routing.round_tokens`. Every route weighs what its expert scores, one that rounding added too:
+    renormalized or scaled weights depend on which routes those are, and a replay cannot tell.
+
+    Args:
+        hidden_size, num_experts, top_k: H, E, K.
+        tile, rounding: see `routing.round_tokens`.
+        options: as for `Router`, without order, renormalize, scale and expert_scale.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        tile: int = 64,
+        rounding: str = "nearest",
+        **options: Any,
+    ) -> None:
+        _refuse(options, "order", "renormalize", "renormalize_eps", "scale", "expert_scale")
+        super().__init__(hidden_size, num_experts, top_k, **options)
+        _check.positive(tile=tile)
+        _check.one_of("rounding", rounding, ROUNDINGS)
+        self.tile, self.rounding = tile, rounding
+
+    def rows(self, tokens: int) -> int:
+        """The most routes that rounding leaves, of the T * E that ids have room for."""
+        return tokens * self.top_k + self.tile * self.weight.shape[0]
+
+    def choose(self, logits_TE: Tensor, x_TH: Tensor) -> RouterOutput:
+        output = super().choose(logits_TE, x_TH)
+        if not self.training:
+            return output
+        picked = Routing(output.ids, output.weights, output.scores)
+        return RouterOutput(*routing.round_tokens(picked, self.tile, rounding=self.rounding), logits_TE)
+
+
+class ProductKeyRouter(Router):
+    """The K best of N * N experts by sums of N row and N column logits; see `routing.product_key_route`.
+
+    Args:
+        hidden_size, num_experts, top_k: H, E = N * N, K.
+        options: score, renormalize, scale, softcap, jitter, bias, device, dtype, as for `Router`.
+
+    Parameters: `weight` [2N, H] and, with a bias, `bias` [2N]: rows, then columns.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, **options: Any) -> None:
+        keys = math.isqrt(max(num_experts, 0))
+        if keys * keys != num_experts:
+            _check.wanted("num_experts", num_experts, "a square number")
+        if not 1 <= top_k <= num_experts:
+            _check.wanted("top_k", top_k, f"1 to {num_experts}")
+        _refuse(options, "order", "n_group", "topk_group", "selection_bias", "expert_scale", "logit_noise")
+        super().__init__(hidden_size, 2 * keys, 1, order="topk_score", **options)
+        self.top_k = top_k
+
+    def choose(self, logits_T2N: Tensor, x_TH: Tensor) -> RouterOutput:
+        rows_TN, columns_TN = logits_T2N.chunk(2, dim=1)
+        ids = routing.product_key_route(rows_TN, columns_TN, self.top_k).ids
+        return self.chosen(logits_T2N, x_TH, ids)
+
+    def chosen(self, logits_T2N: Tensor, x_TH: Tensor, ids_TK: Tensor) -> RouterOutput:
+        rows_TN, columns_TN = logits_T2N.chunk(2, dim=1)
+        logits_TE = (rows_TN[:, :, None] + columns_TN[:, None, :]).flatten(1)
+        return super().chosen(logits_TE, x_TH, ids_TK)
+
+
+def _refuse(options: dict[str, Any], *names: str) -> None:
+    for name in names:
+        if name in options:
+            _check.wanted(name, repr(options[name]), "no such option of this router")
 
 
 def _factor(capacity_factor: float) -> float:

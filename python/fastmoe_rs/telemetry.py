@@ -135,11 +135,11 @@ class Counters:
         ids = torch.where((ids_TK < 0) | (ids_TK > others), others, ids_TK).long()
         self.routes.scatter_add_(0, ids.reshape(-1), mask_TK.reshape(-1))
         dropped = 0 * mask_T.sum() if dropped_TK is None else (mask_TK * dropped_TK).sum()
-        self.counts += torch.stack((mask_T.sum(), dropped))
+        self.counts.add_(torch.stack((mask_T.sum(), dropped)))
         logits_TE = logits_TE.float()
         entropy_T = torch.special.entr(logits_TE.softmax(-1)).sum(-1)
         both_2T = torch.stack((entropy_T, logits_TE.norm(dim=-1)))
-        self.sums += torch.where(mask_T != 0, both_2T, 0.0).sum(1)
+        self.sums.add_(torch.where(mask_T != 0, both_2T, 0.0).sum(1))
 
     def stats(self) -> Stats:
         """What was counted since the last reset."""

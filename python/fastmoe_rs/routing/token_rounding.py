@@ -8,6 +8,8 @@ from .. import _check
 from ..functional import Routing
 from ..reference import _descending
 
+ROUNDINGS = ("nearest", "up", "down")
+
 
 def round_tokens(routing: Routing, tile: int, *, rounding: str = "nearest") -> Routing:
     """Drop an expert's routes of lowest score, or add the tokens of highest score among those it did not get.
@@ -26,7 +28,7 @@ def round_tokens(routing: Routing, tile: int, *, rounding: str = "nearest") -> R
         plan is `RoutingPlan.from_ids(ids, E, out_of_range="drop").trimmed(T * K + E * tile)`.
     """
     _check.positive(tile=tile)
-    _check.one_of("rounding", rounding, ("nearest", "up", "down"))
+    _check.one_of("rounding", rounding, ROUNDINGS)
     ids_TK, weights_TK, scores = routing
     tokens, experts = scores.shape
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, ids_TK, True)
