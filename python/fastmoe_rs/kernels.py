@@ -213,6 +213,7 @@ def mlp_backward(
     transposed: bool,
     interleaved: bool,
     needs: Sequence[bool],
+    *,
     sums: Sequence[Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, weights, w1, w2, b1 and b2, each where `needs` says so.
@@ -273,6 +274,7 @@ def grouped_mm_grad_weight(
     offsets: Tensor,
     transposed: bool,
     with_bias: bool,
+    *,
     sum_w: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of w, added to sum_w where that is given, and, if asked for, of the bias."""

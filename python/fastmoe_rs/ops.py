@@ -207,21 +207,21 @@ def _mlp_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ...]
     needs = ctx.needs_input_grad
     if grad_out is None:
         return (None,) * len(needs)
-    inputs: tuple[Any, ...] = (grad_out.contiguous(), *ctx.saved_tensors)
-    sums = _main_grads(ctx, inputs, w1=needs[2], w2=needs[3])
+    arguments = grad_out.contiguous(), *ctx.saved_tensors, *ctx.options, needs[:6]
+    sums = _main_grads(ctx, arguments, w1=needs[2], w2=needs[3])
     if sums is None:
-        return _only(needs, mlp_backward(*inputs, *ctx.options, needs[:6]))
-    grads = kernels.mlp_backward(*inputs, *ctx.options, needs[:6], sums)
+        return _only(needs, mlp_backward(*arguments))
+    grads = kernels.mlp_backward(*arguments, sums=sums)
     return _only(needs, (*grads[:2], *_added(ctx, sums, grads[2:4]), *grads[4:]))
 
 
-def _main_grads(ctx: Any, inputs: tuple[Any, ...], **needs: bool) -> list[Tensor | None] | None:
+def _main_grads(ctx: Any, arguments: tuple[Any, ...], **needs: bool) -> list[Tensor | None] | None:
     """What the gradients of the weights are added to; None where none is, or something must see gradients."""
     sums = [
         main_grad.target(name, leaf) if need else None
         for (name, need), leaf in zip(needs.items(), ctx.owners, strict=True)
     ]
-    if all(target is None for target in sums) or torch.is_grad_enabled() or _is_watched(inputs):
+    if all(target is None for target in sums) or torch.is_grad_enabled() or _is_watched(arguments):
         return None
     return sums
 
@@ -249,8 +249,9 @@ def _grouped_mm_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         grad_x = grouped_mm(grad_out, w, None, offsets, not ctx.transposed)
     sums = _main_grads(ctx, (grad_out, x, w), w=needs_w)
     if sums is not None:
-        options = ctx.transposed, needs_bias, sums[0]
-        grad_w, grad_bias = kernels.grouped_mm_grad_weight(grad_out, x, offsets, *options)
+        grad_w, grad_bias = kernels.grouped_mm_grad_weight(
+            grad_out, x, offsets, ctx.transposed, needs_bias, sum_w=sums[0]
+        )
         (grad_w,) = _added(ctx, sums, (grad_w,))
     elif needs_w or needs_bias:
         grad_w, grad_bias = grouped_mm_grad_weight(grad_out, x, offsets, ctx.transposed, needs_bias)

@@ -13,9 +13,11 @@ use crate::threads::Threads;
 use fastmoe_core::{Float, Update};
 use std::ops::Range;
 
-/// Rows and columns of a task's part of dW.
+/// Rows and columns of a task's part of dW where it is written.
 const TASK_ROWS: usize = 128;
 const TASK_COLS: usize = 512;
+/// Columns of a task that adds, which has fewer rows then: memory that is read wants to be read in its order.
+const ADD_COLS: usize = 8 * TASK_COLS;
 /// From this size on dW is written past the caches.
 const STREAM_BYTES: usize = 32 << 20;
 /// Features that one packing task transposes.
@@ -135,6 +137,13 @@ impl GradWeight<'_> {
         let total = starts[self.experts()];
         let longest = self.work.iter().map(|w| row_stride::<M>(w.rows.len())).max().unwrap_or(0);
         let (m, n) = (rows.cols(), cols.cols());
+        let task = match update {
+            Update::Write => (TASK_ROWS, TASK_COLS),
+            _ => {
+                let cols = n.clamp(TASK_COLS, ADD_COLS);
+                ((TASK_ROWS * TASK_COLS / cols).next_multiple_of(M::ROWS), cols)
+            }
+        };
         let job = Outer {
             a: Scratch::new(total * m + longest * M::ROWS),
             b: Scratch::new(total * padded_cols::<M>(n)),
@@ -144,6 +153,7 @@ impl GradWeight<'_> {
             cols,
             out,
             update,
+            task,
             streams: self.experts() * m * n * size_of::<E>() >= STREAM_BYTES,
         };
         let (left, right) = (m.div_ceil(PACK_COLS), n.div_ceil(PACK_COLS));
@@ -159,7 +169,8 @@ impl GradWeight<'_> {
                 })
             }
         });
-        let (down, across) = (m.div_ceil(TASK_ROWS), n.div_ceil(TASK_COLS));
+        let (task_rows, task_cols) = job.task;
+        let (down, across) = (m.div_ceil(task_rows), n.div_ceil(task_cols));
         self.threads.for_each(self.experts() * down * across, |task| {
             let (expert, i) = (task / (down * across), task % (down * across));
             M::begin();
@@ -168,8 +179,8 @@ impl GradWeight<'_> {
                 M::call(OuterTask {
                     job: &job,
                     expert,
-                    row: i / across * TASK_ROWS,
-                    col: i % across * TASK_COLS,
+                    row: i / across * task_rows,
+                    col: i % across * task_cols,
                 })
             }
             M::end();
@@ -203,6 +214,8 @@ struct Outer<'a, M: Machine, E> {
     b: Scratch<M::Acc>,
     out: PtrMut,
     update: Update,
+    /// Rows and columns of a task's part of dW.
+    task: (usize, usize),
     /// dW is larger than the caches: it goes past them.
     streams: bool,
 }
@@ -265,7 +278,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
     unsafe fn run(self) {
         let Self { job, expert, row, col } = self;
         let (m, n) = (job.rows.cols(), job.cols.cols());
-        let (rows, cols) = (TASK_ROWS.min(m - row), TASK_COLS.min(n - col));
+        let (rows, cols) = (job.task.0.min(m - row), job.task.1.min(n - col));
         let first = (expert * m + row) * n + col;
         // SAFETY: the rows lie in this task's part of dW, which has this type unless sums are added to it.
         let out_row = |r: usize| unsafe { row_mut::<E>(job.out, first + r * n, cols) };
@@ -282,9 +295,18 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
         let all = job.of.rows(expert).len().div_ceil(M::UNIT);
         let mut wide = [M::Acc::ZERO; TASK_COLS];
         let mut rounded = [E::default(); TASK_COLS];
+        let mut old = match job.update {
+            Update::Write => Prefetch::NONE,
+            update => {
+                let size = if update == Update::Add { size_of::<E>() } else { size_of::<M::Acc>() };
+                let steps = rows.div_ceil(M::ROWS) * all.div_ceil(M::DEPTH) * (stride / M::COLS);
+                Prefetch::new(job.out.wrapping_add(first * size), rows, cols * size, n * size, steps)
+            }
+        };
         for (start, end) in row_groups::<M>(rows) {
             for k in (0..all).step_by(M::DEPTH) {
                 for panel in (0..stride).step_by(M::COLS) {
+                    old.step();
                     // SAFETY: as promised by the caller of `matrix`; both operands are packed.
                     unsafe {
                         M::tile(Tile {
@@ -311,9 +333,12 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
                     }
                     Update::Write => E::narrow(sums, out_row(r)),
                     Update::Add => {
-                        E::widen(out_row(r), &mut wide[..cols]);
-                        add(sums, &mut wide[..cols]);
-                        E::narrow(&wide[..cols], out_row(r));
+                        for (sums, out) in sums.chunks(TASK_COLS).zip(out_row(r).chunks_mut(TASK_COLS)) {
+                            let wide = &mut wide[..sums.len()];
+                            E::widen(out, wide);
+                            add(sums, wide);
+                            E::narrow(wide, out);
+                        }
                     }
                     // SAFETY: the row lies in this task's part of dW, which has the type of sums.
                     Update::AddWide => add(sums, unsafe { row_mut(job.out, first + r * n, cols) }),
