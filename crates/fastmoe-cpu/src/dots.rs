@@ -63,17 +63,17 @@ impl<M: Machine, E: Element> Dots<'_, M, E> {
         macro_rules! sizes {
             ($($n:literal)*) => {
                 match (rows, columns) {
-                    // SAFETY: as promised by the caller of `compute`.
                     $(
-                        ($n, 1) => unsafe { self.some::<$n, 1>(start, column) },
-                        ($n, 2) => unsafe { self.some::<$n, 2>(start, column) },
-                        ($n, 4) if M::MANY_REGISTERS => unsafe { self.some::<$n, 4>(start, column) },
+                        ($n, 1) => self.some::<$n, 1>(start, column),
+                        ($n, 2) => self.some::<$n, 2>(start, column),
+                        ($n, 4) if M::MANY_REGISTERS => self.some::<$n, 4>(start, column),
                     )*
                     _ => unreachable!("{rows} rows by {columns}"),
                 }
             };
         }
-        sizes!(1 2 3 4 5 6);
+        // SAFETY: as promised by the caller of `compute`.
+        unsafe { sizes!(1 2 3 4 5 6) }
     }
 
     /// The rows `start..start + R` of A with the rows `column..column + J` of W.

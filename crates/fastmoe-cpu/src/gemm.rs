@@ -1,4 +1,4 @@
-//! One task's product: packed A by a block of B that is packed on the way.
+//! One task's product: packed A by a block of B, which is packed on the way where the rows of A repay it.
 
 use crate::dots::Dots;
 use crate::dtype::Element;
@@ -6,6 +6,7 @@ use crate::machine::{BLOCK, Machine, Tile};
 use crate::memory::Scratch;
 use crate::pack::{Rows, pack_panels_kn, pack_panels_nk, units};
 use crate::prefetch::Prefetch;
+use crate::scaled::{FEW_TILES, ScaledRows};
 
 /// Most units of the contraction in a packed panel of rows that are contiguous along it: long runs of memory are
 /// what the hardware's own prefetching needs.
@@ -148,7 +149,8 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
             Factor::Nk(_) => (width, M::DEPTH),
             Factor::Kn(_) => (width, SHALLOW),
         };
-        let packed = Scratch::<M::Acc>::new(units_at_once * cols);
+        let in_place = self.in_place();
+        let packed = Scratch::<M::Acc>::new(if in_place { 0 } else { units_at_once * cols });
         let across = self.cols.div_ceil(cols);
         let blocks_of_k = self.inner.div_ceil(units_at_once * M::UNIT);
         let blocks = blocks_of_k * self.parts.len() * across;
@@ -156,7 +158,9 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
             let block = self.block(i, across, cols, units_at_once * M::UNIT);
             // SAFETY: as promised by the caller; `packed` has room for the block.
             unsafe {
-                block.factor.pack::<M>(block.inner, block.cols, packed.ptr());
+                if !in_place {
+                    block.factor.pack::<M>(block.inner, block.cols, packed.ptr());
+                }
                 let steps = padded_cols::<M>(block.cols) / M::COLS
                     * self.rows.div_ceil(M::ROWS)
                     * units::<M>(block.inner)
@@ -168,9 +172,32 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
                     let first = (cols.min(self.cols), self.inner.min(units_at_once * M::UNIT));
                     self.next.map_or(Prefetch::NONE, |next| next.prefetch(first.1, first.0, steps))
                 };
-                self.tiles(&block, packed.ptr(), &mut ahead);
+                match block.factor {
+                    Factor::Kn(b) if in_place => M::call(ScaledRows {
+                        a: self.a.add(block.from / M::UNIT),
+                        a_stride: self.a_stride,
+                        rows: self.rows,
+                        b,
+                        units: block.inner / M::UNIT,
+                        cols: block.cols,
+                        c: self.c.add(block.c),
+                        c_stride,
+                        accumulate: block.from > 0,
+                        ahead: &mut ahead,
+                    }),
+                    _ => self.tiles(&block, packed.ptr(), &mut ahead),
+                }
             }
         }
+    }
+
+    /// Whether rows of B along the contraction are better left where they are.
+    fn in_place(&self) -> bool {
+        matches!(self.parts[0], Factor::Kn(_))
+            && self.rows <= FEW_TILES * M::ROWS
+            && !M::WHOLE_TILES
+            && self.cols.is_multiple_of(M::COLS)
+            && self.inner.is_multiple_of(M::UNIT)
     }
 
     /// Block `i` of B: the contraction outermost, then the parts, then the columns.

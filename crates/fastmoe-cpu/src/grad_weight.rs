@@ -303,6 +303,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
                 Prefetch::new(job.out.wrapping_add(first * size), rows, cols * size, n * size, steps)
             }
         };
+        let mut nothing = Prefetch::NONE;
         for (start, end) in row_groups::<M>(rows) {
             for k in (0..all).step_by(M::DEPTH) {
                 for panel in (0..stride).step_by(M::COLS) {
@@ -318,7 +319,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
                             c: sums.ptr().add(panel),
                             c_stride: stride,
                             accumulate: k > 0,
-                            ahead: &mut Prefetch::NONE,
+                            ahead: &mut nothing,
                         });
                     }
                 }

@@ -25,6 +25,7 @@ mod permute;
 mod prefetch;
 mod problem;
 mod route;
+mod scaled;
 mod simd;
 #[cfg(test)]
 mod tests;
