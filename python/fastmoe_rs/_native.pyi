@@ -173,9 +173,10 @@ def mlp_forward(
     w2: _Tensor,
     b2: _Tensor | None,
     weights: _Tensor,
-    offsets: _Tensor,
-    gather: _Tensor,
-    inverse: _Tensor,
+    ids: _Tensor | None,
+    offsets: _Tensor | None,
+    gather: _Tensor | None,
+    inverse: _Tensor | None,
     out: _Tensor,
     hidden: _Tensor | None,
     *,
@@ -190,6 +191,10 @@ def mlp_forward(
     the activation is ungated), b1 [E, 2I], w2 [E, H, I], b2 [E, H], all of one float type; transposed: w1
     [E, H, 2I] and w2 [E, I, H]. weights [T, K] wide. hidden [len(gather), 2I] receives the pre-activation,
     for mlp_backward.
+
+    The plan is offsets, gather and inverse. With ids [T, K], int64 or int32, it is made of them instead, without
+    a capacity: gather and inverse are None, and offsets, int32 [2E+1 + 2R], receives counts, offsets, gather and
+    inverse, one after the other, or is None.
     """
 
 def mlp_backward(
@@ -202,8 +207,8 @@ def mlp_backward(
     weights: _Tensor,
     hidden: _Tensor,
     offsets: _Tensor,
-    gather: _Tensor,
-    inverse: _Tensor,
+    gather: _Tensor | None,
+    inverse: _Tensor | None,
     grad_x: _Tensor | None,
     grad_weights: _Tensor | None,
     grad_w1: _Tensor | None,
@@ -216,7 +221,10 @@ def mlp_backward(
     interleaved: bool,
     threads: int,
 ) -> None:
-    """Gradients of mlp_forward; each is like its tensor, and None where it is not wanted and not computed."""
+    """Gradients of mlp_forward; each is like its tensor, and None where it is not wanted and not computed.
+
+    Without gather and inverse offsets is a plan that mlp_forward made of ids.
+    """
 
 def grouped_mm(
     x: _Tensor,

@@ -158,6 +158,11 @@ def plan(
     return counts, offsets, gather, inverse, sorted_weights
 
 
+def packed_plan(ids: Tensor, num_experts: int) -> Tensor:
+    """Memory for the plan that `mlp` makes of `ids`: counts, offsets, gather and inverse in one tensor."""
+    return ids.new_empty(2 * num_experts + 1 + 2 * ids.numel(), dtype=torch.int32)
+
+
 def mlp(
     x: Tensor,
     weights: Tensor,
@@ -165,18 +170,24 @@ def mlp(
     w2: Tensor,
     b1: Tensor | None,
     b2: Tensor | None,
-    offsets: Tensor,
-    gather: Tensor,
-    inverse: Tensor,
+    offsets: Tensor | None,
+    gather: Tensor | None,
+    inverse: Tensor | None,
     activation: str,
     transposed: bool,
     interleaved: bool,
     save_hidden: bool,
+    ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output [T, H] and, to be saved for the backward, the pre-activation [R, 2I]."""
+    """The output [T, H] and, to be saved for the backward, the pre-activation [R, 2I].
+
+    With `ids` their plan is made first, and written to `offsets` if that is a `packed_plan`.
+    """
     out = torch.empty_like(x)
-    shape = gather.shape[0], w1.shape[2 if transposed else 1]
-    hidden = _recycled(x, shape) if save_hidden else None
+    hidden = None
+    if save_hidden:
+        rows = weights.numel() if gather is None else gather.shape[0]
+        hidden = _recycled(x, (rows, w1.shape[2 if transposed else 1]))
     _run(
         "mlp_forward",
         x,
@@ -185,6 +196,7 @@ def mlp(
         w2,
         b2,
         weights,
+        ids,
         offsets,
         gather,
         inverse,
@@ -206,15 +218,18 @@ def mlp_backward(
     b1: Tensor | None,
     b2: Tensor | None,
     offsets: Tensor,
-    gather: Tensor,
-    inverse: Tensor,
+    gather: Tensor | None,
+    inverse: Tensor | None,
     hidden: Tensor,
     activation: str,
     transposed: bool,
     interleaved: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weights, w1, w2, b1 and b2, each where `needs` says so."""
+    """The gradients of x, weights, w1, w2, b1 and b2, each where `needs` says so.
+
+    Without gather and inverse `offsets` is a `packed_plan`.
+    """
     x_need, weights_need, w1_need, w2_need, b1_need, b2_need = needs
     grad_x = torch.empty_like(x) if x_need else None
     grad_weights = torch.empty_like(weights) if weights_need else None

@@ -20,7 +20,8 @@ from torch.nn import Parameter
 from . import kernels
 
 _LIBRARY = torch.library.Library("fastmoe_rs", "DEF")
-_PLAIN = frozenset({Tensor, Parameter, type(None), bool, int, float, str, tuple, list})
+_DENSE = frozenset({Tensor, Parameter})
+_PLAIN = frozenset({type(None), bool, int, float, str, tuple, list})
 
 Setup = Callable[[Any, tuple[Any, ...], Any], None]
 Backward = Callable[..., tuple[Any, ...]]
@@ -51,25 +52,26 @@ def _operator(
         eager = _function(name, kernel, setup, backward).apply
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_watched(args):
+        if not is_direct(args):
             return operator(*args)
-        if torch._C._are_functorch_transforms_active():
-            raise RuntimeError(
-                f"fastmoe_rs.{name}: torch.func transforms are not supported (grad, vmap, jvp)"
-            )
         return eager(*args) if torch.is_grad_enabled() else kernel(*args)
 
     return call
 
 
-def _is_watched(args: tuple[Any, ...]) -> bool:
-    """Whether something must see the operator, or a kernel could not read the memory of a tensor as it is."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or not _PLAIN.issuperset(map(type, args))
-        or any(isinstance(arg, Tensor) and arg.is_neg() for arg in args)
-        or args[0].is_meta
-    )
+def is_direct(args: tuple[Any, ...]) -> bool:
+    """Whether a kernel may read the memory of the arguments as it is, and nothing must see the operator."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    for arg in args:
+        if type(arg) in _DENSE:
+            if arg.is_neg():
+                return False
+        elif type(arg) not in _PLAIN:
+            return False
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("fastmoe_rs: torch.func transforms are not supported (grad, vmap, jvp)")
+    return not args[0].is_meta
 
 
 def _function(
@@ -210,6 +212,37 @@ def _mlp_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ...]
     return _only(needs, grads)
 
 
+class _Mlp(torch.autograd.Function):
+    """`mlp` of direct tensors: it may start from ids, and what it saves is no output."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *tensors, (ids, *rows), ctx.options = args
+        if ids is not None:
+            rows[0] = kernels.packed_plan(ids, tensors[2].shape[0])
+        out, hidden = kernels.mlp(*tensors, *rows, *ctx.options, True, ids)
+        ctx.save_for_backward(*tensors, *rows, hidden)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled() or not is_direct((grad_out,)):
+            return _mlp_backward(ctx, grad_out, None)
+        needs = ctx.needs_input_grad[:6]
+        grads = kernels.mlp_backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.options, needs)
+        return (*grads, None, None)
+
+
+def direct_mlp(tensors: tuple[Tensor | None, ...], routes: tuple[Tensor | None, ...], *options: Any) -> Tensor:
+    """`mlp` of direct tensors; the routes are (ids, None, None, None), or None and the rows of a plan."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return _Mlp.apply(*tensors, routes, options)
+    ids, *rows = routes
+    return kernels.mlp(*tensors, *rows, *options, False, ids)[0]
+
+
 def _grouped_mm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, w, _, offsets, ctx.transposed = inputs
     ctx.save_for_backward(x, w, offsets)
@@ -298,7 +331,7 @@ mlp = _operator(
 )
 mlp_backward = _operator(
     "mlp_backward(Tensor grad_out, Tensor x, Tensor weights, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2,"
-    " Tensor offsets, Tensor gather, Tensor inverse, Tensor hidden, str activation, bool transposed,"
+    " Tensor offsets, Tensor? gather, Tensor? inverse, Tensor hidden, str activation, bool transposed,"
     " bool interleaved, bool[] needs)"
     " -> (Tensor x, Tensor weights, Tensor w1, Tensor w2, Tensor b1, Tensor b2)",
     *_once("moe_mlp"),

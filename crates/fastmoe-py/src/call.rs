@@ -33,3 +33,9 @@ pub fn optional_input(name: &'static str, object: Option<&Bound<'_, PyAny>>) -> 
 pub fn optional_output(name: &'static str, object: Option<&Bound<'_, PyAny>>) -> Result<Option<Tensor>> {
     object.map(|object| Tensor::output(name, object)).transpose()
 }
+
+/// An input that other arguments make optional, and which these ones need.
+pub fn required_input(name: &'static str, object: Option<&Bound<'_, PyAny>>) -> Result<Tensor> {
+    optional_input(name, object)?
+        .ok_or_else(|| Error::Type(format!("{name}: expected a torch.Tensor or NumPy array, got NoneType")))
+}
