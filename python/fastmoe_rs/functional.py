@@ -333,9 +333,12 @@ def unpermute(y_RH: Tensor, plan: RoutingPlan, weights_TK: Tensor | None = None)
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors as torch.autocast, where it is on, casts the arguments of a matrix product."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or first.is_meta:
         return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
+    device = "cuda" if first.is_cuda else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
     return tuple(
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors

@@ -17,11 +17,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import _native
+from ._check import DTYPES
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of routing weights and sums beside tensors of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+_NAMES: dict[torch.dtype, Any] = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 
 
 def _has_memory(tensor: Tensor) -> bool:
@@ -39,9 +43,8 @@ def _recycled(like: Tensor, shape: Sequence[int]) -> Tensor:
 
     On the CPU, where torch gives freed memory back to the system, it is kept for the next step.
     """
-    if _has_memory(like) and like.is_cpu:
-        dtype: Any = str(like.dtype).removeprefix("torch.")
-        return _native.empty(tuple(shape), dtype)
+    if like.is_cpu and _has_memory(like):
+        return _native.empty(shape, _NAMES[like.dtype])
     return like.new_empty(shape)
 
 
@@ -188,24 +191,25 @@ def mlp(
     if save_hidden:
         rows = weights.numel() if gather is None else gather.shape[0]
         hidden = _recycled(x, (rows, w1.shape[2 if transposed else 1]))
-    _run(
-        "mlp_forward",
-        x,
-        w1,
-        b1,
-        w2,
-        b2,
-        weights,
-        ids,
-        offsets,
-        gather,
-        inverse,
-        out,
-        hidden,
-        activation=activation,
-        transposed=transposed,
-        interleaved=interleaved,
-    )
+    if _has_memory(x):
+        _native.mlp_forward(
+            x,
+            w1,
+            b1,
+            w2,
+            b2,
+            weights,
+            ids,
+            offsets,
+            gather,
+            inverse,
+            out,
+            hidden,
+            activation=activation,
+            transposed=transposed,
+            interleaved=interleaved,
+            threads=torch.get_num_threads(),
+        )
     return out, hidden
 
 
@@ -237,29 +241,30 @@ def mlp_backward(
     grad_w2 = _recycled(w2, w2.shape) if w2_need else None
     grad_b1 = torch.empty_like(b1) if b1 is not None and b1_need else None
     grad_b2 = torch.empty_like(b2) if b2 is not None and b2_need else None
-    _run(
-        "mlp_backward",
-        grad_out,
-        x,
-        w1,
-        b1,
-        w2,
-        b2,
-        weights,
-        hidden,
-        offsets,
-        gather,
-        inverse,
-        grad_x,
-        grad_weights,
-        grad_w1,
-        grad_b1,
-        grad_w2,
-        grad_b2,
-        activation=activation,
-        transposed=transposed,
-        interleaved=interleaved,
-    )
+    if _has_memory(x):
+        _native.mlp_backward(
+            grad_out,
+            x,
+            w1,
+            b1,
+            w2,
+            b2,
+            weights,
+            hidden,
+            offsets,
+            gather,
+            inverse,
+            grad_x,
+            grad_weights,
+            grad_w1,
+            grad_b1,
+            grad_w2,
+            grad_b2,
+            activation=activation,
+            transposed=transposed,
+            interleaved=interleaved,
+            threads=torch.get_num_threads(),
+        )
     return grad_x, grad_weights, grad_w1, grad_w2, grad_b1, grad_b2
 
 

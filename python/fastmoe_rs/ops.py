@@ -217,30 +217,31 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *tensors, (ids, *rows), ctx.options = args
+        x, weights, w1, w2, b1, b2, ids, offsets, gather, inverse, ctx.options = args
         if ids is not None:
-            rows[0] = kernels.packed_plan(ids, tensors[2].shape[0])
-        out, hidden = kernels.mlp(*tensors, *rows, *ctx.options, True, ids)
-        ctx.save_for_backward(*tensors, *rows, hidden)
+            offsets = kernels.packed_plan(ids, w1.shape[0])
+        layer = x, weights, w1, w2, b1, b2, offsets, gather, inverse
+        out, hidden = kernels.mlp(*layer, *ctx.options, True, ids)
+        ctx.save_for_backward(*layer, hidden)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled() or not is_direct((grad_out,)):
             return _mlp_backward(ctx, grad_out, None)
-        needs = ctx.needs_input_grad[:6]
-        grads = kernels.mlp_backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.options, needs)
-        return (*grads, None, None)
+        needs = ctx.needs_input_grad
+        grads = kernels.mlp_backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.options, needs[:6])
+        return *grads, None, None, None, None, None
 
 
-def direct_mlp(tensors: tuple[Tensor | None, ...], routes: tuple[Tensor | None, ...], *options: Any) -> Tensor:
+def direct_mlp(layer: tuple[Tensor | None, ...], routes: tuple[Tensor | None, ...], *options: Any) -> Tensor:
     """`mlp` of direct tensors; the routes are (ids, None, None, None), or None and the rows of a plan."""
     if torch.is_grad_enabled():
-        for tensor in tensors:
+        for tensor in layer:
             if tensor is not None and tensor.requires_grad:
-                return _Mlp.apply(*tensors, routes, options)
+                return _Mlp.apply(*layer, *routes, options)
     ids, *rows = routes
-    return kernels.mlp(*tensors, *rows, *options, False, ids)[0]
+    return kernels.mlp(*layer, *rows, *options, False, ids)[0]
 
 
 def _grouped_mm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
