@@ -12,6 +12,7 @@ value or place in memory, both naming the argument, what was wanted and what was
 FASTMOE_CPU_ISA names no instruction set of this machine.
 """
 
+from collections.abc import Sequence
 from typing import Any, Final, Literal, TypeAlias, TypedDict
 
 import numpy as np
@@ -192,9 +193,9 @@ def mlp_forward(
     [E, H, 2I] and w2 [E, I, H]. weights [T, K] wide. hidden [len(gather), 2I] receives the pre-activation,
     for mlp_backward.
 
-    The plan is offsets, gather and inverse. With ids [T, K], int64 or int32, it is made of them instead, without
-    a capacity: gather and inverse are None, and offsets, int32 [2E+1 + 2R], receives counts, offsets, gather and
-    inverse, one after the other, or is None.
+    The plan is offsets, gather and inverse. With ids [T, K], int64 or int32, it is made of them instead,
+    without a capacity: gather and inverse are None, and offsets, int32 [2E + 1 + 2R], receives counts,
+    offsets, gather and inverse, one after the other, or is None.
     """
 
 def mlp_backward(
@@ -278,7 +279,7 @@ def unpermute_backward(
 ) -> None:
     """Gradients of unpermute: grad_y [R, H], 0 in unused rows; grad_weights wide [T, K], 0 where dropped."""
 
-def empty(shape: tuple[int, ...] | list[int], dtype: _DType) -> torch.Tensor:
+def empty(shape: Sequence[int], dtype: _DType) -> torch.Tensor:
     """An uninitialised tensor from a pool that takes the memory back when torch lets go of it.
 
     Without a DLPack exchange table in torch it is a plain torch.empty. ImportError without torch.

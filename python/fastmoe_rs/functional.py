@@ -227,13 +227,15 @@ def moe_mlp(
         [T, H] in the dtype of x.
     """
     x_TH, w1, w2, b1, b2 = _autocast(x_TH, w1, w2, b1, b2)
-    tensors = x_TH, weights_TK, w1, w2, b1, b2
-    routes = (ids_TK, None, None, None) if plan is None else (None, *_rows(plan))
+    layer = x_TH, weights_TK, w1, w2, b1, b2
+    rows = (None, None, None) if plan is None else _rows(plan)
+    ids = ids_TK if plan is None else None
     refused = None
-    if ops.is_direct((*tensors, *routes)):
+    if ops.is_direct((*layer, ids, *rows)):
         try:
-            *dense, transposed_ = _dense(*tensors, transposed)
-            return ops.direct_mlp(dense, routes, activation, transposed_, interleaved)
+            *dense, flipped = _dense(*layer, transposed)
+            ids = None if ids is None else ids.contiguous()
+            return ops.direct_mlp(*dense, ids, *rows, activation, flipped, interleaved)
         except Exception as error:
             refused = error
     # For the others, and to say in the words of this function what the kernel refused.
@@ -249,9 +251,9 @@ def moe_mlp(
     _check_weights(weights_TK, "x", x_TH, plan)
     if refused is not None:
         raise refused
-    *tensors, transposed = _dense(*tensors, transposed)
-    save_hidden = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    out, _ = ops.mlp(*tensors, *_rows(plan), activation, transposed, interleaved, save_hidden)
+    *dense, transposed = _dense(*layer, transposed)
+    save_hidden = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in dense)
+    out, _ = ops.mlp(*dense, *_rows(plan), activation, transposed, interleaved, save_hidden)
     return out
 
 
@@ -386,9 +388,7 @@ def _check_plan(name: str, x: Tensor, plan: RoutingPlan) -> None:
 
 
 def _check_plan_device(name: str, x: Tensor, plan: RoutingPlan) -> None:
-    if not isinstance(plan, RoutingPlan):
-        _check.wanted("plan", type(plan).__name__, "a RoutingPlan", TypeError)
-    if not isinstance(plan.inverse, Tensor):
+    if not all(isinstance(row, Tensor) for row in _rows(plan)):
         _check.wanted("plan", "a plan of NumPy arrays", "one of torch tensors: plan.to('cpu')", TypeError)
     if plan.inverse.device != x.device:
         _check.wanted(
@@ -411,7 +411,9 @@ def _wide(weights: Tensor, beside: Tensor) -> Tensor:
     return weights.contiguous()
 
 
-def _rows(plan: Any) -> tuple[Any, Any, Any]:
+def _rows(plan: RoutingPlan) -> tuple[Any, Any, Any]:
+    if not isinstance(plan, RoutingPlan):
+        _check.wanted("plan", type(plan).__name__, "a RoutingPlan", TypeError)
     return plan.offsets, plan.gather, plan.inverse
 
 

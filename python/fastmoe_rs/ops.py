@@ -204,44 +204,58 @@ def _mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor |
         ctx.options = activation, transposed, interleaved
 
 
-def _mlp_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ...]:
+def _mlp_backward(
+    ctx: Any, grad_out: Tensor | None, _: None, backward: Callable[..., Any] | None = None
+) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad
     if grad_out is None:
         return (None,) * len(needs)
-    grads = mlp_backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.options, needs[:6])
-    return _only(needs, grads)
+    backward = backward or mlp_backward
+    return _only(needs, backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.options, needs[:6]))
 
 
 class _Mlp(torch.autograd.Function):
-    """`mlp` of direct tensors: it may start from ids, and what it saves is no output."""
+    """`direct_mlp` with gradients; unlike those of the operator, what it saves is no output."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        x, weights, w1, w2, b1, b2, ids, offsets, gather, inverse, ctx.options = args
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        b1: Tensor | None,
+        b2: Tensor | None,
+        ids: Tensor | None,
+        offsets: Tensor | None,
+        gather: Tensor | None,
+        inverse: Tensor | None,
+        *options: Any,
+    ) -> Tensor:
         if ids is not None:
             offsets = kernels.packed_plan(ids, w1.shape[0])
-        layer = x, weights, w1, w2, b1, b2, offsets, gather, inverse
-        out, hidden = kernels.mlp(*layer, *ctx.options, True, ids)
-        ctx.save_for_backward(*layer, hidden)
+        saved = x, weights, w1, w2, b1, b2, offsets, gather, inverse
+        kernel: Callable[..., Any] = kernels.mlp
+        out, hidden = kernel(*saved, *options, True, ids)
+        ctx.save_for_backward(*saved, hidden)
+        ctx.options = options
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled() or not is_direct((grad_out,)):
-            return _mlp_backward(ctx, grad_out, None)
-        needs = ctx.needs_input_grad
-        grads = kernels.mlp_backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.options, needs[:6])
-        return *grads, None, None, None, None, None
+        direct = is_direct((grad_out,)) and not torch.is_grad_enabled()
+        return _mlp_backward(ctx, grad_out, None, kernels.mlp_backward if direct else mlp_backward)
 
 
-def direct_mlp(layer: tuple[Tensor | None, ...], routes: tuple[Tensor | None, ...], *options: Any) -> Tensor:
-    """`mlp` of direct tensors; the routes are (ids, None, None, None), or None and the rows of a plan."""
+def direct_mlp(*args: Any) -> Tensor:
+    """`mlp` of direct tensors: x, weights, w1, w2, b1, b2, ids or a plan's three rows, and the options."""
     if torch.is_grad_enabled():
-        for tensor in layer:
+        for tensor in args[:6]:
             if tensor is not None and tensor.requires_grad:
-                return _Mlp.apply(*layer, *routes, options)
-    ids, *rows = routes
-    return kernels.mlp(*layer, *rows, *options, False, ids)[0]
+                return _Mlp.apply(*args)
+    kernel: Callable[..., Any] = kernels.mlp
+    out, _ = kernel(*args[:6], *args[7:], False, args[6])
+    return out
 
 
 def _grouped_mm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
