@@ -3,7 +3,8 @@
 Each operator exists twice with one meaning. Eager code runs an `autograd.Function` around the kernel, the
 shortest way there. Whatever has to see operators (torch.compile, dispatch modes, tensor subclasses, devices
 without memory) gets `torch.ops.fastmoe_rs`, with fake kernels. Both share the two
-functions that say what to save and how to differentiate.
+functions that say what to save and how to differentiate; only the expert MLP, the hottest, has a
+`direct_mlp` of its own for eager code, which makes the plan of ids in the same native call.
 
 Legend: T tokens, E experts, K experts per token, R routed rows.
 """
