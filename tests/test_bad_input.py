@@ -67,8 +67,9 @@ def id_at(t, k, value):
     ],
 )
 def test_mlp(change, error, message):
-    with pytest.raises(error, match=re.escape(message)):
+    with pytest.raises(error, match=re.escape(message)) as raised:
         mlp(**change)
+    assert raised.value.__context__ is None, "one error, without that of the kernel before it"
 
 
 @pytest.mark.parametrize("name", ["x", "ids", "weights", "w1", "w2"])

@@ -34,7 +34,7 @@ def routed_rows():
     return {"offsets": offsets, "gather": gather, "inverse": inverse}
 
 
-def mlp_inputs():
+def layer():
     return {
         "x": torch.randn(T, H),
         "w1": torch.randn(E, 2 * I, H),
@@ -42,10 +42,10 @@ def mlp_inputs():
         "w2": torch.randn(E, H, I),
         "b2": torch.randn(E, H),
         "weights": torch.rand(T, K),
-        **routed_rows(),
     }
 
 
+NOT_APART = {"gather": None, "inverse": None}
 MLP_OPTIONS = {"activation": "swiglu", "transposed": False, "interleaved": False}
 
 
@@ -101,13 +101,27 @@ def plan():
 
 
 def mlp_forward():
-    return mlp_inputs(), {"out": torch.zeros(T, H), "hidden": torch.zeros(R, 2 * I)}, MLP_OPTIONS
+    outputs = {"out": torch.zeros(T, H), "hidden": torch.zeros(R, 2 * I)}
+    return layer() | routed_rows(), outputs, MLP_OPTIONS | {"ids": None}
+
+
+def mlp_forward_of_ids():
+    inputs = layer() | {"ids": torch.randint(E, (T, K))}
+    outputs = {"offsets": int32(2 * E + 1 + 2 * R), "out": torch.zeros(T, H), "hidden": torch.zeros(R, 2 * I)}
+    return inputs, outputs, MLP_OPTIONS | NOT_APART
 
 
 def mlp_backward():
-    inputs = mlp_inputs() | {"grad_out": torch.randn(T, H), "hidden": torch.randn(R, 2 * I)}
+    inputs = layer() | routed_rows() | {"grad_out": torch.randn(T, H), "hidden": torch.randn(R, 2 * I)}
     names = ("x", "weights", "w1", "b1", "w2", "b2")
     return inputs, {f"grad_{name}": torch.zeros_like(inputs[name]) for name in names}, MLP_OPTIONS
+
+
+def mlp_backward_of_ids():
+    inputs, outputs, options = mlp_backward()
+    counts = inputs["offsets"].diff()
+    packed = [counts, *(inputs.pop(name).flatten() for name in ("offsets", "gather", "inverse"))]
+    return inputs | {"offsets": torch.cat(packed)}, outputs, options | NOT_APART
 
 
 def grouped_mm():
@@ -153,7 +167,9 @@ CASES = {
         route_backward,
         plan,
         mlp_forward,
+        mlp_forward_of_ids,
         mlp_backward,
+        mlp_backward_of_ids,
         grouped_mm,
         grouped_mm_grad_weight,
         permute,
@@ -165,9 +181,13 @@ ARGUMENTS = [(name, argument) for name, case in CASES.items() for argument in (c
 OUTPUTS = [(name, argument) for name, case in CASES.items() for argument in case()[1]]
 
 
+def function(name):
+    return getattr(_native, name.removesuffix("_of_ids"))
+
+
 def call(name, **changes):
     inputs, outputs, options = CASES[name]()
-    return getattr(_native, name)(**({"threads": 1} | inputs | outputs | options | changes))
+    return function(name)(**({"threads": 1} | inputs | outputs | options | changes))
 
 
 def argument_of(name, argument):
@@ -369,7 +389,7 @@ def test_sizes_that_cannot_be_zero(name, argument, shape, axis):
         call(name, **{argument: given})
 
 
-@pytest.mark.parametrize("name", ["plan", "route_backward"])
+@pytest.mark.parametrize("name", ["plan", "route_backward", "mlp_forward_of_ids"])
 @pytest.mark.parametrize("bad", [-1, E, 2**32])
 def test_ids_out_of_range(bad, name):
     ids = torch.zeros(T, K, dtype=torch.int64)
@@ -388,6 +408,36 @@ def test_plan_that_points_outside(name, argument, index, value):
     given[index] = value
     with pytest.raises(ValueError, match=rf"^{argument}\[.*{value}"):
         call(name, **{argument: given})
+
+
+@pytest.mark.parametrize(
+    ("part", "at", "value"), [("offsets", E, 1), ("gather", 2 * E + 1, T), ("inverse", 2 * E + 1 + R, R)]
+)
+def test_plan_in_one_tensor_that_points_outside(part, at, value):
+    packed = argument_of("mlp_backward_of_ids", "offsets")
+    packed[at] = value
+    with pytest.raises(ValueError, match=rf"^{part}\[.*{value}"):
+        call("mlp_backward_of_ids", offsets=packed)
+
+
+def test_plan_of_ids_is_that_of_plan():
+    inputs, made, options = mlp_forward_of_ids()
+    _native.mlp_forward(**inputs, **made, **options, threads=1)
+    _, plan_out, plan_options = plan()
+    plan_out["sorted_weights"] = None
+    _native.plan(inputs["ids"], None, **plan_out, **plan_options, threads=1)
+    rows = [plan_out[name] for name in ("counts", "offsets", "gather", "inverse")]
+    assert torch.equal(made["offsets"], torch.cat([row.flatten() for row in rows]))
+    for other in ({"offsets": None}, {"ids": None} | {name: plan_out[name] for name in routed_rows()}):
+        out = torch.zeros(T, H)
+        call("mlp_forward_of_ids", **(inputs | {"out": out, "hidden": None} | other))
+        assert torch.equal(out, made["out"])
+
+
+@pytest.mark.parametrize("name", ["offsets", "gather", "inverse"])
+def test_a_plan_lacks_nothing(name):
+    with pytest.raises(TypeError, match=rf"^{name}: expected a torch.Tensor or NumPy array, got NoneType"):
+        call("mlp_forward", **{name: None})
 
 
 @pytest.mark.parametrize(
@@ -429,10 +479,10 @@ def arguments(name):
 @pytest.mark.parametrize("door", [Bare, lambda tensor: tensor.numpy()], ids=["data_ptr", "numpy"])
 def test_every_door_gives_the_same_result(name, door):
     inputs, expected, options = arguments(name)
-    getattr(_native, name)(**inputs, **expected, **options, threads=1)
+    function(name)(**inputs, **expected, **options, threads=1)
     inputs, results, options = arguments(name)
     through = {key: door(tensor) for key, tensor in (inputs | results).items()}
-    getattr(_native, name)(**through, **options, threads=1)
+    function(name)(**through, **options, threads=1)
     for key, tensor in expected.items():
         assert torch.equal(results[key], tensor), key
         assert tensor.count_nonzero() > 0, f"{key} was not computed"

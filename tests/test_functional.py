@@ -97,6 +97,22 @@ def test_mlp_of_tensors_that_are_views(memory):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("tokens", [0, 1, 13, 700])
+def test_mlp_of_ids_is_that_of_their_plan(tokens, ids_dtype):
+    (x, ids, *rest), options = mlp_case(tokens, dtype=torch.float32, bias=True)
+    plan = RoutingPlan.from_ids(ids, 5)
+    inputs = differentiable((x, ids, *rest), options).values()
+    outs = []
+    for routed in ({"ids_TK": ids.to(ids_dtype)}, {"ids_TK": None, "plan": plan}):
+        out = functional.moe_mlp(x, weights_TK=rest[0], w1=rest[1], w2=rest[2], **routed, **options)
+        with torch.no_grad():
+            alone = functional.moe_mlp(x, weights_TK=rest[0], w1=rest[1], w2=rest[2], **routed, **options)
+        outs.append((out, alone, *torch.autograd.grad(out.sum(), inputs)))
+    for got, want in zip(*outs, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_mlp_with_out_of_range_ids_dropped():
     (x, ids, weights, w1, w2), _ = mlp_case()
     elsewhere = torch.where(ids == 2, 5, ids)

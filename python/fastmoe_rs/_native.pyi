@@ -12,6 +12,7 @@ value or place in memory, both naming the argument, what was wanted and what was
 FASTMOE_CPU_ISA names no instruction set of this machine.
 """
 
+from collections.abc import Sequence
 from typing import Any, Final, Literal, TypeAlias, TypedDict
 
 import numpy as np
@@ -173,9 +174,10 @@ def mlp_forward(
     w2: _Tensor,
     b2: _Tensor | None,
     weights: _Tensor,
-    offsets: _Tensor,
-    gather: _Tensor,
-    inverse: _Tensor,
+    ids: _Tensor | None,
+    offsets: _Tensor | None,
+    gather: _Tensor | None,
+    inverse: _Tensor | None,
     out: _Tensor,
     hidden: _Tensor | None,
     *,
@@ -190,6 +192,10 @@ def mlp_forward(
     the activation is ungated), b1 [E, 2I], w2 [E, H, I], b2 [E, H], all of one float type; transposed: w1
     [E, H, 2I] and w2 [E, I, H]. weights [T, K] wide. hidden [len(gather), 2I] receives the pre-activation,
     for mlp_backward.
+
+    The plan is offsets, gather and inverse. With ids [T, K], int64 or int32, it is made of them instead,
+    without a capacity: gather and inverse are None, and offsets, int32 [2E + 1 + 2R], receives counts,
+    offsets, gather and inverse, one after the other, or is None.
     """
 
 def mlp_backward(
@@ -202,8 +208,8 @@ def mlp_backward(
     weights: _Tensor,
     hidden: _Tensor,
     offsets: _Tensor,
-    gather: _Tensor,
-    inverse: _Tensor,
+    gather: _Tensor | None,
+    inverse: _Tensor | None,
     grad_x: _Tensor | None,
     grad_weights: _Tensor | None,
     grad_w1: _Tensor | None,
@@ -220,6 +226,7 @@ def mlp_backward(
 ) -> None:
     """Gradients of mlp_forward; each is like its tensor, and None where it is not wanted and not computed.
 
+    Without gather and inverse offsets is a plan that mlp_forward made of ids.
     add_w1, add_w2: grad_w1, grad_w2 are added to, and may be wide; experts without rows leave them be.
     """
 
@@ -277,7 +284,7 @@ def unpermute_backward(
 ) -> None:
     """Gradients of unpermute: grad_y [R, H], 0 in unused rows; grad_weights wide [T, K], 0 where dropped."""
 
-def empty(shape: tuple[int, ...] | list[int], dtype: _DType) -> torch.Tensor:
+def empty(shape: Sequence[int], dtype: _DType) -> torch.Tensor:
     """An uninitialised tensor from a pool that takes the memory back when torch lets go of it.
 
     Without a DLPack exchange table in torch it is a plain torch.empty. ImportError without torch.

@@ -227,6 +227,18 @@ def moe_mlp(
         [T, H] in the dtype of x.
     """
     x_TH, w1, w2, b1, b2 = _autocast(x_TH, w1, w2, b1, b2)
+    layer = x_TH, weights_TK, w1, w2, b1, b2
+    rows = (None, None, None) if plan is None else _rows(plan)
+    ids = ids_TK if plan is None else None
+    refused = None
+    if ops.is_direct((*layer, ids, *rows)):
+        try:
+            *dense, flipped = _dense(*layer, transposed)
+            ids = None if ids is None else ids.contiguous()
+            return ops.direct_mlp(*dense, ids, *rows, activation, flipped, interleaved)
+        except Exception as error:
+            refused = error
+    # For the others, and to say in the words of this function what the kernel refused.
     _check_mlp(x_TH, w1, w2, b1, b2, activation, transposed, interleaved)
     experts = w1.shape[0]
     if plan is None:
@@ -236,18 +248,12 @@ def moe_mlp(
     _check_plan("x", x_TH, plan)
     if plan.num_experts != experts:
         _check.wanted("plan", f"a plan for {plan.num_experts} experts", f"one for the {experts} of w1")
-    weights_TK = _weights(weights_TK, "x", x_TH, plan)
-    if _is_transposed(w1) and _is_transposed(w2):
-        transposed, w1, w2 = not transposed, w1.transpose(1, 2), w2.transpose(1, 2)
-    x_TH, w1, w2 = x_TH.contiguous(), w1.contiguous(), w2.contiguous()
-    b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
-    save_hidden = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x_TH, weights_TK, w1, w2, b1, b2)
-    )
-    index = plan.offsets, plan.gather, plan.inverse
-    out, _ = ops.mlp(
-        x_TH, weights_TK, w1, w2, b1, b2, *index, activation, transposed, interleaved, save_hidden
-    )
+    _check_weights(weights_TK, "x", x_TH, plan)
+    if refused is not None:
+        raise refused
+    *dense, transposed = _dense(*layer, transposed)
+    save_hidden = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in dense)
+    out, _ = ops.mlp(*dense, *_rows(plan), activation, transposed, interleaved, save_hidden)
     return out
 
 
@@ -319,16 +325,22 @@ def unpermute(y_RH: Tensor, plan: RoutingPlan, weights_TK: Tensor | None = None)
     _check.floating("y", y_RH, "[R, H]")
     _check_plan_device("y", y_RH, plan)
     _check.shape("y", y_RH, "[R, H]", (plan.gather.shape[0], y_RH.shape[1]))
-    weights = None if weights_TK is None else _weights(weights_TK, "y", y_RH, plan)
+    weights = None
+    if weights_TK is not None:
+        _check_weights(weights_TK, "y", y_RH, plan)
+        weights = _wide(weights_TK, y_RH)
     return ops.unpermute(y_RH.contiguous(), weights, plan.gather, plan.inverse)
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors as torch.autocast, where it is on, casts the arguments of a matrix product."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or first.is_meta:
         return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
+    device = "cuda" if first.is_cuda else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
     return tuple(
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
@@ -376,9 +388,7 @@ def _check_plan(name: str, x: Tensor, plan: RoutingPlan) -> None:
 
 
 def _check_plan_device(name: str, x: Tensor, plan: RoutingPlan) -> None:
-    if not isinstance(plan, RoutingPlan):
-        _check.wanted("plan", type(plan).__name__, "a RoutingPlan", TypeError)
-    if not isinstance(plan.inverse, Tensor):
+    if not all(isinstance(row, Tensor) for row in _rows(plan)):
         _check.wanted("plan", "a plan of NumPy arrays", "one of torch tensors: plan.to('cpu')", TypeError)
     if plan.inverse.device != x.device:
         _check.wanted(
@@ -386,11 +396,48 @@ def _check_plan_device(name: str, x: Tensor, plan: RoutingPlan) -> None:
         )
 
 
-def _weights(weights: Tensor, name: str, beside: Tensor, plan: RoutingPlan) -> Tensor:
+def _check_weights(weights: Tensor, name: str, beside: Tensor, plan: RoutingPlan) -> None:
     _check.floating("weights", weights, "[T, K]")
     _check.shape("weights", weights, "[T, K]", (plan.tokens, plan.top_k))
     _check.like("weights", weights, name, beside, dtype=False)
-    return weights.to(wide(beside.dtype)).contiguous()
+
+
+def _wide(weights: Tensor, beside: Tensor) -> Tensor:
+    """Routing weights in the dtype of the sums."""
+    dtype = wide(beside.dtype)
+    if weights.dtype != dtype:
+        _check.floats("weights", weights)
+        weights = weights.to(dtype)
+    return weights.contiguous()
+
+
+def _rows(plan: RoutingPlan) -> tuple[Any, Any, Any]:
+    if not isinstance(plan, RoutingPlan):
+        _check.wanted("plan", type(plan).__name__, "a RoutingPlan", TypeError)
+    return plan.offsets, plan.gather, plan.inverse
+
+
+def _dense(
+    x: Tensor,
+    weights: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    transposed: bool,
+) -> tuple[Any, ...]:
+    """The arguments as the kernels read them."""
+    if _is_transposed(w1) and _is_transposed(w2):
+        transposed, w1, w2 = not transposed, w1.transpose(1, 2), w2.transpose(1, 2)
+    return (
+        x.contiguous(),
+        _wide(weights, x),
+        w1.contiguous(),
+        w2.contiguous(),
+        None if b1 is None else b1.contiguous(),
+        None if b2 is None else b2.contiguous(),
+        transposed,
+    )
 
 
 def _is_transposed(w: Tensor) -> bool:

@@ -17,11 +17,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import _native
+from ._check import DTYPES
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of routing weights and sums beside tensors of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+_NAMES: dict[torch.dtype, Any] = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 
 
 def _has_memory(tensor: Tensor) -> bool:
@@ -39,9 +43,8 @@ def _recycled(like: Tensor, shape: Sequence[int]) -> Tensor:
 
     On the CPU, where torch gives freed memory back to the system, it is kept for the next step.
     """
-    if _has_memory(like) and like.is_cpu:
-        dtype: Any = str(like.dtype).removeprefix("torch.")
-        return _native.empty(tuple(shape), dtype)
+    if like.is_cpu and _has_memory(like):
+        return _native.empty(shape, _NAMES[like.dtype])
     return like.new_empty(shape)
 
 
@@ -158,6 +161,11 @@ def plan(
     return counts, offsets, gather, inverse, sorted_weights
 
 
+def packed_plan(ids: Tensor, num_experts: int) -> Tensor:
+    """Memory for the plan that `mlp` makes of `ids`: counts, offsets, gather and inverse in one tensor."""
+    return ids.new_empty(2 * num_experts + 1 + 2 * ids.numel(), dtype=torch.int32)
+
+
 def mlp(
     x: Tensor,
     weights: Tensor,
@@ -165,35 +173,43 @@ def mlp(
     w2: Tensor,
     b1: Tensor | None,
     b2: Tensor | None,
-    offsets: Tensor,
-    gather: Tensor,
-    inverse: Tensor,
+    offsets: Tensor | None,
+    gather: Tensor | None,
+    inverse: Tensor | None,
     activation: str,
     transposed: bool,
     interleaved: bool,
     save_hidden: bool,
+    ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output [T, H] and, to be saved for the backward, the pre-activation [R, 2I]."""
+    """The output [T, H] and, to be saved for the backward, the pre-activation [R, 2I].
+
+    With `ids` their plan is made first, and written to `offsets` if that is a `packed_plan`.
+    """
     out = torch.empty_like(x)
-    shape = gather.shape[0], w1.shape[2 if transposed else 1]
-    hidden = _recycled(x, shape) if save_hidden else None
-    _run(
-        "mlp_forward",
-        x,
-        w1,
-        b1,
-        w2,
-        b2,
-        weights,
-        offsets,
-        gather,
-        inverse,
-        out,
-        hidden,
-        activation=activation,
-        transposed=transposed,
-        interleaved=interleaved,
-    )
+    hidden = None
+    if save_hidden:
+        rows = weights.numel() if gather is None else gather.shape[0]
+        hidden = _recycled(x, (rows, w1.shape[2 if transposed else 1]))
+    if _has_memory(x):
+        _native.mlp_forward(
+            x,
+            w1,
+            b1,
+            w2,
+            b2,
+            weights,
+            ids,
+            offsets,
+            gather,
+            inverse,
+            out,
+            hidden,
+            activation=activation,
+            transposed=transposed,
+            interleaved=interleaved,
+            threads=torch.get_num_threads(),
+        )
     return out, hidden
 
 
@@ -206,8 +222,8 @@ def mlp_backward(
     b1: Tensor | None,
     b2: Tensor | None,
     offsets: Tensor,
-    gather: Tensor,
-    inverse: Tensor,
+    gather: Tensor | None,
+    inverse: Tensor | None,
     hidden: Tensor,
     activation: str,
     transposed: bool,
@@ -218,7 +234,8 @@ def mlp_backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, weights, w1, w2, b1 and b2, each where `needs` says so.
 
-    Those of w1 and w2 are added to `sums` where these are given.
+    Those of w1 and w2 are added to `sums` where these are given. Without gather and inverse `offsets` is a
+    `packed_plan`.
     """
     x_need, weights_need, w1_need, w2_need, b1_need, b2_need = needs
     grad_x = torch.empty_like(x) if x_need else None
@@ -228,31 +245,32 @@ def mlp_backward(
     grad_w2 = _recycled(w2, w2.shape) if w2_need and sum_w2 is None else None
     grad_b1 = torch.empty_like(b1) if b1 is not None and b1_need else None
     grad_b2 = torch.empty_like(b2) if b2 is not None and b2_need else None
-    _run(
-        "mlp_backward",
-        grad_out,
-        x,
-        w1,
-        b1,
-        w2,
-        b2,
-        weights,
-        hidden,
-        offsets,
-        gather,
-        inverse,
-        grad_x,
-        grad_weights,
-        grad_w1 if sum_w1 is None else sum_w1,
-        grad_b1,
-        grad_w2 if sum_w2 is None else sum_w2,
-        grad_b2,
-        activation=activation,
-        transposed=transposed,
-        interleaved=interleaved,
-        add_w1=sum_w1 is not None,
-        add_w2=sum_w2 is not None,
-    )
+    if _has_memory(x):
+        _native.mlp_backward(
+            grad_out,
+            x,
+            w1,
+            b1,
+            w2,
+            b2,
+            weights,
+            hidden,
+            offsets,
+            gather,
+            inverse,
+            grad_x,
+            grad_weights,
+            grad_w1 if sum_w1 is None else sum_w1,
+            grad_b1,
+            grad_w2 if sum_w2 is None else sum_w2,
+            grad_b2,
+            activation=activation,
+            transposed=transposed,
+            interleaved=interleaved,
+            add_w1=sum_w1 is not None,
+            add_w2=sum_w2 is not None,
+            threads=torch.get_num_threads(),
+        )
     return grad_x, grad_weights, grad_w1, grad_w2, grad_b1, grad_b2
 
 

@@ -3,7 +3,8 @@
 Each operator exists twice with one meaning. Eager code runs an `autograd.Function` around the kernel, the
 shortest way there. Whatever has to see operators (torch.compile, dispatch modes, tensor subclasses, devices
 without memory) gets `torch.ops.fastmoe_rs`, with fake kernels. Both share the two
-functions that say what to save and how to differentiate.
+functions that say what to save and how to differentiate; only the expert MLP, the hottest, has a
+`direct_mlp` of its own for eager code, which makes the plan of ids in the same native call.
 
 Legend: T tokens, E experts, K experts per token, R routed rows.
 """
@@ -20,7 +21,8 @@ from torch.nn import Parameter
 from . import kernels, main_grad
 
 _LIBRARY = torch.library.Library("fastmoe_rs", "DEF")
-_PLAIN = frozenset({Tensor, Parameter, type(None), bool, int, float, str, tuple, list})
+_DENSE = frozenset({Tensor, Parameter})
+_PLAIN = frozenset({type(None), bool, int, float, str, tuple, list})
 
 Setup = Callable[[Any, tuple[Any, ...], Any], None]
 Backward = Callable[..., tuple[Any, ...]]
@@ -51,25 +53,26 @@ def _operator(
         eager = _function(name, kernel, setup, backward).apply
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_watched(args):
+        if not is_direct(args):
             return operator(*args)
-        if torch._C._are_functorch_transforms_active():
-            raise RuntimeError(
-                f"fastmoe_rs.{name}: torch.func transforms are not supported (grad, vmap, jvp)"
-            )
         return eager(*args) if torch.is_grad_enabled() else kernel(*args)
 
     return call
 
 
-def _is_watched(args: tuple[Any, ...]) -> bool:
-    """Whether something must see the operator, or a kernel could not read the memory of a tensor as it is."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or not _PLAIN.issuperset(map(type, args))
-        or any(isinstance(arg, Tensor) and arg.is_neg() for arg in args)
-        or args[0].is_meta
-    )
+def is_direct(args: tuple[Any, ...]) -> bool:
+    """Whether a kernel may read the memory of the arguments as it is, and nothing must see the operator."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    for arg in args:
+        if type(arg) in _DENSE:
+            if arg.is_neg():
+                return False
+        elif type(arg) not in _PLAIN:
+            return False
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("fastmoe_rs: torch.func transforms are not supported (grad, vmap, jvp)")
+    return not args[0].is_meta
 
 
 def _function(
@@ -203,14 +206,16 @@ def _mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor |
         ctx.owners = main_grad.owner(tensors[2]), main_grad.owner(tensors[3])
 
 
-def _mlp_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ...]:
+def _mlp_backward(
+    ctx: Any, grad_out: Tensor | None, _: None, backward: Callable[..., Any] | None = None
+) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad
     if grad_out is None:
         return (None,) * len(needs)
     arguments = grad_out.contiguous(), *ctx.saved_tensors, *ctx.options, needs[:6]
     sums = _main_grads(ctx, arguments, w1=needs[2], w2=needs[3])
     if sums is None:
-        return _only(needs, mlp_backward(*arguments))
+        return _only(needs, (backward or mlp_backward)(*arguments))
     grads = kernels.mlp_backward(*arguments, sums=sums)
     return _only(needs, (*grads[:2], *_added(ctx, sums, grads[2:4]), *grads[4:]))
 
@@ -221,7 +226,7 @@ def _main_grads(ctx: Any, arguments: tuple[Any, ...], **needs: bool) -> list[Ten
         main_grad.target(name, leaf) if need else None
         for (name, need), leaf in zip(needs.items(), ctx.owners, strict=True)
     ]
-    if all(target is None for target in sums) or torch.is_grad_enabled() or _is_watched(arguments):
+    if all(target is None for target in sums) or torch.is_grad_enabled() or not is_direct(arguments):
         return None
     return sums
 
@@ -232,6 +237,51 @@ def _added(ctx: Any, sums: list[Tensor | None], grads: tuple[Tensor | None, ...]
         grad if target is None else main_grad.added(leaf, target)
         for leaf, target, grad in zip(ctx.owners, sums, grads, strict=True)
     ]
+
+
+class _Mlp(torch.autograd.Function):
+    """`direct_mlp` with gradients; unlike those of the operator, what it saves is no output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        b1: Tensor | None,
+        b2: Tensor | None,
+        ids: Tensor | None,
+        offsets: Tensor | None,
+        gather: Tensor | None,
+        inverse: Tensor | None,
+        *options: Any,
+    ) -> Tensor:
+        if ids is not None:
+            offsets = kernels.packed_plan(ids, w1.shape[0])
+        saved = x, weights, w1, w2, b1, b2, offsets, gather, inverse
+        kernel: Callable[..., Any] = kernels.mlp
+        out, hidden = kernel(*saved, *options, True, ids)
+        ctx.save_for_backward(*saved, hidden)
+        ctx.options = options
+        ctx.owners = main_grad.owner(w1), main_grad.owner(w2)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        direct = is_direct((grad_out,)) and not torch.is_grad_enabled()
+        return _mlp_backward(ctx, grad_out, None, kernels.mlp_backward if direct else mlp_backward)
+
+
+def direct_mlp(*args: Any) -> Tensor:
+    """`mlp` of direct tensors: x, weights, w1, w2, b1, b2, ids or a plan's three rows, and the options."""
+    if torch.is_grad_enabled():
+        for tensor in args[:6]:
+            if tensor is not None and tensor.requires_grad:
+                return _Mlp.apply(*args)
+    kernel: Callable[..., Any] = kernels.mlp
+    out, _ = kernel(*args[:6], *args[7:], False, args[6])
+    return out
 
 
 def _grouped_mm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -329,7 +379,7 @@ mlp = _operator(
 )
 mlp_backward = _operator(
     "mlp_backward(Tensor grad_out, Tensor x, Tensor weights, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2,"
-    " Tensor offsets, Tensor gather, Tensor inverse, Tensor hidden, str activation, bool transposed,"
+    " Tensor offsets, Tensor? gather, Tensor? inverse, Tensor hidden, str activation, bool transposed,"
     " bool interleaved, bool[] needs)"
     " -> (Tensor x, Tensor weights, Tensor w1, Tensor w2, Tensor b1, Tensor b2)",
     *_once("moe_mlp"),

@@ -131,10 +131,10 @@ impl Driver for Emulator {
         params: &[u8],
         memory: &[Region],
     ) -> Result<()> {
-        may_fail("cuLaunchKernel")?;
         if self.idle {
             return Ok(());
         }
+        may_fail("cuLaunchKernel")?;
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let mut given: Vec<&Region> = memory.iter().filter(|region| region.bytes > 0).collect();
         // A tensor may be given twice, or be a part of another.

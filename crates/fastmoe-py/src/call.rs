@@ -44,3 +44,9 @@ pub fn update(grad: &Tensor, dtype: DType, adds: bool) -> Result<Update> {
     grad.expect_element(dtype.into())?;
     Ok(if adds { Update::Add } else { Update::Write })
 }
+
+/// An input that other arguments make optional, and which these ones need.
+pub fn required_input(name: &'static str, object: Option<&Bound<'_, PyAny>>) -> Result<Tensor> {
+    optional_input(name, object)?
+        .ok_or_else(|| Error::Type(format!("{name}: expected a torch.Tensor or NumPy array, got NoneType")))
+}

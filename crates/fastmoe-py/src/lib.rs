@@ -12,6 +12,7 @@ mod element;
 mod error;
 mod grouped;
 mod info;
+mod layer;
 mod memory;
 mod mlp;
 mod permute;

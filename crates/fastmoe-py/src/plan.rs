@@ -59,102 +59,116 @@ pub fn plan(
         inverse: Tensor::output("inverse", inverse)?,
         sorted_weights: optional_output("sorted_weights", sorted_weights)?,
     };
-    plan.counts.expect(Element::I32, &[experts], "E")?;
-    plan.offsets.expect(Element::I32, &[experts + 1], "E+1")?;
-    plan.gather.expect(Element::I32, &[spec.rows()], if pad { "E*C" } else { "T*K" })?;
-    plan.inverse.expect(Element::I32, &[tokens, top_k], "T, K")?;
-    if let Some(sorted) = &plan.sorted_weights {
-        sorted.expect_shape(&[spec.rows()], "rows of gather")?;
-    }
-    let outputs = [&plan.counts, &plan.offsets, &plan.gather, &plan.inverse].map(Some);
-    let outputs = outputs.into_iter().chain([plan.sorted_weights.as_ref()]);
-    let inputs = [Some(&ids), weights.as_ref()];
-    disjoint(outputs.clone(), inputs)?;
-    if let Backend::Cuda(device) = Backend::of(inputs.into_iter().chain(outputs))? {
-        return on_device(py, device, &spec, &ids, &weights, &plan);
-    }
-
-    let build = match (ids.element(), weights.as_ref().map(Tensor::element)) {
-        (Element::I64, None | Some(Element::F32)) => build::<i64, f32>,
-        (Element::I32, None | Some(Element::F32)) => build::<i32, f32>,
-        (Element::I64, Some(Element::F64)) => build::<i64, f64>,
-        (Element::I32, Some(Element::F64)) => build::<i32, f64>,
-        (Element::I64 | Element::I32, Some(given)) => {
-            let given = given.name();
-            return Err(Error::Type(format!("weights: expected dtype float32 or float64, got {given}")));
-        }
-        (given, _) => {
-            let given = given.name();
-            return Err(Error::Type(format!("ids: expected dtype int64 or int32, got {given}")));
-        }
-    };
-    compute(py, || build(&spec, threads, &ids, weights.as_ref(), plan))
+    plan.fill(py, &spec, threads, &ids, &weights)
 }
 
-struct Plan {
-    counts: Tensor,
-    offsets: Tensor,
-    gather: Tensor,
-    inverse: Tensor,
-    sorted_weights: Option<Tensor>,
+/// Where a plan goes.
+pub struct Plan {
+    pub counts: Tensor,
+    pub offsets: Tensor,
+    pub gather: Tensor,
+    pub inverse: Tensor,
+    pub sorted_weights: Option<Tensor>,
 }
 
-/// On a device ids out of range are dropped, and reported where the process checks for them.
-fn on_device(
-    py: Python<'_>,
-    device: Device,
-    spec: &PlanSpec,
-    ids: &Tensor,
-    weights: &Option<Tensor>,
-    plan: &Plan,
-) -> Result<()> {
-    for weights in weights.iter().chain(&plan.sorted_weights) {
-        weights.expect_element(Element::F32)?;
+impl Plan {
+    /// Sorts the routed rows of `ids` into it.
+    pub fn fill(
+        mut self,
+        py: Python<'_>,
+        spec: &PlanSpec,
+        threads: Threads,
+        ids: &Tensor,
+        weights: &Option<Tensor>,
+    ) -> Result<()> {
+        let padded = spec.capacity.is_some_and(|capacity| capacity.pad);
+        self.counts.expect(Element::I32, &[spec.experts], "E")?;
+        self.offsets.expect(Element::I32, &[spec.experts + 1], "E+1")?;
+        self.gather.expect(Element::I32, &[spec.rows()], if padded { "E*C" } else { "T*K" })?;
+        self.inverse.expect(Element::I32, &[spec.tokens, spec.top_k], "T, K")?;
+        if let Some(sorted) = &self.sorted_weights {
+            sorted.expect_shape(&[spec.rows()], "rows of gather")?;
+        }
+        let outputs = [&self.counts, &self.offsets, &self.gather, &self.inverse].map(Some);
+        let outputs = outputs.into_iter().chain([self.sorted_weights.as_ref()]);
+        let inputs = [Some(ids), weights.as_ref()];
+        disjoint(outputs.clone(), inputs)?;
+        if let Backend::Cuda(device) = Backend::of(inputs.into_iter().chain(outputs))? {
+            return self.fill_on(py, device, spec, ids, weights);
+        }
+        let build = match (ids.element(), weights.as_ref().map(Tensor::element)) {
+            (Element::I64, None | Some(Element::F32)) => Self::build::<i64, f32>,
+            (Element::I32, None | Some(Element::F32)) => Self::build::<i32, f32>,
+            (Element::I64, Some(Element::F64)) => Self::build::<i64, f64>,
+            (Element::I32, Some(Element::F64)) => Self::build::<i32, f64>,
+            (Element::I64 | Element::I32, Some(given)) => {
+                let given = given.name();
+                return Err(Error::Type(format!("weights: expected dtype float32 or float64, got {given}")));
+            }
+            (given, _) => return Err(not_ids(given)),
+        };
+        compute(py, || build(&mut self, spec, threads, ids, weights))
     }
-    let wide_ids = match ids.element() {
-        Element::I64 => true,
-        Element::I32 => false,
-        given => {
-            return Err(Error::Type(format!("ids: expected dtype int64 or int32, got {}", given.name())));
+
+    /// On a device ids out of range are dropped, and reported where the process checks for them.
+    fn fill_on(
+        &self,
+        py: Python<'_>,
+        device: Device,
+        spec: &PlanSpec,
+        ids: &Tensor,
+        weights: &Option<Tensor>,
+    ) -> Result<()> {
+        for weights in weights.iter().chain(&self.sorted_weights) {
+            weights.expect_element(Element::F32)?;
         }
-    };
-    spec.check_request(weights.is_some(), plan.sorted_weights.is_some())?;
-    let problem = fastmoe_cuda::Plan {
-        spec,
-        wide_ids,
-        ids: ids.buffer(),
-        weights: buffer(weights),
-        counts: plan.counts.buffer(),
-        offsets: plan.offsets.buffer(),
-        gather: plan.gather.buffer(),
-        inverse: plan.inverse.buffer(),
-        sorted_weights: buffer(&plan.sorted_weights),
-        check: fastmoe_cuda::checks() && spec.out_of_range == OutOfRange::Error,
-    };
-    // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
-    match device.run(py, problem.scratch(), |queue| Ok(unsafe { problem.launch(queue)? }))? {
-        None => Ok(()),
-        Some((row, given)) => {
-            let (token, slot, experts) = (row / spec.top_k, row % spec.top_k, spec.experts);
-            Err(fastmoe_core::Error::ExpertId { token, slot, given, experts }.into())
+        let wide_ids = match ids.element() {
+            Element::I64 => true,
+            Element::I32 => false,
+            given => return Err(not_ids(given)),
+        };
+        spec.check_request(weights.is_some(), self.sorted_weights.is_some())?;
+        let problem = fastmoe_cuda::Plan {
+            spec,
+            wide_ids,
+            ids: ids.buffer(),
+            weights: buffer(weights),
+            counts: self.counts.buffer(),
+            offsets: self.offsets.buffer(),
+            gather: self.gather.buffer(),
+            inverse: self.inverse.buffer(),
+            sorted_weights: buffer(&self.sorted_weights),
+            check: fastmoe_cuda::checks() && spec.out_of_range == OutOfRange::Error,
+        };
+        // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
+        match device.run(py, problem.scratch(), |queue| Ok(unsafe { problem.launch(queue)? }))? {
+            None => Ok(()),
+            Some((row, given)) => {
+                let (token, slot, experts) = (row / spec.top_k, row % spec.top_k, spec.experts);
+                Err(fastmoe_core::Error::ExpertId { token, slot, given, experts }.into())
+            }
         }
+    }
+
+    fn build<I: ExpertId + Scalar, F: Float + Scalar>(
+        &mut self,
+        spec: &PlanSpec,
+        threads: Threads,
+        ids: &Tensor,
+        weights: &Option<Tensor>,
+    ) -> Result<()> {
+        let out = PlanOut {
+            counts: self.counts.slice_mut()?,
+            offsets: self.offsets.slice_mut()?,
+            gather: self.gather.slice_mut()?,
+            inverse: self.inverse.slice_mut()?,
+            sorted_weights: self.sorted_weights.as_mut().map(Tensor::slice_mut::<F>).transpose()?,
+        };
+        let weights = weights.as_ref().map(Tensor::slice::<F>).transpose()?;
+        Ok(spec.build::<I, F>(&threads, ids.slice()?, weights, out)?)
     }
 }
 
-fn build<I: ExpertId + Scalar, F: Float + Scalar>(
-    spec: &PlanSpec,
-    threads: Threads,
-    ids: &Tensor,
-    weights: Option<&Tensor>,
-    mut plan: Plan,
-) -> Result<()> {
-    let out = PlanOut {
-        counts: plan.counts.slice_mut()?,
-        offsets: plan.offsets.slice_mut()?,
-        gather: plan.gather.slice_mut()?,
-        inverse: plan.inverse.slice_mut()?,
-        sorted_weights: plan.sorted_weights.as_mut().map(Tensor::slice_mut::<F>).transpose()?,
-    };
-    let weights = weights.map(Tensor::slice::<F>).transpose()?;
-    Ok(spec.build::<I, F>(&threads, ids.slice()?, weights, out)?)
+fn not_ids(given: Element) -> Error {
+    Error::Type(format!("ids: expected dtype int64 or int32, got {}", given.name()))
 }

@@ -73,6 +73,25 @@ impl Tensor {
         Ok(Self { name, data: array.data, shape, element, place: array.place })
     }
 
+    /// Dense int32 memory, which the caller keeps.
+    pub fn int32(name: &'static str, start: usize, length: usize, place: Place) -> Self {
+        let shape = SmallVec::from_slice(&[length]);
+        Self { name, data: start as *mut u8, shape, element: Element::I32, place }
+    }
+
+    /// A tensor of one axis as several that follow each other in its memory; fails unless they fill it.
+    pub fn split<const N: usize>(&self, parts: [(&'static str, &[usize]); N]) -> Result<[Self; N]> {
+        let sizes = parts.map(|(_, shape)| shape.iter().product::<usize>());
+        self.expect_shape(&[sizes.iter().sum()], &parts.map(|(name, _)| name).join(" + "))?;
+        let mut data = self.data;
+        Ok(std::array::from_fn(|part| {
+            let (name, shape) = parts[part];
+            let tensor = Self { name, data, shape: shape.into(), element: self.element, place: self.place };
+            data = data.wrapping_add(sizes[part] * self.element.bytes());
+            tensor
+        }))
+    }
+
     pub fn name(&self) -> &'static str {
         self.name
     }
@@ -136,6 +155,10 @@ impl Tensor {
 
     pub fn element(&self) -> Element {
         self.element
+    }
+
+    pub fn place(&self) -> Place {
+        self.place
     }
 
     pub fn ptr(&self) -> Ptr {

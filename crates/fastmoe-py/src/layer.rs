@@ -1,0 +1,275 @@
+//! The arguments that `mlp_forward` and `mlp_backward` share, checked.
+
+use fastmoe_core::{OutOfRange, PlanSpec, validate_plan};
+use fastmoe_cpu::{Activation, DType, Mlp, RoutedRows, Threads};
+use fastmoe_cuda::Queue;
+use pyo3::prelude::*;
+
+use crate::backend::{buffer, check_indices, math};
+use crate::call::{optional_input, required_input};
+use crate::element::Element;
+use crate::error::{Error, Result};
+use crate::plan::Plan;
+use crate::tensor::{Tensor, disjoint};
+
+/// How the expert weights are laid out, and the activation between them.
+#[derive(Clone, Copy)]
+pub struct Layout {
+    activation: Activation,
+    transposed: bool,
+    interleaved: bool,
+}
+
+/// The sizes that the arguments agree on.
+#[derive(Clone, Copy)]
+pub struct Sizes {
+    pub dtype: DType,
+    pub tokens: usize,
+    pub hidden: usize,
+    pub intermediate: usize,
+    /// Rows of W1 per expert: 2I where the activation is gated, else I.
+    pub up: usize,
+    pub experts: usize,
+    pub top_k: usize,
+}
+
+/// The inputs that forward and backward share, but for the plan.
+pub struct Layer {
+    pub layout: Layout,
+    pub sizes: Sizes,
+    pub x: Tensor,
+    pub w1: Tensor,
+    pub b1: Option<Tensor>,
+    pub w2: Tensor,
+    pub b2: Option<Tensor>,
+    pub weights: Tensor,
+}
+
+/// The plan of a call.
+pub struct Rows {
+    offsets: Tensor,
+    gather: Tensor,
+    inverse: Tensor,
+}
+
+pub struct Problem {
+    pub layer: Layer,
+    pub rows: Rows,
+}
+
+impl Layout {
+    pub fn new(activation: &str, transposed: bool, interleaved: bool) -> Result<Self> {
+        let given = activation;
+        let activation = Activation::from_name(given).ok_or_else(|| {
+            let names: Vec<_> = Activation::ALL.iter().map(|(name, _)| format!("'{name}'")).collect();
+            Error::Value(format!("activation: expected one of {}, got '{given}'", names.join(", ")))
+        })?;
+        if interleaved && !activation.gated() {
+            return Err(Error::Value(format!(
+                "interleaved: expected False for the ungated activation '{given}', got True"
+            )));
+        }
+        Ok(Self { activation, transposed, interleaved })
+    }
+
+    /// Shapes of W1 and W2 with their legends.
+    fn weights(self, e: usize, up: usize, h: usize, i: usize) -> [([usize; 3], &'static str); 2] {
+        match (self.activation.gated(), self.transposed) {
+            (true, false) => [([e, up, h], "E, 2I, H"), ([e, h, i], "E, H, I")],
+            (true, true) => [([e, h, up], "E, H, 2I"), ([e, i, h], "E, I, H")],
+            (false, false) => [([e, up, h], "E, I, H"), ([e, h, i], "E, H, I")],
+            (false, true) => [([e, h, up], "E, H, I"), ([e, i, h], "E, I, H")],
+        }
+    }
+
+    pub fn hidden_legend(self) -> &'static str {
+        if self.activation.gated() { "rows of gather, 2I" } else { "rows of gather, I" }
+    }
+}
+
+impl Layer {
+    pub fn new(
+        layout: Layout,
+        x: &Bound<'_, PyAny>,
+        w1: &Bound<'_, PyAny>,
+        b1: Option<&Bound<'_, PyAny>>,
+        w2: &Bound<'_, PyAny>,
+        b2: Option<&Bound<'_, PyAny>>,
+        weights: &Bound<'_, PyAny>,
+    ) -> Result<Self> {
+        let x = Tensor::input("x", x)?;
+        let w1 = Tensor::input("w1", w1)?;
+        let b1 = optional_input("b1", b1)?;
+        let w2 = Tensor::input("w2", w2)?;
+        let b2 = optional_input("b2", b2)?;
+        let weights = Tensor::input("weights", weights)?;
+
+        let dtype = x.float()?;
+        let [tokens, hidden] = x.dims("T, H")?;
+        let [_, top_k] = weights.dims("T, K")?;
+        weights.expect(Element::of_weights(dtype), &[tokens, top_k], "T, K")?;
+        for w in [&w1, &w2] {
+            w.expect_element(dtype.into())?;
+        }
+        let [experts, ..] = w1.dims::<3>("E, 2I, H")?;
+        let [_, a, b] = w2.dims::<3>("E, H, I")?;
+        let (h, i) = if layout.transposed { (b, a) } else { (a, b) };
+        // Where W2 comes in the other layout its first error is about W1, which tells the remedy.
+        let intermediate = if h == hidden { i } else { h };
+        let up = if layout.activation.gated() { 2 * intermediate } else { intermediate };
+        let shapes = layout.weights(experts, up, hidden, intermediate);
+        let swapped = Layout { transposed: !layout.transposed, ..layout };
+        let others = swapped.weights(experts, up, hidden, intermediate);
+        for ((w, (shape, legend)), (other, other_legend)) in [&w1, &w2].into_iter().zip(shapes).zip(others) {
+            w.expect_shape(&shape, legend).map_err(|error| {
+                let flag = if layout.transposed { "drop" } else { "pass" };
+                error
+                    .hint(w.shape() == other, &format!("{flag} transposed=True for [{other_legend}] weights"))
+            })?;
+        }
+        if let Some(b1) = &b1 {
+            b1.expect(dtype, &[experts, up], if layout.activation.gated() { "E, 2I" } else { "E, I" })?;
+        }
+        if let Some(b2) = &b2 {
+            b2.expect(dtype, &[experts, hidden], "E, H")?;
+        }
+        let sizes = Sizes { dtype, tokens, hidden, intermediate, up, experts, top_k };
+        Ok(Self { layout, sizes, x, w1, b1, w2, b2, weights })
+    }
+
+    fn inputs(&self) -> [Option<&Tensor>; 6] {
+        let Self { x, w1, b1, w2, b2, weights, .. } = self;
+        [Some(x), Some(w1), b1.as_ref(), Some(w2), b2.as_ref(), Some(weights)]
+    }
+}
+
+impl Rows {
+    pub fn given(
+        layer: &Layer,
+        offsets: Option<&Bound<'_, PyAny>>,
+        gather: Option<&Bound<'_, PyAny>>,
+        inverse: Option<&Bound<'_, PyAny>>,
+    ) -> Result<Self> {
+        let Sizes { tokens, experts, top_k, .. } = layer.sizes;
+        let rows = Self {
+            offsets: required_input("offsets", offsets)?,
+            gather: required_input("gather", gather)?,
+            inverse: required_input("inverse", inverse)?,
+        };
+        rows.inverse.expect(Element::I32, &[tokens, top_k], "T, K")?;
+        rows.gather.dims::<1>("R")?;
+        rows.gather.expect_element(Element::I32)?;
+        rows.offsets.expect(Element::I32, &[experts + 1], "E+1")?;
+        Ok(rows)
+    }
+
+    pub fn packed_length(layer: &Layer) -> usize {
+        let Sizes { tokens, experts, top_k, .. } = layer.sizes;
+        2 * experts + 1 + 2 * tokens * top_k
+    }
+
+    /// The rows of a plan that lies whole in one tensor.
+    pub fn packed(layer: &Layer, plan: &Tensor) -> Result<Self> {
+        let Plan { offsets, gather, inverse, .. } = Self::unpack(layer, plan)?;
+        Ok(Self { offsets, gather, inverse })
+    }
+
+    /// Those of the plan of `ids`, which is made into one tensor.
+    pub fn made(py: Python<'_>, layer: &Layer, threads: Threads, ids: &Tensor, plan: Tensor) -> Result<Self> {
+        let Sizes { tokens, experts, top_k, .. } = layer.sizes;
+        ids.expect_shape(&[tokens, top_k], "T, K")?;
+        let spec = PlanSpec { tokens, top_k, experts, capacity: None, out_of_range: OutOfRange::Error };
+        disjoint([Some(&plan)], layer.inputs().into_iter().chain([Some(ids)]))?;
+        Self::unpack(layer, &plan)?.fill(py, &spec, threads, ids, &None)?;
+        Self::packed(layer, &plan)
+    }
+
+    fn unpack(layer: &Layer, plan: &Tensor) -> Result<Plan> {
+        let Sizes { tokens, experts, top_k, .. } = layer.sizes;
+        plan.expect_element(Element::I32)?;
+        let [counts, offsets, gather, inverse] = plan.split([
+            ("counts", &[experts]),
+            ("offsets", &[experts + 1]),
+            ("gather", &[tokens * top_k]),
+            ("inverse", &[tokens, top_k]),
+        ])?;
+        Ok(Plan { counts, offsets, gather, inverse, sorted_weights: None })
+    }
+}
+
+impl Problem {
+    pub fn inputs(&self) -> impl Iterator<Item = Option<&Tensor>> + Clone {
+        let Rows { offsets, gather, inverse } = &self.rows;
+        self.layer.inputs().into_iter().chain([offsets, gather, inverse].map(Some))
+    }
+
+    pub fn hidden_shape(&self) -> [usize; 2] {
+        [self.rows.gather.shape()[0], self.layer.sizes.up]
+    }
+
+    /// The problem of the CUDA backend, which trusts the plan that it is given.
+    pub fn on_device(&self, py: Python<'_>) -> Result<fastmoe_cuda::Mlp> {
+        let Layer { layout, sizes, .. } = self.layer;
+        let kinds = Activation::ALL.iter();
+        let kind = kinds.take_while(|(_, kind)| *kind != layout.activation).count() as i32;
+        Ok(fastmoe_cuda::Mlp {
+            sizes: fastmoe_cuda::Sizes {
+                math: math(py, &self.layer.x)?,
+                tokens: sizes.tokens,
+                rows: self.hidden_shape()[0],
+                hidden: sizes.hidden,
+                intermediate: sizes.intermediate,
+                experts: sizes.experts,
+                activation: (kind, layout.activation.gated()),
+                transposed: layout.transposed,
+                interleaved: layout.interleaved,
+            },
+            top_k: sizes.top_k,
+            x: self.layer.x.buffer(),
+            w1: self.layer.w1.buffer(),
+            b1: buffer(&self.layer.b1),
+            w2: self.layer.w2.buffer(),
+            b2: buffer(&self.layer.b2),
+            weights: self.layer.weights.buffer(),
+            offsets: self.rows.offsets.buffer(),
+            gather: self.rows.gather.buffer(),
+            inverse: self.rows.inverse.buffer(),
+        })
+    }
+
+    pub fn check_plan(&self, queue: &Queue<'_>) -> Result<()> {
+        let Sizes { tokens, top_k, experts, .. } = self.layer.sizes;
+        let Rows { offsets, gather, inverse } = &self.rows;
+        check_indices(queue, [offsets, gather, inverse], |[offsets, gather, inverse]| {
+            validate_plan(tokens, top_k, experts, offsets, gather, inverse)
+        })
+    }
+
+    /// The problem of the CPU backend, its plan validated.
+    pub fn on_cpu(&self, threads: Threads) -> Result<Mlp<'_>> {
+        let Layer { layout, sizes, .. } = self.layer;
+        let Sizes { dtype, tokens, hidden, intermediate, experts, top_k, .. } = sizes;
+        let Rows { offsets, gather, inverse } = &self.rows;
+        let (offsets, gather, inverse) = (offsets.slice()?, gather.slice()?, inverse.slice()?);
+        validate_plan(tokens, top_k, experts, offsets, gather, inverse)?;
+        Ok(Mlp {
+            dtype,
+            tokens,
+            hidden,
+            intermediate,
+            experts,
+            top_k,
+            activation: layout.activation,
+            transposed: layout.transposed,
+            interleaved: layout.interleaved,
+            x: self.layer.x.ptr(),
+            w1: self.layer.w1.ptr(),
+            b1: self.layer.b1.as_ref().map(Tensor::ptr),
+            w2: self.layer.w2.ptr(),
+            b2: self.layer.b2.as_ref().map(Tensor::ptr),
+            weights: self.layer.weights.ptr(),
+            rows: RoutedRows { offsets, gather, inverse },
+            threads: threads.0,
+        })
+    }
+}
