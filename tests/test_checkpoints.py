@@ -1,5 +1,6 @@
 """Checkpoint conversion: every direction to the bit, streaming, and what it refuses."""
 
+import errno
 import gc
 import itertools
 import json
@@ -461,6 +462,27 @@ def test_files_that_are_refused(checkpoint, tmp_path):
     with pytest.raises(FileExistsError, match="cut: exists"):
         convert_checkpoint(source, tmp_path / "cut", "fused")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint", "cut"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"), [("[3]", "got a list, wanted a JSON object"), ("{", "not JSON")]
+)
+def test_a_configuration_that_is_none(config, message, checkpoint, tmp_path):
+    source, _ = checkpoint
+    (source / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+        convert_checkpoint(source, tmp_path / "out", "fused")
+
+
+def test_a_full_disk_is_named(checkpoint, tmp_path, monkeypatch):
+    source, _ = checkpoint
+
+    def data(tensor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "data", data)
+    with pytest.raises(OSError, match=r"No space left on device: .*model-00001"):
+        convert_checkpoint(source, tmp_path / "out", "mixtral", max_shard_size=500)
 
 
 def test_a_failure_while_writing_leaves_nothing(checkpoint, tmp_path, monkeypatch):

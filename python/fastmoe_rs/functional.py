@@ -379,7 +379,8 @@ def _check_plan_device(name: str, x: Tensor, plan: RoutingPlan) -> None:
     if not isinstance(plan, RoutingPlan):
         _check.wanted("plan", type(plan).__name__, "a RoutingPlan", TypeError)
     if not isinstance(plan.inverse, Tensor):
-        _check.wanted("plan", "a plan of NumPy arrays", "one of torch tensors: plan.to('cpu')", TypeError)
+        what = "a plan (or ids) of NumPy arrays"
+        _check.wanted("plan", what, "one of torch tensors: plan.to('cpu')", TypeError)
     if plan.inverse.device != x.device:
         _check.wanted(
             "plan", f"a plan (or ids) on {plan.inverse.device}", f"one on {x.device}, where {name} is"

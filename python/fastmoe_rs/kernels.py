@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from . import _native
+
+_PLAIN = (Tensor, Parameter)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -25,7 +28,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, Parameter) and not tensor.is_meta
+    """Of any other subclass the native module reads the memory, or says that it cannot."""
+    return (type(tensor) in _PLAIN or not isinstance(tensor, FakeTensor)) and not tensor.is_meta
 
 
 def _run(name: str, first: Tensor, *args: Tensor | None, **options: object) -> None:

@@ -1,8 +1,8 @@
 """The kernels as differentiable operators.
 
 Each operator exists twice with one meaning. Eager code runs an `autograd.Function` around the kernel, the
-shortest way there. Whatever has to see operators (torch.compile, dispatch modes, tensor subclasses, devices
-without memory) gets `torch.ops.fastmoe_rs`, with fake kernels. Both share the two
+shortest way there. Whatever has to see operators (torch.compile, torch.jit.trace, dispatch modes, tensor
+subclasses, devices without memory) gets `torch.ops.fastmoe_rs`, with fake kernels. Both share the two
 functions that say what to save and how to differentiate.
 
 Legend: T tokens, E experts, K experts per token, R routed rows.
@@ -66,6 +66,7 @@ def _is_watched(args: tuple[Any, ...]) -> bool:
     """Whether something must see the operator, or a kernel could not read the memory of a tensor as it is."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
         or not _PLAIN.issuperset(map(type, args))
         or any(isinstance(arg, Tensor) and arg.is_neg() for arg in args)
         or args[0].is_meta
@@ -80,7 +81,10 @@ def _function(
         setup(ctx, args, result)
         return result
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(f"fastmoe_rs.{name}: forward-mode differentiation is not supported")
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward), "jvp": staticmethod(jvp)}
     return type(f"fastmoe_rs_{name}", (torch.autograd.Function,), members)
 
 
@@ -195,6 +199,7 @@ _SCORE_BACKWARD = {
 def _mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
     *tensors, activation, transposed, interleaved, save_hidden = inputs
     _, hidden = output
+    ctx.options = None
     if save_hidden:
         ctx.mark_non_differentiable(hidden)
         ctx.set_materialize_grads(False)
@@ -206,6 +211,11 @@ def _mlp_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ...]
     needs = ctx.needs_input_grad
     if grad_out is None:
         return (None,) * len(needs)
+    if ctx.options is None:
+        raise RuntimeError(
+            "fastmoe_rs.moe_mlp: cannot be differentiated, as it was traced or exported without gradients "
+            "(torch.no_grad); trace or export it with them"
+        )
     grads = mlp_backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.options, needs[:6])
     return _only(needs, grads)
 
