@@ -255,9 +255,9 @@ def test_a_subclass_is_computed_as_the_tensor_that_it_is():
 def test_transforms_that_are_not_supported():
     (x, ids, weights, w1, w2), _ = mlp_case(dtype=torch.float32)
     y = functional.moe_mlp(x, ids, weights, w1, w2)
-    with pytest.raises(ValueError, match="grad_out: .* without memory of its own, as inside of vmap"):
+    with pytest.raises(ValueError, match=r"grad_out: .* without memory of its own, as inside of vmap"):
         torch.autograd.grad(y, x, torch.ones(3, *y.shape), is_grads_batched=True)
-    with pytest.raises(RuntimeError, match="torch.func transforms are not supported"):
+    with pytest.raises(RuntimeError, match=r"torch\.func transforms are not supported"):
         torch.func.grad(lambda x: functional.moe_mlp(x, ids, weights, w1, w2).sum())(x)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))

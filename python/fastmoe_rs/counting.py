@@ -158,8 +158,8 @@ def count(config: Mapping[str, Any]) -> Count:
         config: the content of a `config.json` in the words of Hugging Face transformers.
 
     Raises:
-        ValueError: the family (`model_type`) is not one that this function knows, a size is no whole number, or
-            a Switch Transformer has separate input and output embeddings.
+        ValueError: the family (`model_type`) is not one that this function knows, a size is no whole number,
+            or a Switch Transformer has separate input and output embeddings.
         KeyError: the configuration lacks a number that the family needs.
     """
     kind = _SAME.get(config.get("model_type", ""), config.get("model_type", ""))

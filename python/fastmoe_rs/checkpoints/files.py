@@ -162,7 +162,8 @@ def write_file(path: Path, outputs: Sequence[Output], metadata: Mapping[str, str
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno and not error.filename:
+            error.filename = str(path)
         raise
 
 
