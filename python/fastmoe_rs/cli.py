@@ -99,7 +99,7 @@ def add_params(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         nargs="?",
-        help="a config.json of transformers, a folder with one, or the name of a known model; without it, a list"
+        help="a config.json of transformers, its folder, or the name of a known model; without it, a list"
         " of those",
     )
     parser.add_argument("--context", help="tokens of context (default: 0)", default=0, type=whole(0))
