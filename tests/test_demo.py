@@ -179,6 +179,12 @@ def test_a_run_with_other_settings_or_text_is_not_mixed_in(tmp_path, text, alone
         demo(SMALL, out, text)
 
 
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path):
+    (tmp_path / "checkpoint.partial").mkdir()
+    with pytest.raises(DemoError, match=r"checkpoint\.safetensors cannot be written: "):
+        Checkpoint(tmp_path / "checkpoint.safetensors", SMALL, "").save(Trainer(SMALL))
+
+
 def test_damaged_files_are_named(tmp_path, text, alone):
     out = tmp_path / "out"
     demo(SMALL, out, text)
