@@ -194,8 +194,8 @@ def explain(options: argparse.Namespace) -> int:
     from . import gpus
     from .explain import Layer, report
 
-    tokens, hidden, intermediate, experts, top_k = options.explain
-    layer = Layer(tokens, hidden, intermediate, experts, top_k, math=options.dtype or MATHS[0])
+    math: Any = options.dtype or MATHS[0]
+    layer = Layer(*options.explain, math=math)
     if layer.top_k > layer.experts:
         options.parser.error(f"argument --explain: K {layer.top_k} is more than E {layer.experts}")
     try:
