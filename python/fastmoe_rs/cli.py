@@ -195,7 +195,8 @@ def explain(options: argparse.Namespace) -> int:
     from .explain import Layer, report
 
     math: Any = options.dtype or MATHS[0]
-    layer = Layer(*options.explain, math=math)
+    tokens, hidden, intermediate, experts, top_k = options.explain
+    layer = Layer(tokens, hidden, intermediate, experts, top_k, math=math)
     if layer.top_k > layer.experts:
         options.parser.error(f"argument --explain: K {layer.top_k} is more than E {layer.experts}")
     try:
