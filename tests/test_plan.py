@@ -1,6 +1,7 @@
 """RoutingPlan: equal to the reference to the last index, and a good citizen of torch and Python."""
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -194,4 +195,5 @@ assert all(map(np.array_equal, work(), expected))
 
 
 def test_a_forked_process_has_threads_of_its_own():
-    subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=120)
+    on_the_cpu = {**os.environ, "FASTMOE_BACKEND": ""}
+    subprocess.run([sys.executable, "-c", FORKS], env=on_the_cpu, check=True, timeout=120)
