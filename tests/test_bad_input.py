@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmoe_rs import RoutingPlan, functional
+from fastmoe_rs import RoutingPlan, functional, nn
 from moe_cases import mlp_case
 
 X, IDS, WEIGHTS = torch.randn(6, 8), torch.zeros(6, 2, dtype=torch.long), torch.rand(6, 2)
@@ -62,8 +62,9 @@ def id_at(t, k, value):
         (
             {"plan": RoutingPlan.from_ids(IDS.numpy(), 4)},
             TypeError,
-            "plan: got a plan of NumPy arrays, wanted one of torch tensors",
+            "plan: got a plan (or ids) of NumPy arrays, wanted one of torch tensors",
         ),
+        ({"ids": IDS.numpy()}, TypeError, "plan: got a plan (or ids) of NumPy arrays, wanted one of torch"),
     ],
 )
 def test_mlp(change, error, message):
@@ -81,9 +82,10 @@ def test_mix_of_devices(name):
 
 @pytest.mark.parametrize("value", [4, -1, 2**40])
 def test_id_out_of_range_names_the_first(value):
-    with pytest.raises(ValueError, match=rf"ids.*3.*1.*{value}"):
+    message = rf"ids\[3, 1\]: got {value}, wanted an expert id from 0 to 3"
+    with pytest.raises(ValueError, match=message):
         mlp(ids=id_at(3, 1, value))
-    with pytest.raises(ValueError, match=rf"ids.*3.*1.*{value}"):
+    with pytest.raises(ValueError, match=message):
         RoutingPlan.from_ids(id_at(3, 1, value).numpy(), 4)
 
 
@@ -188,6 +190,80 @@ def test_permute_and_unpermute():
         functional.unpermute(X, plan)
     with pytest.raises(ValueError, match=r"weights: got shape \(2, 6\), wanted \[T, K\] = \(6, 2\)"):
         functional.unpermute(torch.randn(12, 8), plan, WEIGHTS.T)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (X[:, :7], ValueError, "x: got shape (6, 7), wanted [..., H] with H = 8"),
+        (torch.tensor(1.0), ValueError, "x: got shape (), wanted [..., H] with H = 8"),
+        ([1.0] * 8, TypeError, "x: got list, wanted a strided torch tensor [..., H]"),
+        (
+            torch.nested.nested_tensor([X[:2], X[2:]], layout=torch.jagged),
+            TypeError,
+            "x: got layout torch.jagged, wanted a strided torch tensor [..., H]",
+        ),
+    ],
+)
+def test_layer(x, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        nn.MoE(8, 5, 4, 2)(x)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "message"),
+    [
+        ((8.0, 5, 4, 2), TypeError, "hidden_size: got 8.0, wanted a whole number"),
+        ((8, "5", 4, 2), TypeError, "intermediate_size: got '5', wanted a whole number"),
+        ((8, 5, 0, 2), ValueError, "num_experts: got 0, wanted at least 1"),
+        ((8, 5, 4, 2.0), TypeError, "top_k: got 2.0, wanted a whole number"),
+        ((8, 5, 4), ValueError, "top_k: got None, wanted K, or a router"),
+    ],
+)
+def test_sizes_of_a_layer(sizes, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        nn.MoE(*sizes)
+
+
+@pytest.mark.parametrize("output", [None, (IDS, WEIGHTS)])
+def test_a_router_that_returns_something_else(output):
+    class Own(torch.nn.Module):
+        def forward(self, x):
+            return output
+
+    message = rf"router: got an output of type {type(output).__name__}, wanted a functional\.Routing"
+    with pytest.raises(TypeError, match=message):
+        nn.MoE(8, 5, 4, router=Own())(X)
+
+
+def test_a_subclass_is_computed_as_the_tensor_that_it_is():
+    class Mine(torch.Tensor):
+        pass
+
+    for requires_grad in (False, True):
+        arguments, _ = mlp_case(dtype=torch.float32, requires_grad=requires_grad)
+        x, *others = arguments
+        out = functional.moe_mlp(x.detach().as_subclass(Mine).requires_grad_(requires_grad), *others)
+        assert isinstance(out, Mine)
+        expected = functional.moe_mlp(*arguments)
+        assert torch.equal(out.as_subclass(torch.Tensor), expected)
+        if requires_grad:
+            mine, plain = (torch.autograd.grad(y.sum(), others[1:]) for y in (out, expected))
+            assert all(map(torch.equal, mine, plain))
+            assert all(gradient.abs().sum() > 0 for gradient in plain)
+
+
+def test_transforms_that_are_not_supported():
+    (x, ids, weights, w1, w2), _ = mlp_case(dtype=torch.float32)
+    y = functional.moe_mlp(x, ids, weights, w1, w2)
+    with pytest.raises(ValueError, match=r"grad_out: .* without memory of its own, as inside of vmap"):
+        torch.autograd.grad(y, x, torch.ones(3, *y.shape), is_grads_batched=True)
+    with pytest.raises(RuntimeError, match=r"torch\.func transforms are not supported"):
+        torch.func.grad(lambda x: functional.moe_mlp(x, ids, weights, w1, w2).sum())(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="mlp: forward-mode differentiation is not supported"):
+            functional.moe_mlp(dual, ids, weights, w1, w2)
 
 
 def test_device_without_kernels():

@@ -1,5 +1,6 @@
 """Checkpoint conversion: every direction to the bit, streaming, and what it refuses."""
 
+import errno
 import gc
 import itertools
 import json
@@ -464,17 +465,27 @@ def test_files_that_are_refused(checkpoint, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint", "cut"]
 
 
+@pytest.mark.parametrize(
+    ("config", "message"), [("[3]", "got a list, wanted a JSON object"), ("{", "not JSON")]
+)
+def test_a_configuration_that_is_none(config, message, checkpoint, tmp_path):
+    source, _ = checkpoint
+    (source / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+        convert_checkpoint(source, tmp_path / "out", "fused")
+
+
 def test_a_failure_while_writing_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     source, _ = checkpoint
     left = iter(range(20))
 
     def data(tensor):
         if next(left, None) is None:
-            raise OSError("no space left on device")
+            raise OSError(errno.ENOSPC, "no space left on device")
         return files.data(tensor)
 
     monkeypatch.setattr(checkpoints, "data", data)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(OSError, match=r"no space left on device: .*model-0"):
         convert_checkpoint(source, tmp_path / "out", "mixtral", max_shard_size=500)
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint"]
 

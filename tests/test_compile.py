@@ -234,3 +234,17 @@ def test_dispatch_modes_see_the_operators():
         out = functional.moe_mlp(*arguments, **options)
     assert "fastmoe_rs.mlp.default" in seen
     torch.testing.assert_close(out, functional.moe_mlp(*arguments, **options))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated:FutureWarning")
+def test_jit_trace_takes_other_numbers_of_tokens(tmp_path):
+    moe, other = nn.MoE(16, 12, 6, 2), torch.randn(9, 16)
+    with torch.no_grad():
+        traced = torch.jit.trace(moe, torch.randn(7, 16))
+    torch.jit.save(traced, tmp_path / "moe.pt")
+    assert torch.equal(torch.jit.load(tmp_path / "moe.pt")(other), moe(other))
+    with pytest.raises(RuntimeError, match="it was traced or exported without gradients"):
+        traced(other).sum().backward()
+    traced = torch.jit.trace(moe, torch.randn(7, 16), check_trace=False)
+    mine, plain = (torch.autograd.grad(layer(other).sum(), moe.experts.w1)[0] for layer in (traced, moe))
+    assert torch.equal(mine, plain)

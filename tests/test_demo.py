@@ -179,6 +179,12 @@ def test_a_run_with_other_settings_or_text_is_not_mixed_in(tmp_path, text, alone
         demo(SMALL, out, text)
 
 
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path):
+    (tmp_path / "checkpoint.partial").mkdir()
+    with pytest.raises(DemoError, match=r"checkpoint\.safetensors cannot be written: "):
+        Checkpoint(tmp_path / "checkpoint.safetensors", SMALL, "").save(Trainer(SMALL))
+
+
 def test_damaged_files_are_named(tmp_path, text, alone):
     out = tmp_path / "out"
     demo(SMALL, out, text)
@@ -262,9 +268,11 @@ BAD = {
     "--steps 0": "--steps: wanted a whole number from 1 on, got '0'",
     "--steps many": "--steps: wanted a whole number from 1 on, got 'many'",
     "--seed -1": "--seed",
+    "--seed 9223372036854775808": "--seed: wanted a whole number from 0 to 9223372036854775807, got '9223",
     "--experts 4 --top-k 5": "--top-k: 5 is more than --experts 4",
     "--dtype int8": "--dtype",
     "--device cuda:99": f"--device: torch finds {torch.cuda.device_count()} CUDA devices, so not cuda:99; ",
+    "--device cpu:1": "--device: fastmoe_rs runs on cpu and cuda, not on cpu:1",
     "--device meta": "--device: fastmoe_rs runs on cpu and cuda, not on meta",
     "--device toaster": "--device: 'toaster' is no device of torch; cpu and cuda are",
     "--text {tmp}/missing": "No such file or directory",
@@ -289,11 +297,25 @@ def test_bad_arguments_get_one_line(arguments, tmp_path, capsys):
     assert BAD[arguments] in complaint
 
 
-def test_no_command_is_a_bad_argument(capsys):
-    with pytest.raises(SystemExit) as exit:
-        cli.main([])
-    assert exit.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+def test_without_a_command_there_is_help(capsys):
+    assert cli.main([]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("usage: python -m fastmoe_rs ")
+    assert all(command in shown for command in ("demo", "doctor", "params", "convert"))
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure_to_tell(tmp_path):
+    command = f"{sys.executable} -m fastmoe_rs params --json | head -c 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("{", "")
+
+
+@pytest.mark.parametrize("log", ["their notes\n", "[1]\n", '{"step": 7}\n'])
+def test_files_of_others_are_left_alone(log, tmp_path, text):
+    (tmp_path / "metrics.jsonl").write_text(log)
+    with pytest.raises(BadArgument, match=r"metrics\.jsonl is no log of the demo; choose another folder"):
+        demo(SMALL, tmp_path, text)
+    assert (tmp_path / "metrics.jsonl").read_text() == log
 
 
 def test_missing_extras_are_named(monkeypatch, capsys):

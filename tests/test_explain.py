@@ -84,6 +84,8 @@ def test_text_and_json_of_the_command(capsys):
     [
         (["8", "16", "16", "4", "8"], "argument --explain: K 8 is more than E 4"),
         (["9999999999", "16", "16", "4", "2"], "on a GPU, got "),
+        (["9" * 30, "16", "16", "4", "2"], "argument --explain: "),
+        (["9" * 6000, "16", "16", "4", "2"], "argument --explain: wanted a whole number from 1 on, got '999"),
         (["8", "16", "16", "4", "0"], "argument --explain: wanted a whole number from 1 on, got '0'"),
         (
             ["8", "16", "16", "4", "2", "--gpu", "Z80"],
@@ -97,3 +99,10 @@ def test_bad_arguments_end_in_a_line(arguments, message, capsys):
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+@pytest.mark.parametrize("option", ["--gpu", "--dtype"])
+def test_options_of_explain_need_it(option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["doctor", option, "tf32"])
+    assert f"argument {option}: it goes with --explain only" in capsys.readouterr().err

@@ -211,6 +211,10 @@ def test_presets_are_complete_and_name_their_sources():
         assert ("active" in entry["published"]) or ("unconfirmed" in entry), name
 
 
+MIXTRAL = """"model_type": "mixtral", "hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 9,
+    "intermediate_size": 8, "num_attention_heads": 1"""
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -226,6 +230,14 @@ def test_presets_are_complete_and_name_their_sources():
             "tie_word_embeddings: got False, wanted True",
         ),
         ('{"model_type": "mixtral", "hidden_size": 8}', "the configuration has no num_hidden_layers"),
+        ('{"model_type": "mixtral", "hidden_size": "8"}', "hidden_size: got '8', wanted a whole number"),
+        ('{"model_type": "mixtral", "hidden_size": -8}', "hidden_size: got -8, wanted a whole number"),
+        (f'{{{MIXTRAL}, "num_local_experts": 0, "num_experts_per_tok": 2}}', "per token: got 2 of 0, wanted"),
+        (f'{{{MIXTRAL}, "num_local_experts": 2, "num_experts_per_tok": 4}}', "per token: got 4 of 2, wanted"),
+        (
+            f'{{{MIXTRAL}, "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": "8"}}',
+            "nothing.json is no configuration that can be counted",
+        ),
     ],
 )
 def test_what_cannot_be_counted(content, message, tmp_path, capsys):

@@ -1,7 +1,10 @@
 """RoutingPlan: equal to the reference to the last index, and a good citizen of torch and Python."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -156,3 +159,41 @@ def test_state_dict_must_be_complete():
     del state["inverse"]
     with pytest.raises(ValueError, match="inverse"):
         RoutingPlan.from_state_dict(state)
+
+
+FORKS = """
+import os, signal
+import numpy as np
+import torch
+from fastmoe_rs import RoutingPlan, functional
+
+torch.set_num_threads(2)
+ids = np.random.default_rng(0).integers(0, 64, (50_000, 2))
+layer = torch.randn(64, 16), torch.arange(64)[:, None] % 4, torch.rand(64, 1)
+layer += torch.randn(4, 24, 16), torch.randn(4, 16, 12)
+
+def work():
+    return RoutingPlan.from_ids(ids, 64).inverse, functional.moe_mlp(*layer).numpy()
+
+def child(generations):
+    signal.alarm(20)
+    same = all(map(np.array_equal, work(), expected))
+    if generations and same:
+        same = forked(generations - 1)
+    os._exit(0 if same else 1)
+
+def forked(generations):
+    process = os.fork()
+    if not process:
+        child(generations)
+    return os.waitpid(process, 0)[1] == 0
+
+expected = work()
+assert forked(1) and forked(0), "a child hangs or differs"
+assert all(map(np.array_equal, work(), expected))
+"""
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    on_the_cpu = {**os.environ, "FASTMOE_BACKEND": ""}
+    subprocess.run([sys.executable, "-c", FORKS], env=on_the_cpu, check=True, timeout=120)

@@ -44,6 +44,9 @@ def test_routing_survives_a_file(tmp_path):
         ValueError, match=r"other\.pt: got something else, wanted plans written by save_routing"
     ):
         load_routing(tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(ValueError, match=r"text\.pt: cannot be read, wanted plans written by save_routing"):
+        load_routing(tmp_path / "text.pt")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "qwen3_moe", "granitemoe"])
@@ -134,3 +137,5 @@ def test_drift_counts_shared_experts_in_any_order():
     assert drift.first_choice == 0.0
     with pytest.raises(ValueError, match=r"after: got MoE layers \['0'\], wanted those of before, \[''\]"):
         routing_drift(before, torch.nn.Sequential(after), x)
+    with pytest.raises(ValueError, match=r"after: got logits \(2, 5\) in '', wanted \(2, 4\) as before"):
+        routing_drift(before, nn.MoE(4, 4, 5, 2), x)

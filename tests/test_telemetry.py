@@ -247,3 +247,16 @@ def test_sinks_say_what_is_missing(tmp_path, monkeypatch):
         sinks.TensorBoard(tmp_path)
     with pytest.raises(ValueError, match="heatmap: got no records"):
         sinks.Heatmap(tmp_path / "x.png").save()
+
+
+def test_what_cannot_be_watched():
+    with pytest.raises(TypeError, match=r"model: got str, wanted a torch\.nn\.Module"):
+        watch("model")
+    model = Model()
+    first = watch(model)
+    with pytest.raises(ValueError, match=r"'layers\.0' is watched already, close that watch first"):
+        watch(model)
+    model(torch.randn(5, 16))
+    assert first.record()["layers.0"]["tokens"] == 5
+    first.close()
+    watch(model).close()

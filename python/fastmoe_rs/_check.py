@@ -20,8 +20,14 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         wanted(name, repr(value), "one of " + ", ".join(map(repr, choices)))
 
 
+def whole(name: str, value: int) -> None:
+    if not hasattr(value, "__index__"):
+        wanted(name, repr(value), "a whole number", TypeError)
+
+
 def positive(**sizes: int) -> None:
     for name, size in sizes.items():
+        whole(name, size)
         if size < 1:
             wanted(name, size, "at least 1")
 

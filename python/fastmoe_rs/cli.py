@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .demo import BadArgument, Config, DemoError
+from .demo import CHECKPOINT, BadArgument, Config, DemoError
 
+PROGRAM = "python -m fastmoe_rs"
 FAILED, BAD_ARGUMENT, INTERRUPTED = 1, 2, 130
+GPU = "H200"
 MATHS = ("bf16", "f16", "tf32", "f32")
 DTYPES = ("float32", "bfloat16", "float16")
 OUT = Path("out/demo")
@@ -33,15 +36,27 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status: 0, 1 when it failed, 2 when an argument is bad."""
-    parser = Parser(prog="fastmoe_rs", description="Fast Mixture-of-Experts layers for PyTorch.")
+    parser = Parser(prog=PROGRAM, description="Fast Mixture-of-Experts layers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"fastmoe_rs {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="{demo,doctor,params,convert}", required=True)
     add_demo(commands.add_parser("demo", help="train a small language model", allow_abbrev=False))
     add_doctor(commands.add_parser("doctor", help="check this installation", allow_abbrev=False))
     add_params(commands.add_parser("params", help="count a model's parameters", allow_abbrev=False))
     add_convert(commands.add_parser("convert", help="change a checkpoint's layout", allow_abbrev=False))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return BAD_ARGUMENT
     options = parser.parse_args(arguments)
-    return options.command(options)
+    try:
+        status = options.command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:  # of a command that has nothing to say about it
+        return INTERRUPTED
+    return status
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +73,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     option("--device", "where to train, cpu or cuda", DEFAULTS.device)
     option("--text", "a file or folder to learn; without it, Python's standard library", type=Path)
     option("--out", "a folder; an unfinished run found there goes on", OUT, type=Path)
-    option("--seed", "of the weights and batches", DEFAULTS.seed, type=whole(0))
+    option("--seed", "of the weights and batches", DEFAULTS.seed, type=whole(0, 2**63 - 1))
     option("--save-every", "steps between checkpoints", SAVE_EVERY, type=whole(1))
     parser.set_defaults(command=demo, parser=parser)
 
@@ -74,10 +89,8 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
         help="instead, what the layer of these sizes does on a GPU that need not be there: tokens, hidden and"
         " intermediate size, experts, experts per token",
     )
-    parser.add_argument("--gpu", help="the GPU of --explain (default: %(default)s)", default="H200")
-    parser.add_argument(
-        "--dtype", help="what --explain multiplies (default: %(default)s)", choices=MATHS, default="bf16"
-    )
+    parser.add_argument("--gpu", help=f"the GPU of --explain (default: {GPU})")
+    parser.add_argument("--dtype", help=f"what --explain multiplies (default: {MATHS[0]})", choices=MATHS)
     parser.set_defaults(command=doctor, parser=parser)
 
 
@@ -89,7 +102,8 @@ def add_params(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         nargs="?",
-        help="a config.json of transformers, or the name of a known model; without it, a list of those",
+        help="a config.json of transformers, its folder, or the name of a known model; without it, a list"
+        " of those",
     )
     parser.add_argument("--context", help="tokens of context (default: 0)", default=0, type=whole(0))
     parser.add_argument("--tokens", help="tokens decoded a step (default: 1)", default=1, type=whole(1))
@@ -120,12 +134,14 @@ def size(text: str) -> int:
     return int(match[1]) * 1000 ** (" KMGT".index(match[2] or " "))
 
 
-def whole(minimum: int) -> Callable[[str], int]:
-    """A parser of whole numbers from `minimum` on."""
+def whole(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """A parser of whole numbers from `minimum` on, to `maximum` if there is one."""
+    wanted = f"from {minimum} on" if maximum is None else f"from {minimum} to {maximum}"
 
     def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"wanted a whole number from {minimum} on, got {text!r}")
+        digits = text.isascii() and text.isdigit() and len(text) < 100  # Python reads no endless numbers
+        if not digits or not minimum <= int(text) <= (int(text) if maximum is None else maximum):
+            raise argparse.ArgumentTypeError(f"wanted a whole number {wanted}, got {text!r}")
         return int(text)
 
     return parse
@@ -158,7 +174,9 @@ def demo(options: argparse.Namespace) -> int:
         print(f"{options.parser.prog}: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from the last checkpoint in {options.out}", file=sys.stderr)
+        saved = (options.out / CHECKPOINT).exists()
+        where = f"goes on from the last checkpoint in {options.out}" if saved else "starts again"
+        print(f"stopped; the same command {where}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -166,6 +184,8 @@ def demo(options: argparse.Namespace) -> int:
 def doctor(options: argparse.Namespace) -> int:
     if options.explain:
         return explain(options)
+    if options.gpu or options.dtype:
+        options.parser.error(f"argument {'--gpu' if options.gpu else '--dtype'}: it goes with --explain only")
     from .doctor import examine, show
 
     return show(examine(), as_json=options.json)
@@ -175,18 +195,20 @@ def explain(options: argparse.Namespace) -> int:
     from . import gpus
     from .explain import Layer, report
 
+    math: Any = options.dtype or MATHS[0]
     tokens, hidden, intermediate, experts, top_k = options.explain
-    layer = Layer(tokens, hidden, intermediate, experts, top_k, math=options.dtype)
+    layer = Layer(tokens, hidden, intermediate, experts, top_k, math=math)
     if layer.top_k > layer.experts:
         options.parser.error(f"argument --explain: K {layer.top_k} is more than E {layer.experts}")
     try:
-        gpu = gpus.find(options.gpu)
+        gpu = gpus.find(options.gpu or GPU)
     except KeyError as error:
         options.parser.error(f"argument --gpu: {error.args[0]}")
     try:
-        print(report(layer, gpu, as_json=options.json))
-    except (RuntimeError, ValueError) as error:  # sizes beyond what the kernels count
-        options.parser.error(f"argument --explain: {error}")
+        text = report(layer, gpu, as_json=options.json)
+    except (OverflowError, RuntimeError, ValueError) as error:  # sizes beyond what the kernels count
+        options.parser.error(f"argument --explain: {error}".partition("\n")[0])
+    print(text)
     return 0
 
 

@@ -161,8 +161,8 @@ def count(config: Mapping[str, Any]) -> Count:
         config: the content of a `config.json` in the words of Hugging Face transformers.
 
     Raises:
-        ValueError: the family (`model_type`) is not one that this function knows, or a Switch Transformer has
-            separate input and output embeddings.
+        ValueError: the family (`model_type`) is not one that this function knows, a size is no whole number,
+            or a Switch Transformer has separate input and output embeddings.
         KeyError: the configuration lacks a number that the family needs.
     """
     kind = _SAME.get(config.get("model_type", ""), config.get("model_type", ""))
@@ -181,6 +181,8 @@ def count(config: Mapping[str, Any]) -> Count:
 def _count_decoder(kind: str, family: _Family, config: Mapping[str, Any]) -> Count:
     H, L, vocabulary = (_get(config, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size"))
     E, K, I = _get(config, *_EXPERTS), _get(config, *_TOP_K), _get(config, *_EXPERT_SIZE)
+    if not 1 <= K <= E:
+        raise ValueError(f"experts per token: got {K} of {E}, wanted at least 1 and at most all of them")
     sparse = _sparse_layers(config, L)
     attention, cache, attention_flops = _attention(family, config)
 
@@ -363,6 +365,9 @@ def _present(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _get(config: Mapping[str, Any], *names: str) -> Any:
     for name in names:
-        if config.get(name) is not None:
-            return config[name]
+        value = config.get(name)
+        if value is not None:
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name}: got {value!r}, wanted a whole number")
+            return value
     raise KeyError(f"the configuration has no {' nor '.join(names)}")

@@ -39,7 +39,7 @@ def routing_drift(before: nn.Module, after: nn.Module, *args: Any, **kwargs: Any
         args, kwargs: of both forwards.
 
     Raises:
-        ValueError: the models do not have the same MoE layers, or have none.
+        ValueError: the models do not have the same MoE layers with as many experts, or have none.
     """
     old, new = routers(before), routers(after)
     if old.keys() != new.keys():
@@ -48,6 +48,9 @@ def routing_drift(before: nn.Module, after: nn.Module, *args: Any, **kwargs: Any
     drift = {}
     for name, router in old.items():
         (ids_TK, logits_TE), (other_ids_TK, other_logits_TE) = chosen[name], choices[name]
+        if logits_TE.shape != other_logits_TE.shape:
+            got, wanted = (tuple(logits.shape) for logits in (other_logits_TE, logits_TE))
+            raise ValueError(f"after: got logits {got} in {name!r}, wanted {wanted} as before")
         same = (ids_TK[:, :, None] == other_ids_TK[:, None, :]).any(-1)
         change, size = (
             torch.cat([tensor.double().flatten() for tensor in tensors]).norm()

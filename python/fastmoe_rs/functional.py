@@ -389,7 +389,9 @@ def _check_plan(name: str, x: Tensor, plan: RoutingPlan) -> None:
 
 def _check_plan_device(name: str, x: Tensor, plan: RoutingPlan) -> None:
     if not all(isinstance(row, Tensor) for row in _rows(plan)):
-        _check.wanted("plan", "a plan of NumPy arrays", "one of torch tensors: plan.to('cpu')", TypeError)
+        _check.wanted(
+            "plan", "a plan (or ids) of NumPy arrays", "one of torch tensors: plan.to('cpu')", TypeError
+        )
     if plan.inverse.device != x.device:
         _check.wanted(
             "plan", f"a plan (or ids) on {plan.inverse.device}", f"one on {x.device}, where {name} is"

@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from . import _native
 from ._check import DTYPES
+
+_PLAIN = (Tensor, Parameter)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -29,7 +32,8 @@ _NAMES: dict[torch.dtype, Any] = {dtype: str(dtype).removeprefix("torch.") for d
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, Parameter) and not tensor.is_meta
+    """Of any other subclass the native module reads the memory, or says that it cannot."""
+    return (type(tensor) in _PLAIN or not isinstance(tensor, FakeTensor)) and not tensor.is_meta
 
 
 def _run(name: str, first: Tensor, *args: Tensor | None, **options: object) -> None:

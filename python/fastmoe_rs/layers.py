@@ -46,8 +46,11 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
     """All routers of a model, by the name of the layer that they belong to.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: there are none.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
     found = {name: moe.router for name, moe in moe_layers(model).items()} | hf_routers(model)
     if not found:
         raise ValueError(f"model: got {type(model).__name__} without a Mixture-of-Experts layer, wanted one")

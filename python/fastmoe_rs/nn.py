@@ -254,7 +254,7 @@ class MoE(nn.Module):
             _check.wanted("identity_experts", identity_experts, "at least 0")
         if shared_gate and shared_intermediate_size is None:
             _check.wanted("shared_gate", True, "False without a shared_intermediate_size")
-        self.num_experts, self.identity_experts = num_experts, identity_experts
+        self.hidden_size, self.num_experts, self.identity_experts = hidden_size, num_experts, identity_experts
         self.capacity_factor = capacity_factor
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         if router is None:
@@ -287,8 +287,12 @@ class MoE(nn.Module):
                 Routing weights come from the live logits.
             return_stats: return (output, `RoutingStats`).
             inputs: what the router wants besides x, such as the `token_ids` of a `HashRouter`.
+
+        Raises:
+            ValueError, TypeError: x is no tensor [..., H], or as `functional.moe_mlp` says.
         """
-        x_TH = x.reshape(-1, x.shape[-1])
+        self._check_input(x)
+        x_TH = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         given = () if plan is None else (plan.ids,)
         router = RouterOutput.of(self.router(x_TH, *given, **inputs))
         if plan is None:
@@ -308,7 +312,7 @@ class MoE(nn.Module):
             if self.shared_gate is not None:
                 weights_TS = self.shared_gate(x_TH).sigmoid()
             y_TH = y_TH + self.shared(x_TH, weights_TS)
-        y = y_TH.reshape(x.shape)
+        y = y_TH if x.ndim == 2 else y_TH.reshape(x.shape)
         return (y, stats) if return_stats else y
 
     def stats(self) -> telemetry.Stats:
@@ -320,6 +324,13 @@ class MoE(nn.Module):
         if self.counters is None:
             raise RuntimeError("stats: nothing was counted, call fastmoe_rs.watch(model) before the forward")
         return self.counters.stats()
+
+    def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor) or x.layout is not torch.strided:
+            given = f"layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
+            _check.wanted("x", given, "a strided torch tensor [..., H]", TypeError)
+        if x.ndim == 0 or x.shape[-1] != self.hidden_size:
+            _check.wanted("x", f"shape {tuple(x.shape)}", f"[..., H] with H = {self.hidden_size}")
 
     def _warn_without_graph(self, router: RouterOutput) -> None:
         learns = self.router.training and any(p.requires_grad for p in self.router.parameters())

@@ -1,8 +1,8 @@
 """The kernels as differentiable operators.
 
 Each operator exists twice with one meaning. Eager code runs an `autograd.Function` around the kernel, the
-shortest way there. Whatever has to see operators (torch.compile, dispatch modes, tensor subclasses, devices
-without memory) gets `torch.ops.fastmoe_rs`, with fake kernels. Both share the two
+shortest way there. Whatever has to see operators (torch.compile, torch.jit.trace, dispatch modes, tensor
+subclasses, devices without memory) gets `torch.ops.fastmoe_rs`, with fake kernels. Both share the two
 functions that say what to save and how to differentiate; only the expert MLP, the hottest, has a
 `direct_mlp` of its own for eager code, which makes the plan of ids in the same native call.
 
@@ -64,6 +64,8 @@ def is_direct(args: tuple[Any, ...]) -> bool:
     """Whether a kernel may read the memory of the arguments as it is, and nothing must see the operator."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
+    if torch._C._get_tracing_state() is not None:
+        return False
     for arg in args:
         if type(arg) in _DENSE:
             if arg.is_neg():
@@ -83,7 +85,10 @@ def _function(
         setup(ctx, args, result)
         return result
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(f"fastmoe_rs.{name}: forward-mode differentiation is not supported")
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward), "jvp": staticmethod(jvp)}
     return type(f"fastmoe_rs_{name}", (torch.autograd.Function,), members)
 
 
@@ -198,6 +203,7 @@ _SCORE_BACKWARD = {
 def _mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
     *tensors, activation, transposed, interleaved, save_hidden = inputs
     _, hidden = output
+    ctx.options = None
     if save_hidden:
         ctx.mark_non_differentiable(hidden)
         ctx.set_materialize_grads(False)
@@ -212,6 +218,11 @@ def _mlp_backward(
     needs = ctx.needs_input_grad
     if grad_out is None:
         return (None,) * len(needs)
+    if ctx.options is None:
+        raise RuntimeError(
+            "fastmoe_rs.moe_mlp: cannot be differentiated, as it was traced or exported without gradients "
+            "(torch.no_grad); trace or export it with them"
+        )
     arguments = grad_out.contiguous(), *ctx.saved_tensors, *ctx.options, needs[:6]
     sums = _main_grads(ctx, arguments, w1=needs[2], w2=needs[3])
     if sums is None:

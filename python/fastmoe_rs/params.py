@@ -127,7 +127,10 @@ def report(model: str, *, context: int = 0, tokens: int = 1, as_json: bool = Fal
         ValueError, KeyError: see `counting.count`.
     """
     name, entry = load(model)
-    counted = count(entry["config"])
+    try:
+        counted = count(entry["config"])
+    except (AttributeError, TypeError) as error:  # a number or a list where something else was expected
+        raise ValueError(f"{name} is no configuration that can be counted: {error}") from error
     numbers = facts(counted, context, tokens)
     published: dict[str, Any] = {key: entry[key] for key in ("published", "unconfirmed") if key in entry}
     if as_json:

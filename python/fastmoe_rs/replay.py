@@ -106,7 +106,12 @@ def load_routing(path: str | Path, device: torch.device | str = "cpu") -> dict[s
     Raises:
         ValueError: the file holds something else.
     """
-    states = torch.load(path, map_location=device, weights_only=True)
+    try:
+        states = torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch has no one error for a file of another kind
+        raise ValueError(f"{path}: cannot be read, wanted plans written by save_routing") from error
     if not isinstance(states, dict) or not all(isinstance(state, dict) for state in states.values()):
         raise ValueError(f"{path}: got something else, wanted plans written by save_routing")
     return {name: RoutingPlan.from_state_dict(state) for name, state in states.items()}

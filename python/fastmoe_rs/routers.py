@@ -50,6 +50,9 @@ class RouterOutput(NamedTuple):
         """The output of any router; logits that it does not tell are the logarithms of its scores."""
         if isinstance(output, RouterOutput):
             return output
+        if not isinstance(output, Routing):
+            what = "a functional.Routing(ids, weights, scores) or a RouterOutput"
+            _check.wanted("router", f"an output of type {type(output).__name__}", what, TypeError)
         tiny = torch.finfo(output.scores.dtype).tiny
         return cls(*output, output.scores.clamp(min=tiny).log())
 
@@ -94,6 +97,7 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         _check.positive(hidden_size=hidden_size, num_experts=num_experts)
+        _check.whole("top_k", top_k)
         functional.route(torch.empty(0, num_experts, device="meta"), top_k, **options)  # says what is wrong
         if not 0 <= jitter < 1:
             _check.wanted("jitter", jitter, "at least 0 and less than 1")

@@ -247,12 +247,14 @@ def watch(model: nn.Module) -> Watch:
             watch it before compiling.
 
     Raises:
-        ValueError: `model` has no Mixture-of-Experts layer.
+        ValueError: `model` has no Mixture-of-Experts layer, or a `nn.MoE` that is watched already.
     """
     from . import layers
 
     routers = layers.routers(model)
     ours = layers.moe_layers(model)
+    if watched := [name for name, moe in ours.items() if moe.counters is not None]:
+        raise ValueError(f"model: {watched[0]!r} is watched already, close that watch first")
     counters, hooks = {}, []
     for name, router in routers.items():
         if name in ours:

@@ -4,7 +4,7 @@
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Error {
     /// A name that is none of the known ones.
-    #[error("{argument}: given {given:?}, wanted one of {wanted}")]
+    #[error("{argument}: got {given:?}, wanted one of {wanted}")]
     Name {
         /// The argument.
         argument: &'static str,
@@ -14,7 +14,7 @@ pub enum Error {
         wanted: &'static str,
     },
     /// K is zero, or larger than E where the experts of a token are distinct.
-    #[error("top_k: given {given}, wanted 1 to {experts} (the number of experts)")]
+    #[error("top_k: got {given}, wanted 1 to {experts} (the number of experts)")]
     TopK {
         /// K.
         given: usize,
@@ -22,7 +22,7 @@ pub enum Error {
         experts: usize,
     },
     /// The experts cannot be divided, or chosen from, in groups like that.
-    #[error("{argument}: given {given}, wanted {wanted}")]
+    #[error("{argument}: got {given}, wanted {wanted}")]
     Groups {
         /// The argument.
         argument: &'static str,
@@ -32,7 +32,7 @@ pub enum Error {
         wanted: String,
     },
     /// A number of the router is out of its range.
-    #[error("{argument}: given {given}, wanted {wanted}")]
+    #[error("{argument}: got {given}, wanted {wanted}")]
     Number {
         /// The argument.
         argument: &'static str,
@@ -42,13 +42,13 @@ pub enum Error {
         wanted: &'static str,
     },
     /// The capacity factor is negative, not finite, or too large.
-    #[error("capacity_factor: given {given}, wanted a finite number >= 0 whose capacity fits 32 bits")]
+    #[error("capacity_factor: got {given}, wanted a finite number >= 0 whose capacity fits 32 bits")]
     CapacityFactor {
         /// The factor.
         given: f64,
     },
     /// An array has the wrong number of elements.
-    #[error("{argument}: given {given} elements, wanted {wanted}")]
+    #[error("{argument}: got {given} elements, wanted {wanted}")]
     Length {
         /// The array.
         argument: &'static str,
@@ -58,7 +58,7 @@ pub enum Error {
         wanted: usize,
     },
     /// Rows are numbered with 32 bits.
-    #[error("{argument}: given {given} rows, wanted less than 2^31")]
+    #[error("{argument}: got {given} rows, wanted less than 2^31")]
     TooManyRows {
         /// What the rows are counted in.
         argument: &'static str,
@@ -66,13 +66,13 @@ pub enum Error {
         given: usize,
     },
     /// Routing weights are needed and were not given.
-    #[error("weights: given none, wanted one per routed row, because {needed_by} needs them")]
+    #[error("weights: got none, wanted one per routed row, because {needed_by} needs them")]
     MissingWeights {
         /// What needs the weights.
         needed_by: &'static str,
     },
     /// An expert id outside `0..E`.
-    #[error("ids[{token}, {slot}]: given {given}, wanted an expert id in 0..{experts}")]
+    #[error("ids[{token}, {slot}]: got {given}, wanted an expert id from 0 to {last}", last = experts.saturating_sub(1))]
     ExpertId {
         /// Token t of the first bad id.
         token: usize,
@@ -84,7 +84,7 @@ pub enum Error {
         experts: usize,
     },
     /// The offsets of a plan do not start at 0, go down, or end past the last row.
-    #[error("offsets[{index}]: given {given}, wanted {wanted}")]
+    #[error("offsets[{index}]: got {given}, wanted {wanted}")]
     Offset {
         /// Position of the first bad offset.
         index: usize,
@@ -94,7 +94,7 @@ pub enum Error {
         wanted: String,
     },
     /// A sorted row of a plan is fed by a token that does not exist.
-    #[error("gather[{row}]: given {given}, wanted a token in 0..{tokens} or -1")]
+    #[error("gather[{row}]: got {given}, wanted a token below {tokens}, or -1")]
     Gather {
         /// First bad row.
         row: usize,
@@ -104,7 +104,7 @@ pub enum Error {
         tokens: usize,
     },
     /// A token of a plan points at a sorted row that does not exist.
-    #[error("inverse[{token}, {slot}]: given {given}, wanted a sorted row in 0..{rows} or -1")]
+    #[error("inverse[{token}, {slot}]: got {given}, wanted a sorted row below {rows}, or -1")]
     Inverse {
         /// Token t of the first bad entry.
         token: usize,
@@ -117,7 +117,7 @@ pub enum Error {
     },
     /// A token of a plan points at a sorted row that another token feeds.
     #[error(
-        "inverse[{token}, {slot}]: given row {given}, wanted a row that token {token} feeds (gather[{given}] is {fed_by})"
+        "inverse[{token}, {slot}]: got row {given}, wanted a row that token {token} feeds (gather[{given}] is {fed_by})"
     )]
     Mismatch {
         /// Token t of the first bad entry.

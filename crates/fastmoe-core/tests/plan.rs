@@ -135,7 +135,7 @@ fn the_first_bad_id_is_named_whichever_thread_finds_it() {
         let mut plan = Plan::unwritten(&spec);
         let error = spec.build(&Scoped(4), &ids, Some(&vec![1.0; ids.len()]), plan.out()).unwrap_err();
         assert_eq!(error, Error::ExpertId { token: 25_000, slot: 1, given: 4, experts: 4 });
-        assert_eq!(error.to_string(), "ids[25000, 1]: given 4, wanted an expert id in 0..4");
+        assert_eq!(error.to_string(), "ids[25000, 1]: got 4, wanted an expert id from 0 to 3");
     }
 }
 
@@ -172,21 +172,21 @@ fn wrong_requests_are_refused() {
     };
     assert_eq!(
         error(&PlanSpec { top_k: 0, ..DROPLESS }, &[], None),
-        "top_k: given 0, wanted 1 to 3 (the number of experts)"
+        "top_k: got 0, wanted 1 to 3 (the number of experts)"
     );
-    assert_eq!(error(&DROPLESS, &IDS[..5], None), "ids: given 5 elements, wanted 6");
-    assert_eq!(error(&DROPLESS, &IDS, Some(&WEIGHTS[..2])), "weights: given 2 elements, wanted 6");
+    assert_eq!(error(&DROPLESS, &IDS[..5], None), "ids: got 5 elements, wanted 6");
+    assert_eq!(error(&DROPLESS, &IDS, Some(&WEIGHTS[..2])), "weights: got 2 elements, wanted 6");
     assert_eq!(
         error(&DROPLESS, &IDS, None),
-        "weights: given none, wanted one per routed row, because sorted_weights needs them"
+        "weights: got none, wanted one per routed row, because sorted_weights needs them"
     );
     assert_eq!(
         error(&limited(2, Drop::Score, false), &IDS, None),
-        "weights: given none, wanted one per routed row, because drop=\"score\" needs them"
+        "weights: got none, wanted one per routed row, because drop=\"score\" needs them"
     );
     assert_eq!(
         error(&limited(1 << 30, Drop::Position, true), &IDS, None),
-        "num_experts * capacity: given 3221225472 rows, wanted less than 2^31"
+        "num_experts * capacity: got 3221225472 rows, wanted less than 2^31"
     );
     let mut plan = Plan::unwritten(&DROPLESS);
     let huge = PlanSpec { tokens: 1 << 30, ..DROPLESS };
@@ -222,11 +222,11 @@ fn names_parse() {
     assert_eq!("drop".parse(), Ok(OutOfRange::Drop));
     assert_eq!(
         "last".parse::<Drop>().unwrap_err().to_string(),
-        "drop: given \"last\", wanted one of \"position\", \"score\""
+        "drop: got \"last\", wanted one of \"position\", \"score\""
     );
     assert_eq!(
         "keep".parse::<OutOfRange>().unwrap_err().to_string(),
-        "out_of_range: given \"keep\", wanted one of \"error\", \"drop\""
+        "out_of_range: got \"keep\", wanted one of \"error\", \"drop\""
     );
 }
 
@@ -238,23 +238,23 @@ fn a_plan_from_outside_is_checked() {
     let (offsets, gather, inverse) = ([0, 1, 3], [1, 0, 1, -1], [1, -1, 0, 2]);
     assert_eq!(check(&offsets, &gather, &inverse), Ok(()));
     let refused = |result: Result<(), String>, message: &str| assert_eq!(result, Err(message.into()));
-    refused(check(&[0, 1], &gather, &inverse), "offsets: given 2 elements, wanted 3");
-    refused(check(&offsets, &gather, &inverse[1..]), "inverse: given 3 elements, wanted 4");
-    refused(check(&[1, 1, 3], &gather, &inverse), "offsets[0]: given 1, wanted 0");
-    refused(check(&[0, 2, 1], &gather, &inverse), "offsets[2]: given 1, wanted 2 to 4");
-    refused(check(&[0, 1, 5], &gather, &inverse), "offsets[2]: given 5, wanted 1 to 4");
-    refused(check(&offsets, &[1, 2, 1, -1], &inverse), "gather[1]: given 2, wanted a token in 0..2 or -1");
-    refused(check(&offsets, &[1, 0, -2, -1], &inverse), "gather[2]: given -2, wanted a token in 0..2 or -1");
+    refused(check(&[0, 1], &gather, &inverse), "offsets: got 2 elements, wanted 3");
+    refused(check(&offsets, &gather, &inverse[1..]), "inverse: got 3 elements, wanted 4");
+    refused(check(&[1, 1, 3], &gather, &inverse), "offsets[0]: got 1, wanted 0");
+    refused(check(&[0, 2, 1], &gather, &inverse), "offsets[2]: got 1, wanted 2 to 4");
+    refused(check(&[0, 1, 5], &gather, &inverse), "offsets[2]: got 5, wanted 1 to 4");
+    refused(check(&offsets, &[1, 2, 1, -1], &inverse), "gather[1]: got 2, wanted a token below 2, or -1");
+    refused(check(&offsets, &[1, 0, -2, -1], &inverse), "gather[2]: got -2, wanted a token below 2, or -1");
     refused(
         check(&offsets, &gather, &[1, -1, 0, 3]),
-        "inverse[1, 1]: given 3, wanted a sorted row in 0..3 or -1",
+        "inverse[1, 1]: got 3, wanted a sorted row below 3, or -1",
     );
     refused(
         check(&offsets, &gather, &[-2, -1, 0, 2]),
-        "inverse[0, 0]: given -2, wanted a sorted row in 0..3 or -1",
+        "inverse[0, 0]: got -2, wanted a sorted row below 3, or -1",
     );
     refused(
         check(&offsets, &gather, &[2, -1, 0, 2]),
-        "inverse[0, 0]: given row 2, wanted a row that token 0 feeds (gather[2] is 1)",
+        "inverse[0, 0]: got row 2, wanted a row that token 0 feeds (gather[2] is 1)",
     );
 }

@@ -1,6 +1,8 @@
 //! Who does the work: torch's own OpenMP threads where torch has loaded them, else rayon.
 //!
-//! A second set of threads would fight the spinning workers of torch's pool for the same cores.
+//! A second set of threads would fight the spinning workers of torch's pool for the same cores. A process that was
+//! forked after its parent had worked in parallel gets threads of its own from rayon: those of the pools that it
+//! inherits do not exist, and waiting for them would never end.
 
 use fastmoe_core::Parallel;
 use std::any::Any;
@@ -27,6 +29,9 @@ type GompParallel = unsafe extern "C" fn(unsafe extern "C" fn(*mut c_void), *mut
 /// Address of `GOMP_parallel` in the OpenMP library that torch has loaded into this process, or 0.
 static GOMP: AtomicUsize = AtomicUsize::new(0);
 
+/// How many forks lie between the first parallel work and this process.
+static FORKS: AtomicUsize = AtomicUsize::new(0);
+
 /// Looks for torch's OpenMP library; to be called again once torch has been imported.
 pub fn find_openmp() {
     if let Some(function) = find_gomp() {
@@ -36,10 +41,32 @@ pub fn find_openmp() {
 
 fn gomp() -> Option<GompParallel> {
     static SEARCHED: Once = Once::new();
-    SEARCHED.call_once(find_openmp);
+    SEARCHED.call_once(|| {
+        count_forks();
+        find_openmp();
+    });
+    if FORKS.load(Ordering::Relaxed) > 0 {
+        return None;
+    }
     let address = GOMP.load(Ordering::Relaxed);
     // SAFETY: an address other than 0 was stored by `find_openmp` from a function of this type.
     (address != 0).then(|| unsafe { std::mem::transmute::<usize, GompParallel>(address) })
+}
+
+fn count_forks() {
+    unsafe extern "C" {
+        fn pthread_atfork(
+            prepare: Option<extern "C" fn()>,
+            parent: Option<extern "C" fn()>,
+            child: Option<extern "C" fn()>,
+        ) -> i32;
+    }
+    extern "C" fn forked() {
+        FORKS.fetch_add(1, Ordering::Relaxed);
+    }
+    // SAFETY: the signature is that of POSIX; `forked` only touches an atomic, as a child of many threads may, and
+    // this library is never unloaded. Without memory for the handler a child works as if there were no forks.
+    unsafe { pthread_atfork(None, None, Some(forked)) };
 }
 
 #[cfg(target_os = "linux")]
@@ -125,15 +152,16 @@ fn run_on_openmp(parallel: GompParallel, threads: usize, worker: &(dyn Fn() + Sy
 }
 
 fn rayon_pool(threads: usize) -> &'static rayon::ThreadPool {
-    static POOLS: Mutex<Vec<(usize, &'static rayon::ThreadPool)>> = Mutex::new(Vec::new());
+    static POOLS: Mutex<Vec<((usize, usize), &'static rayon::ThreadPool)>> = Mutex::new(Vec::new());
     let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(&(_, pool)) = pools.iter().find(|(n, _)| *n == threads) {
+    let key = (threads, FORKS.load(Ordering::Relaxed));
+    if let Some(&(_, pool)) = pools.iter().find(|(of, _)| *of == key) {
         return pool;
     }
     let name = |i| format!("fastmoe-{i}");
     let built = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(name).build();
     let pool = Box::leak(Box::new(built.expect("the system can start threads")));
-    pools.push((threads, pool));
+    pools.push((key, pool));
     pool
 }
 

@@ -114,10 +114,16 @@ fn dense_strides(shape: &[i64], bytes: i64) -> Dims {
     strides
 }
 
-/// For tensors on devices that have no backend, sparse ones, and those that only pretend (meta and fake tensors).
+/// For tensors on devices that have no backend, sparse ones, and those that only pretend (meta, fake and batched
+/// tensors).
 fn not_in_memory(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Error> {
-    let (kind, device) = (object.get_type().name()?, object.getattr("device")?);
-    let layout = object.getattr("layout")?.str()?;
-    let given = format!("a {layout} {kind} on device {device}");
+    let (kind, device) = (object.get_type().name()?, object.getattr("device")?.str()?.to_string());
+    let layout = object.getattr("layout")?.str()?.to_string();
+    let in_memory = layout == "torch.strided" && (device == "cpu" || device.starts_with("cuda"));
+    let given = if in_memory {
+        format!("a {kind} on {device} without memory of its own, as inside of vmap and other transforms")
+    } else {
+        format!("a {layout} {kind} on device {device}")
+    };
     Ok(Error::Value(format!("{name}: expected a dense tensor in CPU or CUDA memory, got {given}")))
 }

@@ -170,9 +170,15 @@ def _outputs(layer: Layer, have: Layout, want: Layout, reader: Reader) -> Iterat
 
 def _configured(source: Path) -> int | None:
     """E by the configuration beside the weights."""
-    if not (source / "config.json").is_file():
+    path = source / "config.json"
+    if not path.is_file():
         return None
-    config = json.loads((source / "config.json").read_text())
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: got a {type(config).__name__}, wanted a JSON object")
     for scope in (config, *(nested for nested in config.values() if isinstance(nested, dict))):
         for name in _EXPERTS:
             if isinstance(scope.get(name), int):

@@ -139,6 +139,7 @@ def write_file(path: Path, outputs: Sequence[Output], metadata: Mapping[str, str
     """Write a new file.
 
     Raises:
+        OSError: it cannot be written; `filename` says which, also where the disk is full.
         RuntimeError: the data of a tensor have another size than they should.
     """
     # Large elements first, as safetensors does, so that all are aligned.
@@ -151,14 +152,19 @@ def write_file(path: Path, outputs: Sequence[Output], metadata: Mapping[str, str
         header[output.name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for output in outputs:
-            written = sum(file.write(chunk) for chunk in output.chunks())
-            if written != output.size:
-                raise RuntimeError(f"{output.name}: wrote {written} bytes, wanted {output.size}")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for output in outputs:
+                written = sum(file.write(chunk) for chunk in output.chunks())
+                if written != output.size:
+                    raise RuntimeError(f"{output.name}: wrote {written} bytes, wanted {output.size}")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
 
 
 def _listed(path: Path) -> dict[str, Path] | None:

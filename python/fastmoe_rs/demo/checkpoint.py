@@ -26,10 +26,16 @@ class Checkpoint:
     text_digest: str
 
     def save(self, trainer: Trainer) -> None:
-        """Replace the file by the state of `trainer`; a kill leaves the old file or the new one."""
+        """Replace the file by the state of `trainer`; a kill leaves the old file or the new one.
+
+        Raises DemoError when it cannot be written: the disk is full, say.
+        """
         record = {"run": self._run(), "state": trainer.numbers()}
         temporary = self.path.with_suffix(".partial")
-        save_file(trainer.tensors(), temporary, {METADATA_KEY: json.dumps(record)})
+        try:
+            save_file(trainer.tensors(), temporary, {METADATA_KEY: json.dumps(record)})
+        except SafetensorError as error:
+            raise DemoError(f"{self.path} cannot be written: {error}") from None
         _flush(temporary)
         os.replace(temporary, self.path)
         _flush(self.path.parent)

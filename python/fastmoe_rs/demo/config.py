@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+CHECKPOINT = "checkpoint.safetensors"  # in the folder of a run
+
 
 class DemoError(Exception):
     """The demo cannot go on; the message is one line for its user."""

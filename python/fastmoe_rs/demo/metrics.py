@@ -7,22 +7,22 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .config import DemoError
+from .config import BadArgument, DemoError
 
 
 class MetricsLog:
     """The records of steps 1, 2, ... in `records` and, line by line, in the file at `path`.
 
     Opened at `step`, it forgets what an interrupted run logged after the checkpoint of that step. Raises
-    DemoError when the file lacks a step up to that one.
+    DemoError when the file lacks a step up to that one, BadArgument when it is no such log at all.
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        try:
-            lines = path.read_text().splitlines()[:step] if step else []
-            self.records: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        except (FileNotFoundError, ValueError):
-            self.records = []
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        first = _record(lines[0]) if lines else {"step": 1}
+        if first.get("step") != 1:
+            raise BadArgument(f"--out: {path} is no log of the demo; choose another folder")
+        self.records: list[dict[str, Any]] = [_record(line) for line in lines[:step]]
         if [record.get("step") for record in self.records] != list(range(1, step + 1)):
             raise DemoError(f"{path} does not hold the {step} steps of the checkpoint beside it; remove both")
         temporary = path.with_suffix(".partial")
@@ -41,3 +41,12 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """What a line holds; nothing where it is no JSON object."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}

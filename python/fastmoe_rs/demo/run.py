@@ -11,7 +11,7 @@ from rich.text import Text
 
 from . import compare, data, report
 from .checkpoint import Checkpoint
-from .config import BadArgument, Config, DemoError
+from .config import CHECKPOINT, BadArgument, Config, DemoError
 from .metrics import MetricsLog
 from .progress import TrainingProgress, thousands
 from .sample import continue_text, readable
@@ -35,7 +35,7 @@ def run(config: Config, out: Path, text: Path | None, save_every: int, console: 
         raise BadArgument(f"--out: {out} cannot be made: {error.strerror}") from None
     try:
         trainer = Trainer(config)
-        checkpoint = Checkpoint(out / "checkpoint.safetensors", config, corpus.digest)
+        checkpoint = Checkpoint(out / CHECKPOINT, config, corpus.digest)
         checkpoint.restore(trainer)
         introduce(trainer, corpus, out, console)
         log = MetricsLog(out / "metrics.jsonl", trainer.step)
@@ -57,7 +57,7 @@ def check_device(name: str) -> None:
         device = torch.device(name)
     except RuntimeError:
         raise BadArgument(f"--device: {name!r} is no device of torch; cpu and cuda are") from None
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise BadArgument(f"--device: fastmoe_rs runs on cpu and cuda, not on {name}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BadArgument(
@@ -75,7 +75,7 @@ def introduce(trainer: Trainer, corpus: data.Corpus, out: Path, console: Console
     console.print(f"model: {parameters:.1f} million parameters, {experts}", highlight=False)
     console.print(f"text:  {corpus.name}, {corpus.size / 1e6:.1f} MB", highlight=False)
     place = f"{torch.get_num_threads()} threads"
-    if config.device != "cpu":
+    if trainer.device.type != "cpu":
         place = f"{config.device} ({torch.cuda.get_device_name(config.device)})"
     console.print(f"run:   {batches}, {config.dtype}, {place}", highlight=False)
     if trainer.step == config.steps:
