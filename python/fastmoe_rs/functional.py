@@ -206,7 +206,8 @@ def moe_mlp(
 
     There e = ids[t, k]. Saves for the backward only x and the pre-activation [R, 2I]. Computes only the
     gradients that are asked for; an expert without tokens gets a gradient of zeros. A second derivative
-    raises RuntimeError.
+    raises RuntimeError. `backward()` adds the gradient of a w1 or w2 that is a leaf with a `main_grad` to
+    that, and leaves its `grad` alone (see `fastmoe_rs.main_grads`).
 
     Args:
         x_TH: [T, H].
@@ -269,7 +270,7 @@ def grouped_mm(x_RK: Tensor, w_ENK: Tensor, offsets_E1: Tensor, *, bias: Tensor 
 
     Returns:
         [R, N] in the dtype of x; rows past offsets[E] are 0. Differentiable in x, w and bias, any number of
-        times.
+        times; a `main_grad` of w is served as in `moe_mlp`.
     """
     x_RK, w_ENK, bias = _autocast(x_RK, w_ENK, bias)
     _check.floating("x", x_RK, "[R, K]")
