@@ -85,11 +85,16 @@ def _function(
         setup(ctx, args, result)
         return result
 
+    members = {"forward": forward, "backward": backward, "jvp": _no_jvp(name)}
+    static = {key: staticmethod(member) for key, member in members.items()}
+    return type(f"fastmoe_rs_{name}", (torch.autograd.Function,), static)
+
+
+def _no_jvp(name: str) -> Callable[..., Any]:
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(f"fastmoe_rs.{name}: forward-mode differentiation is not supported")
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward), "jvp": staticmethod(jvp)}
-    return type(f"fastmoe_rs_{name}", (torch.autograd.Function,), members)
+    return jvp
 
 
 def _only(needed: tuple[bool, ...], grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -282,6 +287,8 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         direct = is_direct((grad_out,)) and not torch.is_grad_enabled()
         return _mlp_backward(ctx, grad_out, None, kernels.mlp_backward if direct else mlp_backward)
+
+    jvp = staticmethod(_no_jvp("moe_mlp"))
 
 
 def direct_mlp(*args: Any) -> Tensor:
