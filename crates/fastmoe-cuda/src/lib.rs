@@ -19,6 +19,7 @@ mod products;
 mod record;
 mod route;
 mod rows;
+mod tiles;
 
 pub use dtype::DType;
 pub use error::{Error, Result};
@@ -26,7 +27,8 @@ pub use fastmoe_kernels::{Image, images, images_of};
 pub use gpu::{Buffer, Gpu, Queue, checks, driver, emulating, scratch_size};
 pub use mlp::{Mlp, MlpGrads};
 pub use plan::Plan;
-pub use products::{Factor, GradWeight, Math, Product, Sizes};
+pub use products::{Factor, GradWeight, Product, Sizes};
 pub use record::{Launch, mlp_launches};
 pub use route::{Route, RouteGrad};
 pub use rows::{Combine, GradBias, Permute, UnpermuteGrad};
+pub use tiles::Math;
