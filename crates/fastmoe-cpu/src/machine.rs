@@ -44,7 +44,7 @@ pub trait Machine: Copy + Send + Sync + 'static {
     const FEW_ROWS: usize = if Self::WHOLE_TILES {
         8
     } else if Self::MANY_REGISTERS {
-        64
+        48
     } else {
         24
     };
