@@ -164,8 +164,8 @@ template <class T> void check_layer(const std::string& tile, int H, int I, tile:
       GradHiddenParams<T>{grad_out, gather, offsets, sorted_weights, w2, hidden, grad_hidden, scaled_act, slopes, l.T, rows, H, I, l.E,
                           static_cast<int>(kind), l.interleaved, l.transposed});
   run("grad_score_" + type, GradScoreParams<T>{slopes, inverse, grad_out, b2, offsets, grad_weights, l.T, l.K, rows, l.E, H, runs});
-  GradWeightParams<T> of_w2{grad_out, scaled_act, gather, nullptr, offsets, grad_w2, nullptr, l.T, rows, H, I, l.E};
-  GradWeightParams<T> of_w1{grad_hidden, x, nullptr, gather, offsets, grad_w1, nullptr, l.T, rows, l.N, H, l.E};
+  GradWeightParams<T> of_w2{grad_out, scaled_act, gather, nullptr, offsets, grad_w2, nullptr, 0, l.T, rows, H, I, l.E};
+  GradWeightParams<T> of_w1{grad_hidden, x, nullptr, gather, offsets, grad_w1, nullptr, 0, l.T, rows, l.N, H, l.E};
   for (auto* p : {&of_w1, &of_w2})
     if (l.transposed) std::swap(p->a, p->b), std::swap(p->gather_a, p->gather_b), std::swap(p->m, p->n);
   run(product("grad_weight", l.transposed ? "b" : "a"), of_w2);
