@@ -4,7 +4,7 @@
 //! order of the additions never changes.
 
 use crate::dtype::Element;
-use crate::gemm::{Factor, Product, sums_len};
+use crate::gemm::{A_IN_CACHE, Factor, Product, sums_len};
 use crate::layer::{BLOCK_COLS, Layer, PackedRows, WIDE_COLS};
 use crate::machine::{Machine, Op};
 use crate::memory::Scratch;
@@ -38,7 +38,9 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Combine<'_, M, E> {
     /// The machine has the instruction set; the pointers are valid for the layer's sizes.
     pub unsafe fn run(&self) {
         let hidden = self.layer.p.hidden;
-        let share = hidden.div_ceil(2 * self.layer.threads.0);
+        // More tasks divide the work more evenly; fewer read A less often, and long rows of B in longer runs.
+        let small = self.layer.rows() * self.inner <= A_IN_CACHE && matches!((self.factor)(0), Factor::Nk(_));
+        let share = hidden.div_ceil(if small { 8 } else { 2 } * self.layer.threads.0);
         let span = share.next_multiple_of(BLOCK_COLS).min(WIDE_COLS);
         self.layer.threads.for_each(hidden.div_ceil(span), |i| {
             M::begin();

@@ -13,7 +13,7 @@ use crate::scaled::{FEW_TILES, ScaledRows};
 const DEEP: usize = 2048;
 
 /// Units of A that stay in the second cache beside a panel of B.
-const A_IN_CACHE: usize = 128 << 10;
+pub const A_IN_CACHE: usize = 128 << 10;
 
 /// Units of the contraction in a packed block of rows that are contiguous across it.
 const SHALLOW: usize = 128;
