@@ -74,7 +74,9 @@ def summary_table(run: dict) -> str:
     tokens = tokens_of(run["cells"])
     rows = []
     for mode, dtype, cells in groups(run):
-        row = [f"{chart.TITLES[mode]}, {dtype}"]
+        shapes = shapes_of(cells)
+        which = "" if shapes == shapes_of(run["cells"]) else f" (shape {', '.join(shapes)} only)"
+        row = [f"{chart.TITLES[mode]}, {dtype}{which}"]
         for count in tokens:
             found = [
                 value for cell in cells if cell["tokens"] == count and (value := ratio(cell)) is not None
@@ -260,7 +262,7 @@ def readme_section(run: dict, page_path: str, picture: str) -> str:
             "",
             summary_table(run),
             "",
-            "Geometric mean over three layer shapes (lowest in brackets) against the best torch or "
+            "Geometric mean over the layer shapes (lowest in brackets) against the best torch or "
             f"transformers path in the same run; {machine['cpu']}, {machine['isa']}, "
             f"{machine['threads']} threads. [All measurements]({page_path}).",
             "",
