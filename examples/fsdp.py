@@ -45,6 +45,7 @@ def main():
         alone = train(fastmoe_rs.accelerate(language_model()), batches)
         print(f"{processes} processes:", *(f"{loss:.5f}" for loss in losses / processes))
         print("one process: ", *(f"{loss:.5f}" for loss in alone))
+    dist.barrier()  # no process leaves while another still works
     dist.destroy_process_group()
 
 
