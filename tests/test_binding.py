@@ -592,6 +592,12 @@ class TestPool:
         _native.empty_cache()
         assert _native.memory_stats()["cached_bytes"] == 0
 
+    def test_a_block_that_became_too_small_is_replaced(self):
+        _native.empty_cache()
+        for numbers in (10_000_000, 10_500_000, 10_000_000, 1_000):
+            _native.empty((numbers,), "float32")
+        assert 42_000_000 <= _native.memory_stats()["cached_bytes"] < 1.1 * 42_000_000
+
     def test_dropped_on_another_thread(self):
         held = [_native.empty((1000,), "float32")]
         address = held[0].data_ptr()

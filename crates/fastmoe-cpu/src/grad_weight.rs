@@ -284,7 +284,16 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
         let out_row = |r: usize| unsafe { row_mut::<E>(job.out, first + r * n, cols) };
         if job.of.rows(expert).is_empty() {
             if job.update == Update::Write {
-                (0..rows).for_each(|r| out_row(r).fill(E::default()));
+                let zeros = [E::default(); TASK_COLS];
+                for r in 0..rows {
+                    if job.streams {
+                        // SAFETY: the row is this task's.
+                        unsafe { copy_past_caches::<M::V, E>(&zeros[..cols], out_row(r)) };
+                    } else {
+                        out_row(r).fill(E::default());
+                    }
+                }
+                fence();
             }
             return;
         }

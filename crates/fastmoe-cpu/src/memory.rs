@@ -6,7 +6,7 @@
 use crate::math::Real;
 use std::alloc::{Layout, dealloc, handle_alloc_error};
 use std::collections::VecDeque;
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, RangeInclusive};
 use std::ptr::NonNull;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
@@ -40,6 +40,17 @@ pub struct Stats {
 struct Pool {
     free: VecDeque<Block>,
     stats: Stats,
+}
+
+impl Pool {
+    /// The smallest waiting block with one of these lengths.
+    fn take(&mut self, lengths: RangeInclusive<usize>) -> Option<Block> {
+        let blocks = self.free.iter().enumerate().filter(|(_, block)| lengths.contains(&block.1));
+        let (index, _) = blocks.min_by_key(|(_, block)| block.1)?;
+        let block = self.free.remove(index)?;
+        self.stats.cached_bytes -= block.1 as u64;
+        Some(block)
+    }
 }
 
 struct Block(NonNull<u8>, usize);
@@ -76,16 +87,16 @@ pub fn alloc(bytes: usize) -> Buffer {
     let len = bytes.max(1).next_multiple_of(if bytes >= HUGE { HUGE } else { ALIGN });
     let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
     pool.stats.used_bytes += len as u64;
-    let fits = |b: &(usize, &Block)| b.1.1 >= len && b.1.1 <= len + len / 8;
-    let best = pool.free.iter().enumerate().filter(fits).min_by_key(|b| b.1.1).map(|b| b.0);
-    if let Some(Block(start, len_found)) = best.and_then(|i| pool.free.remove(i)) {
+    if let Some(Block(start, len_found)) = pool.take(len..=len + len / 8) {
         pool.stats.used_bytes += (len_found - len) as u64;
-        pool.stats.cached_bytes -= len_found as u64;
         pool.stats.hits += 1;
         return Buffer { start, len: len_found };
     }
     pool.stats.misses += 1;
+    // Sizes that follow the routing vary from step to step: a block that has just become too small is replaced.
+    let outgrown = pool.take(len - len / 8..=len);
     drop(pool);
+    outgrown.into_iter().for_each(release);
     // SAFETY: the layout is not empty.
     let Some(start) = NonNull::new(unsafe { std::alloc::alloc(layout(len)) }) else {
         handle_alloc_error(layout(len))
