@@ -101,9 +101,8 @@ pub fn alloc(bytes: usize) -> Buffer {
     let Some(start) = NonNull::new(unsafe { std::alloc::alloc(layout(len)) }) else {
         handle_alloc_error(layout(len))
     };
-    if len >= HUGE {
-        ask_for_huge_pages(start, len);
-    }
+    // Not for the end: a huge page of which little is used would cost its whole size.
+    ask_for_huge_pages(start, bytes - bytes % HUGE);
     Buffer { start, len }
 }
 
