@@ -106,7 +106,7 @@ class TestMemory:
         assert _native.memory_stats()["used_bytes"] == before
 
     def test_nothing_of_a_size_that_no_machine_has(self):
-        for shape in [(0, HUGE), (0, 2**30, 2**30)]:
+        for shape in [(0, 2**40), (0, 2**30, 2**30)]:
             assert _native.empty(shape, "float32").shape == shape
         with pytest.raises(ValueError, match=r"^shape: expected sizes >= 0 that fit in memory"):
             _native.empty((0, HUGE, HUGE), "float32")
@@ -162,8 +162,8 @@ print(_native.memory_stats()["cached_bytes"] >> 20)
             with open("/proc/self/statm") as statm:
                 return int(statm.read().split()[1]) * PAGE
 
-        before = resident(500)
-        assert resident(4000) - before < 2 << 20
+        before = resident(300)
+        assert resident(1500) - before < 1 << 20
 
     def test_refusals_leave_nothing_behind(self):
         def refused():
