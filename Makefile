@@ -95,9 +95,10 @@ bench-host: develop ## Time what a call of the CUDA path costs on the host
 	cp target/host/release/lib_native.so target/host/python/fastmoe_rs/_native.abi3.so
 	$(BIN)/python bench/host_overhead.py $(ARGS)
 
-lint: develop ## Formatting, clippy, ruff, mypy and the check of the native stubs
+lint: develop ## Formatting, clippy, rustdoc, ruff, mypy and the check of the native stubs
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --quiet
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

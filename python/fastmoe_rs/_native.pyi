@@ -5,11 +5,13 @@ T tokens, H hidden, I intermediate, E experts, K experts per token, R = T*K rout
 Tensors are torch CPU tensors or NumPy arrays, C-contiguous; outputs are writable, do not require grad, and
 share no memory with any other argument. float means float32, float64, bfloat16 or float16; wide means float64
 where the other tensors are float64, else float32. `gather` has R entries, or E*C in a padded plan. `threads`
->= 1 is the most threads to use. The GIL is released during the work.
+>= 1 is the most threads to use. The GIL is released during the work: as with torch's own operators, other
+threads must leave the tensors of a call alone until it returns.
 
 Every function raises TypeError for an object or dtype that it does not take, ValueError for a wrong shape,
-value or place in memory, both naming the argument, what was wanted and what was given; and ValueError when
-FASTMOE_CPU_ISA names no instruction set of this machine.
+value or place in memory, both naming the argument, what was wanted and what was given; ValueError when
+FASTMOE_CPU_ISA names no instruction set of this machine or FASTMOE_CACHE_MB is no number; and MemoryError
+where the system has no memory left, with anything in the outputs.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,6 @@
 //! At most C rows per expert: which rows stay, and how large C is.
 
+use crate::error::named;
 use crate::float::best_first;
 use crate::plan::{ExpertId, PlanOut};
 use crate::sort::{Layout, sort_by_expert};
@@ -20,11 +21,7 @@ impl FromStr for Drop {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self, Error> {
-        match name {
-            "position" => Ok(Self::Position),
-            "score" => Ok(Self::Score),
-            _ => Err(Error::Name { argument: "drop", given: name.into(), wanted: "\"position\", \"score\"" }),
-        }
+        named("drop", name, &[("position", Self::Position), ("score", Self::Score)])
     }
 }
 

@@ -11,7 +11,7 @@ pub enum Error {
         /// The name given.
         given: String,
         /// The known names.
-        wanted: &'static str,
+        wanted: String,
     },
     /// K is zero, or larger than E where the experts of a token are distinct.
     #[error("top_k: got {given}, wanted 1 to {experts} (the number of experts)")]
@@ -129,4 +129,15 @@ pub enum Error {
         /// The token that feeds that row.
         fed_by: i32,
     },
+}
+
+/// What a name stands for, out of all names that there are.
+pub(crate) fn named<T: Copy>(argument: &'static str, given: &str, known: &[(&str, T)]) -> Result<T, Error> {
+    match known.iter().find(|(name, _)| *name == given) {
+        Some(&(_, value)) => Ok(value),
+        None => {
+            let names: Vec<_> = known.iter().map(|(name, _)| format!("{name:?}")).collect();
+            Err(Error::Name { argument, given: given.into(), wanted: names.join(", ") })
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! Through the router backwards: from the gradients of weights `[T,K]` and scores `[T,E]` to those of the logits and of
 //! the scale that each expert has.
 
-use crate::score::softmax_backward;
+use crate::score::{softmax_backward, sum};
 use crate::{Float, Order, Router, Score};
 
 /// What [`crate::route_rows`] was given and what it returned, with the gradients that came back.
@@ -93,28 +93,8 @@ pub fn grad_route_rows<F: Float>(
             let scale = F::from_f64(router.scale);
             grad_chosen.extend(grad_weights[choices.clone()].iter().map(|&grad| grad * scale));
         }
-        let mut total = F::ONE;
-        if router.renormalize {
-            total = sum(chosen.iter().copied()) + F::from_f64(router.renormalize_eps);
-        }
-        if let Some(by_choice) = &mut by_choice {
-            let by_choice = &mut by_choice[choices];
-            by_choice.fill(F::ZERO);
-            for ((by_choice, &grad), &score) in by_choice.iter_mut().zip(&grad_chosen).zip(&chosen) {
-                *by_choice = grad * (score / total);
-            }
-        }
-        if let Some(expert_scale) = expert_scale {
-            for (grad, &id) in grad_chosen.iter_mut().zip(ids) {
-                *grad = *grad * expert_scale[id as usize];
-            }
-        }
-        if router.renormalize {
-            let inner = sum(grad_chosen.iter().zip(&chosen).map(|(&grad, &score)| grad * score)) / total;
-            for grad in &mut grad_chosen {
-                *grad = (*grad - inner) / total;
-            }
-        }
+        let by_choice = by_choice.as_deref_mut().map(|by_choice| &mut by_choice[choices]);
+        router.weigh_backward(ids, expert_scale, &chosen, &mut grad_chosen, by_choice);
         if of_chosen_alone {
             softmax_backward(&mut grad_chosen, &chosen);
         }
@@ -141,11 +121,38 @@ pub fn grad_route_rows<F: Float>(
     }
 }
 
-#[inline(always)]
-fn sum<F: Float>(values: impl Iterator<Item = F>) -> F {
-    let mut sum = F::ZERO;
-    for value in values {
-        sum += value;
+impl Router {
+    /// From the gradients of the scaled weights of one token to those of the scores that they were made of; none of both
+    /// where the weights have no gradient.
+    #[inline(always)]
+    fn weigh_backward<F: Float>(
+        &self,
+        ids: &[i64],
+        expert_scale: Option<&[F]>,
+        chosen: &[F],
+        grad_chosen: &mut [F],
+        by_choice: Option<&mut [F]>,
+    ) {
+        let mut total = F::ONE;
+        if self.renormalize {
+            total = sum(chosen.iter().copied()) + F::from_f64(self.renormalize_eps);
+        }
+        if let Some(by_choice) = by_choice {
+            by_choice.fill(F::ZERO);
+            for ((by_choice, &grad), &score) in by_choice.iter_mut().zip(&*grad_chosen).zip(chosen) {
+                *by_choice = grad * (score / total);
+            }
+        }
+        if let Some(expert_scale) = expert_scale {
+            for (grad, &id) in grad_chosen.iter_mut().zip(ids) {
+                *grad = *grad * expert_scale[id as usize];
+            }
+        }
+        if self.renormalize {
+            let inner = sum(grad_chosen.iter().zip(chosen).map(|(&grad, &score)| grad * score)) / total;
+            for grad in grad_chosen {
+                *grad = (*grad - inner) / total;
+            }
+        }
     }
-    sum
 }

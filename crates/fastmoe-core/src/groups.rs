@@ -1,6 +1,7 @@
 //! Group-limited selection: the experts of a token come from its best groups alone (DeepSeek-V2, arXiv:2405.04434,
 //! section 2.2.2; DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
 
+use crate::error::named;
 use crate::topk::top_k;
 use crate::{Error, Float};
 use std::str::FromStr;
@@ -18,13 +19,7 @@ impl FromStr for GroupScore {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self, Error> {
-        match name {
-            "max" => Ok(Self::Max),
-            "top2" => Ok(Self::Top2),
-            _ => {
-                Err(Error::Name { argument: "group_score", given: name.into(), wanted: "\"top2\", \"max\"" })
-            }
-        }
+        named("group_score", name, &[("top2", Self::Top2), ("max", Self::Max)])
     }
 }
 
@@ -41,15 +36,7 @@ impl FromStr for GroupLosers {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self, Error> {
-        match name {
-            "-inf" => Ok(Self::NegInfinity),
-            "zero" => Ok(Self::Zero),
-            _ => Err(Error::Name {
-                argument: "group_losers",
-                given: name.into(),
-                wanted: "\"-inf\", \"zero\"",
-            }),
-        }
+        named("group_losers", name, &[("-inf", Self::NegInfinity), ("zero", Self::Zero)])
     }
 }
 

@@ -1,6 +1,7 @@
 //! The routing plan: which rows each expert computes, and where each token finds its rows again.
 
 use crate::capacity::unseat_lowest;
+use crate::error::named;
 use crate::sort::{Layout, sort_by_expert};
 use crate::{Capacity, Drop, Error, Float, Parallel};
 use std::str::FromStr;
@@ -50,15 +51,7 @@ impl FromStr for OutOfRange {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self, Error> {
-        match name {
-            "error" => Ok(Self::Error),
-            "drop" => Ok(Self::Drop),
-            _ => Err(Error::Name {
-                argument: "out_of_range",
-                given: name.into(),
-                wanted: "\"error\", \"drop\"",
-            }),
-        }
+        named("out_of_range", name, &[("error", Self::Error), ("drop", Self::Drop)])
     }
 }
 

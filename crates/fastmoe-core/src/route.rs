@@ -1,6 +1,7 @@
 //! The router's decision: from logits `[T,E]` to expert ids, weights and scores.
 
-use crate::score::soft_cap;
+use crate::error::named;
+use crate::score::{soft_cap, sum};
 use crate::topk::top_k;
 use crate::{Error, Float, Groups, Score, groups};
 use std::str::FromStr;
@@ -18,15 +19,7 @@ impl FromStr for Order {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self, Error> {
-        match name {
-            "score_topk" => Ok(Self::ScoreTopk),
-            "topk_score" => Ok(Self::TopkScore),
-            _ => Err(Error::Name {
-                argument: "order",
-                given: name.into(),
-                wanted: "\"score_topk\", \"topk_score\"",
-            }),
-        }
+        named("order", name, &[("score_topk", Self::ScoreTopk), ("topk_score", Self::TopkScore)])
     }
 }
 
@@ -86,6 +79,29 @@ impl Router {
         }
         self.groups.map_or(Ok(()), |groups| groups.check(experts, self.top_k))
     }
+
+    /// From the scores, or logits, of the chosen of one token to their weights.
+    #[inline(always)]
+    fn weigh<F: Float>(&self, ids: &[i64], expert_scale: Option<&[F]>, weights: &mut [F]) {
+        if self.order == Order::TopkScore {
+            self.score.apply(weights);
+        }
+        if self.renormalize {
+            let total = sum(weights.iter().copied()) + F::from_f64(self.renormalize_eps);
+            for weight in &mut *weights {
+                *weight = *weight / total;
+            }
+        }
+        let scale = F::from_f64(self.scale);
+        for weight in &mut *weights {
+            *weight = *weight * scale;
+        }
+        if let Some(expert_scale) = expert_scale {
+            for (weight, &id) in weights.iter_mut().zip(ids) {
+                *weight = *weight * expert_scale[id as usize];
+            }
+        }
+    }
 }
 
 /// What the router knows of every expert, `[E]` each.
@@ -139,7 +155,6 @@ pub fn route_rows<F: Float>(
         "slices must have the lengths [T,E], [T,K] and [E]"
     );
     let by_score = router.order == Order::ScoreTopk;
-    let (eps, scale) = (F::from_f64(router.renormalize_eps), F::from_f64(router.scale));
     let (mut capped, mut keys, mut sort) = (vec![], vec![], vec![]);
     let mut group_scratch = groups::Scratch::default();
     for t in 0..tokens {
@@ -173,26 +188,6 @@ pub fn route_rows<F: Float>(
         for (weight, &id) in weights.iter_mut().zip(&*ids) {
             *weight = source[id as usize];
         }
-        if !by_score {
-            router.score.apply(weights);
-        }
-        if router.renormalize {
-            let mut sum = F::ZERO;
-            for &mut weight in &mut *weights {
-                sum += weight;
-            }
-            sum += eps;
-            for weight in &mut *weights {
-                *weight = *weight / sum;
-            }
-        }
-        for weight in &mut *weights {
-            *weight = *weight * scale;
-        }
-        if let Some(expert_scale) = expert_scale {
-            for (weight, &id) in weights.iter_mut().zip(&*ids) {
-                *weight = *weight * expert_scale[id as usize];
-            }
-        }
+        router.weigh(ids, expert_scale, weights);
     }
 }

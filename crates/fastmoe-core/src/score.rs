@@ -3,6 +3,7 @@
 //! Sums run in 16 lanes: element j is added to lane `j % 16`, and the lanes are folded in halves (lane i and i + 8,
 //! i + 4, i + 2, i + 1). The order is part of the definition: every backend gets the same bits.
 
+use crate::error::named;
 use crate::{Error, Float};
 use std::str::FromStr;
 
@@ -23,16 +24,11 @@ impl FromStr for Score {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self, Error> {
-        match name {
-            "softmax" => Ok(Self::Softmax),
-            "sigmoid" => Ok(Self::Sigmoid),
-            "sqrt_softplus" => Ok(Self::SqrtSoftplus),
-            _ => Err(Error::Name {
-                argument: "score",
-                given: name.into(),
-                wanted: "\"softmax\", \"sigmoid\", \"sqrt_softplus\"",
-            }),
-        }
+        named(
+            "score",
+            name,
+            &[("softmax", Self::Softmax), ("sigmoid", Self::Sigmoid), ("sqrt_softplus", Self::SqrtSoftplus)],
+        )
     }
 }
 
@@ -187,4 +183,14 @@ fn fold_halves<F: Float>(mut lanes: [F; LANES], fold: impl Fn(F, F) -> F) -> F {
         half /= 2;
     }
     lanes[0]
+}
+
+/// One after the other, in one lane: for the few choices of a token.
+#[inline(always)]
+pub(crate) fn sum<F: Float>(values: impl Iterator<Item = F>) -> F {
+    let mut sum = F::ZERO;
+    for value in values {
+        sum += value;
+    }
+    sum
 }

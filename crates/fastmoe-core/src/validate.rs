@@ -6,7 +6,7 @@ use crate::Error;
 ///
 /// Afterwards each expert owns rows that exist, each row is fed by a token that exists, and each (t, k) that is not
 /// dropped points at a row inside an expert that token t feeds, so that a backend never reads a row that it did not
-/// compute, nor lets two tokens write one row.
+/// compute, nor lets two tokens write one row. Two slots of a token may name one row, and a row may be named by none.
 ///
 /// # Errors
 /// The first of [`Error::Length`], [`Error::Offset`], [`Error::Gather`], [`Error::Inverse`], [`Error::Mismatch`].

@@ -1,4 +1,4 @@
-//! Random cases against the definition; the fuzz targets run the same two bodies.
+//! Random cases against the definition; the fuzz targets run the same bodies.
 
 mod oracle;
 
@@ -10,6 +10,11 @@ proptest! {
     #[test]
     fn plan_agrees(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
         oracle::plan_agrees(&bytes);
+    }
+
+    #[test]
+    fn validation_agrees(bytes in prop::collection::vec(any::<u8>(), 0..60)) {
+        oracle::validation_agrees(&bytes);
     }
 
     #[test]

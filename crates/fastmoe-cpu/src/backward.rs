@@ -4,7 +4,7 @@ use crate::combine::Combine;
 use crate::dtype::Element;
 use crate::gemm::{Product, sums_len};
 use crate::grad_weight::{GradWeight, Matrix};
-use crate::layer::{Layer, PackedRows, WIDE_COLS, split_gate_up};
+use crate::layer::{BLOCK_COLS, Layer, PackedRows, WIDE_COLS, split_gate_up};
 use crate::machine::{Machine, Op};
 use crate::math::dot;
 use crate::memory::Scratch;
@@ -32,7 +32,7 @@ pub unsafe fn backward<M: Machine, E: Element<Acc = M::Acc>>(
             grads.x.is_some() || grads.weights.is_some() || grads.w1.is_some() || grads.b1.is_some();
         let grad_h = PackedRows::new(if through { rows } else { 0 }, layer.up_cols());
         let act = PackedRows::new(if grads.w2.is_some() { rows } else { 0 }, p.intermediate);
-        let slopes = Scratch::new(if grads.weights.is_some() { layer.blocks() * rows } else { 0 });
+        let slopes = Scratch::new(if grads.weights.is_some() { slope_parts(p) * rows } else { 0 });
         if through || grads.w2.is_some() {
             let grad_out = through.then(|| PackedRows::pack(grad_out_rows, rows, p.hidden, layer.threads));
             let job = Hidden {
@@ -98,8 +98,16 @@ struct Hidden<'a, M: Machine, E> {
     grad_h: &'a PackedRows<M>,
     /// The activation times the routing weight, for dW2.
     act: Option<&'a PackedRows<M>>,
-    /// `[blocks, rows]` parts of `<dL/d act, act>`.
+    /// `[slope_parts, rows]` parts of `<dL/d act, act>`.
     slopes: Option<&'a Scratch<M::Acc>>,
+}
+
+/// Hidden units whose products are summed at a time. Blocks are as wide as it or a multiple, for other numbers of
+/// threads another one, on which no sum may depend.
+const SLOPE_UNITS: usize = BLOCK_COLS;
+
+fn slope_parts(p: &Mlp<'_>) -> usize {
+    p.intermediate.div_ceil(SLOPE_UNITS)
 }
 
 // SAFETY: tasks write disjoint columns of `grad_h` and `act` and disjoint parts of `slopes`.
@@ -181,7 +189,10 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Hidden<'_, M, E> {
                     }
                     p.activation.backward(&scaled[..len], gate, up, out);
                     if let Some(slopes) = self.slopes {
-                        *slopes.ptr().add(block * self.layer.rows() + r) = dot(grad, out);
+                        let parts = grad.chunks(SLOPE_UNITS).zip(out.chunks(SLOPE_UNITS));
+                        for (i, (grad, out)) in (start / SLOPE_UNITS..).zip(parts) {
+                            *slopes.ptr().add(i * self.layer.rows() + r) = dot(grad, out);
+                        }
                     }
                     if p.interleaved && p.activation.gated() {
                         for j in 0..len {
@@ -264,8 +275,8 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for RouteGradTask<'_, M, E> {
                 for i in t * p.top_k..(t + 1) * p.top_k {
                     let mut total = M::Acc::ZERO;
                     if let Ok(row) = usize::try_from(p.rows.inverse[i]) {
-                        for block in 0..layer.blocks() {
-                            total += slopes[block * rows + row];
+                        for part in 0..slope_parts(p) {
+                            total += slopes[part * rows + row];
                         }
                         if let Some(b2) = b2 {
                             let b2 = b2.add(expert_of(row) * p.hidden);

@@ -69,7 +69,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for CombineTask<'_, '_, M, E> {
         unsafe {
             let (total, stride) = match &scratch {
                 Some(scratch) => (scratch.ptr(), self.cols),
-                None => (out.add(self.start).cast::<M::Acc>(), hidden),
+                None => (out.wrapping_add(self.start).cast::<M::Acc>(), hidden),
             };
             for t in 0..tokens {
                 std::ptr::write_bytes(total.add(t * stride), 0, self.cols);

@@ -18,17 +18,6 @@ pub enum DType {
     F16,
 }
 
-impl DType {
-    /// Bytes of an element.
-    pub fn size(self) -> usize {
-        match self {
-            Self::F64 => 8,
-            Self::F32 => 4,
-            Self::Bf16 | Self::F16 => 2,
-        }
-    }
-}
-
 /// A number stored in a tensor; sums are kept in `Acc`.
 pub trait Element: Copy + Default + Send + Sync + 'static {
     /// The type of sums over this element.
@@ -54,7 +43,7 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     #[inline(always)]
     unsafe fn load_some<V: Vector, const PAIRS: bool>(p: *const Self, n: usize) -> V {
         let mut buffer = [Self::default(); 32];
-        // SAFETY: n is below a register's elements, of which no register has more than 32.
+        // SAFETY: n is at most a register's elements, of which no register has more than 32.
         unsafe {
             std::ptr::copy_nonoverlapping(p, buffer.as_mut_ptr(), n);
             Self::load::<V, PAIRS>(buffer.as_ptr())

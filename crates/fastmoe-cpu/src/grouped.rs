@@ -8,7 +8,6 @@ use crate::machine::{Machine, Op};
 use crate::memory::Scratch;
 use crate::pack::Rows;
 use crate::problem::{GroupedMm, Ptr, PtrMut};
-use crate::threads::Threads;
 use fastmoe_core::{Float, Update};
 
 /// The product of every expert's rows; rows past the last expert's become zeros.
@@ -22,7 +21,7 @@ pub unsafe fn grouped<M: Machine, E: Element<Acc = M::Acc>>(
     bias: Option<Ptr>,
     out: PtrMut,
 ) {
-    let threads = Threads(p.threads);
+    let threads = p.threads;
     let work = work(p.offsets);
     let used = p.offsets.last().map_or(0, |&n| n as usize);
     let factor = Factor::weight(w.cast::<E>(), p.inner, p.outer, p.transposed);
@@ -31,7 +30,7 @@ pub unsafe fn grouped<M: Machine, E: Element<Acc = M::Acc>>(
     // SAFETY: as promised by the caller.
     unsafe {
         let rest = out.cast::<E>().add(used * p.outer);
-        std::slice::from_raw_parts_mut(rest, (p.rows - used) * p.outer).fill(E::default());
+        std::ptr::write_bytes(rest, 0, (p.rows - used) * p.outer);
         let x = PackedRows::pack(Rows::<E>::dense(x.cast(), p.inner), used, p.inner, threads);
         let bias = bias.map(<*const u8>::cast::<E>);
         let job = Grouped { p, x: &x, w: w.cast::<E>(), bias, out: out.cast::<E>() };
@@ -120,7 +119,7 @@ pub unsafe fn grouped_grad_weight<M: Machine, E: Element<Acc = M::Acc>>(
     grad_bias: Option<PtrMut>,
 ) {
     let work = work(p.offsets);
-    let weights = GradWeight { offsets: p.offsets, work: &work, threads: Threads(p.threads) };
+    let weights = GradWeight { offsets: p.offsets, work: &work, threads: p.threads };
     let grad_out = Matrix::<M, E>::Gathered(Rows::dense(grad_out.cast(), p.outer), p.outer);
     let x = Matrix::Gathered(Rows::dense(x.cast(), p.inner), p.inner);
     // SAFETY: as promised by the caller.

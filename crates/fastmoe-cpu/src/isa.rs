@@ -1,5 +1,6 @@
 //! Which instruction set the kernels use: the best one of this machine, or a lower one by `FASTMOE_CPU_ISA`.
 
+use crate::error::Error;
 use std::sync::LazyLock;
 
 /// An instruction set with its own kernels, from the most portable to the fastest.
@@ -17,14 +18,6 @@ pub enum Isa {
     Avx512Bf16,
     /// AMX tiles for bf16, AVX-512 for the rest.
     Amx,
-}
-
-/// `FASTMOE_CPU_ISA` names no instruction set of this machine.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("FASTMOE_CPU_ISA: expected one of {available}, got {given:?}")]
-pub struct IsaError {
-    given: String,
-    available: String,
 }
 
 impl Isa {
@@ -76,17 +69,17 @@ impl Isa {
 }
 
 /// The instruction set in use: read from the machine and `FASTMOE_CPU_ISA` at the first call.
-pub fn isa() -> Result<Isa, IsaError> {
-    static CHOSEN: LazyLock<Result<Isa, IsaError>> =
+pub fn isa() -> Result<Isa, Error> {
+    static CHOSEN: LazyLock<Result<Isa, Error>> =
         LazyLock::new(|| choose(std::env::var("FASTMOE_CPU_ISA").ok().as_deref()));
     CHOSEN.clone()
 }
 
-fn choose(forced: Option<&str>) -> Result<Isa, IsaError> {
+fn choose(forced: Option<&str>) -> Result<Isa, Error> {
     let available = Isa::available();
     let best = *available.last().expect("the portable kernels are always there");
     let Some(given) = forced.filter(|v| !v.is_empty()) else { return Ok(best) };
-    available.iter().copied().find(|i| i.name() == given).ok_or_else(|| IsaError {
+    available.iter().copied().find(|i| i.name() == given).ok_or_else(|| Error::Isa {
         given: given.to_owned(),
         available: available.iter().map(|i| i.name()).collect::<Vec<_>>().join(", "),
     })
@@ -110,7 +103,7 @@ pub struct CpuInfo {
 }
 
 /// Describes the machine; fails as `isa` does.
-pub fn cpu_info() -> Result<CpuInfo, IsaError> {
+pub fn cpu_info() -> Result<CpuInfo, Error> {
     let isa = isa()?;
     let bf16 = match isa {
         Isa::Amx => "amx tiles",

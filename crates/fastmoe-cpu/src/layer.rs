@@ -161,7 +161,7 @@ impl<'a, M: Machine, E: Element<Acc = M::Acc>> Layer<'a, M, E> {
                 scales[row] = unsafe { *p.weights.cast::<M::Acc>().add(i) };
             }
         }
-        let (work, threads) = (work(p.rows.offsets), Threads(p.threads));
+        let (work, threads) = (work(p.rows.offsets), p.threads);
         let mut layer =
             Self { p, work, scales, threads, block_cols: BLOCK_COLS, elements: std::marker::PhantomData };
         let factor = if backward { layer.w2(0).t() } else { layer.w1(0) };

@@ -3,68 +3,70 @@
 //! Fresh memory costs a page fault every 4 KiB, more than the arithmetic of a weight gradient; memory that
 //! comes back from the last step is already mapped.
 
+use crate::error::Error;
 use crate::math::Real;
-use std::alloc::{Layout, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::collections::VecDeque;
 use std::ops::{Deref, DerefMut, RangeInclusive};
 use std::ptr::NonNull;
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 const ALIGN: usize = 64;
 /// Buffers from this size on start on a huge page and ask the kernel for huge pages.
 const HUGE: usize = 2 << 20;
 
-/// A 64-byte aligned block of uninitialised memory; dropping it puts it back into the pool.
-pub struct Buffer {
+/// A 64-byte aligned block of memory, filled with whatever was there; dropping it puts it back into the pool.
+#[derive(Debug)]
+pub struct Buffer(Block);
+
+/// Memory of the system. All of it has been written, so that any number may be read from it.
+#[derive(Clone, Copy, Debug)]
+struct Block {
     start: NonNull<u8>,
-    len: usize,
+    layout: Layout,
 }
 
-// SAFETY: a Buffer owns its memory and has no thread-bound state.
-unsafe impl Send for Buffer {}
+// SAFETY: a block has one owner, a `Buffer` or the pool, and nothing in it belongs to a thread.
+unsafe impl Send for Block {}
 
 /// What the pool holds and how often it served.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
     /// Bytes waiting to be used again.
-    pub cached_bytes: u64,
+    pub cached_bytes: usize,
     /// Bytes in use.
-    pub used_bytes: u64,
+    pub used_bytes: usize,
     /// Requests served from the pool.
-    pub hits: u64,
+    pub hits: usize,
     /// Requests that needed new memory.
-    pub misses: u64,
+    pub misses: usize,
 }
 
 #[derive(Default)]
 struct Pool {
+    /// Those that came back last are the last.
     free: VecDeque<Block>,
     stats: Stats,
 }
 
-impl Pool {
-    /// The smallest waiting block with one of these lengths.
-    fn take(&mut self, lengths: RangeInclusive<usize>) -> Option<Block> {
-        let blocks = self.free.iter().enumerate().filter(|(_, block)| lengths.contains(&block.1));
-        let (index, _) = blocks.min_by_key(|(_, block)| block.1)?;
-        let block = self.free.remove(index)?;
-        self.stats.cached_bytes -= block.1 as u64;
-        Some(block)
-    }
+fn pool() -> MutexGuard<'static, Pool> {
+    static POOL: LazyLock<Mutex<Pool>> = LazyLock::new(Mutex::default);
+    POOL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-struct Block(NonNull<u8>, usize);
-
-// SAFETY: a free block is owned by the pool alone.
-unsafe impl Send for Block {}
-
-static POOL: LazyLock<Mutex<Pool>> = LazyLock::new(Mutex::default);
-
 /// At most this much waits in the pool: half of the machine's memory, or `FASTMOE_CACHE_MB`.
-static LIMIT: LazyLock<usize> = LazyLock::new(|| {
-    let set = std::env::var("FASTMOE_CACHE_MB").ok().and_then(|v| v.parse::<usize>().ok());
-    set.map_or_else(|| physical_memory() / 2, |mb| mb << 20)
-});
+static LIMIT: LazyLock<Result<usize, Error>> =
+    LazyLock::new(|| limit(std::env::var("FASTMOE_CACHE_MB").ok().as_deref()));
+
+fn limit(given: Option<&str>) -> Result<usize, Error> {
+    match given.filter(|text| !text.is_empty()) {
+        None => Ok(physical_memory() / 2),
+        Some(text) => match text.parse::<usize>() {
+            Ok(mib) => Ok(mib.saturating_mul(1 << 20)),
+            Err(_) => Err(Error::CacheSize { given: text.to_owned() }),
+        },
+    }
+}
 
 fn physical_memory() -> usize {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
@@ -72,131 +74,150 @@ fn physical_memory() -> usize {
     kib.map_or(8 << 30, |kib| kib << 10)
 }
 
-fn layout(len: usize) -> Layout {
-    let align = if len >= HUGE { HUGE } else { ALIGN };
-    Layout::from_size_align(len, align).expect("a buffer fits the address space")
-}
+impl Block {
+    fn len(&self) -> usize {
+        self.layout.size()
+    }
 
-fn release(block: Block) {
-    // SAFETY: the block was allocated with this layout and has no owner left.
-    unsafe { dealloc(block.0.as_ptr(), layout(block.1)) }
+    #[cfg(target_os = "linux")]
+    fn fresh(layout: Layout, bytes: usize) -> Option<Self> {
+        const MADV_HUGEPAGE: i32 = 14;
+        unsafe extern "C" {
+            fn madvise(start: *mut u8, len: usize, advice: i32) -> i32;
+        }
+        if layout.align() < HUGE {
+            return Self::zeroed(layout);
+        }
+        // SAFETY: the layout is not empty.
+        let start = NonNull::new(unsafe { std::alloc::alloc(layout) })?;
+        // SAFETY: the range is ours; the advice changes no contents, and a refusal is harmless. To the compiler this
+        // is a foreign function that is given the memory and may write it, as every block has to be.
+        // The end is left out: a huge page of which little is used would cost its whole size.
+        unsafe { madvise(start.as_ptr(), bytes - bytes % HUGE, MADV_HUGEPAGE) };
+        Some(Self { start, layout })
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn fresh(layout: Layout, _bytes: usize) -> Option<Self> {
+        Self::zeroed(layout)
+    }
+
+    fn zeroed(layout: Layout) -> Option<Self> {
+        // SAFETY: the layout is not empty.
+        let start = NonNull::new(unsafe { alloc_zeroed(layout) })?;
+        Some(Self { start, layout })
+    }
+
+    fn release(self) {
+        // SAFETY: the block was allocated with this layout and has no owner left.
+        unsafe { dealloc(self.start.as_ptr(), self.layout) }
+    }
 }
 
 /// Takes `bytes` from the pool, or new memory where no waiting block fits.
-pub fn alloc(bytes: usize) -> Buffer {
-    let len = bytes.max(1).next_multiple_of(if bytes >= HUGE { HUGE } else { ALIGN });
-    let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
-    pool.stats.used_bytes += len as u64;
-    if let Some(Block(start, len_found)) = pool.take(len..=len + len / 8) {
-        pool.stats.used_bytes += (len_found - len) as u64;
-        pool.stats.hits += 1;
-        return Buffer { start, len: len_found };
-    }
-    pool.stats.misses += 1;
-    // Sizes that follow the routing vary from step to step: a block that has just become too small is replaced.
-    let outgrown = pool.take(len - len / 8..=len);
-    drop(pool);
-    outgrown.into_iter().for_each(release);
-    // SAFETY: the layout is not empty.
-    let Some(start) = NonNull::new(unsafe { std::alloc::alloc(layout(len)) }) else {
-        handle_alloc_error(layout(len))
+///
+/// # Errors
+/// [`Error::OutOfMemory`], [`Error::CacheSize`].
+pub fn alloc(bytes: usize) -> Result<Buffer, Error> {
+    LIMIT.clone()?;
+    let unit = if bytes >= HUGE { HUGE } else { ALIGN };
+    let whole = bytes.max(1).checked_next_multiple_of(unit);
+    let layout = whole.and_then(|len| Layout::from_size_align(len, unit).ok());
+    let layout = layout.ok_or(Error::OutOfMemory { bytes })?;
+    let len = layout.size();
+    let outgrown = {
+        let mut pool = pool();
+        if let Some(block) = pool.take(len..=len + len / 8) {
+            pool.stats.hits += 1;
+            pool.stats.used_bytes += block.len();
+            return Ok(Buffer(block));
+        }
+        // Sizes that follow the routing vary from step to step: a block that has just become too small is replaced.
+        pool.take(len - len / 8..=len)
     };
-    // Not for the end: a huge page of which little is used would cost its whole size.
-    ask_for_huge_pages(start, bytes - bytes % HUGE);
-    Buffer { start, len }
+    outgrown.into_iter().for_each(Block::release);
+    // The memory that is missing may be waiting for a request of another size.
+    let retry = || {
+        empty_cache();
+        Block::fresh(layout, bytes)
+    };
+    let block = Block::fresh(layout, bytes).or_else(retry).ok_or(Error::OutOfMemory { bytes })?;
+    let mut pool = pool();
+    pool.stats.misses += 1;
+    pool.stats.used_bytes += block.len();
+    Ok(Buffer(block))
 }
-
-#[cfg(target_os = "linux")]
-fn ask_for_huge_pages(start: NonNull<u8>, len: usize) {
-    const MADV_HUGEPAGE: i32 = 14;
-    unsafe extern "C" {
-        fn madvise(start: *mut u8, len: usize, advice: i32) -> i32;
-    }
-    // SAFETY: the range is ours; the advice changes no contents, and a refusal is harmless.
-    unsafe { madvise(start.as_ptr(), len, MADV_HUGEPAGE) };
-}
-
-#[cfg(not(target_os = "linux"))]
-fn ask_for_huge_pages(_start: NonNull<u8>, _len: usize) {}
 
 /// Gives all waiting memory back to the system.
 pub fn empty_cache() {
-    let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
-    pool.stats.cached_bytes = 0;
-    let blocks = std::mem::take(&mut pool.free);
-    drop(pool);
-    blocks.into_iter().for_each(release);
+    let blocks = {
+        let mut pool = pool();
+        pool.stats.cached_bytes = 0;
+        std::mem::take(&mut pool.free)
+    };
+    blocks.into_iter().for_each(Block::release);
 }
 
 /// The pool's counters.
 pub fn stats() -> Stats {
-    POOL.lock().unwrap_or_else(PoisonError::into_inner).stats
+    pool().stats
+}
+
+impl Pool {
+    /// The smallest waiting block with one of these lengths.
+    fn take(&mut self, lengths: RangeInclusive<usize>) -> Option<Block> {
+        let fits = |(_, block): &(usize, &Block)| lengths.contains(&block.len());
+        let (best, _) = self.free.iter().enumerate().filter(fits).min_by_key(|(_, block)| block.len())?;
+        let block = self.free.remove(best)?;
+        self.stats.cached_bytes -= block.len();
+        Some(block)
+    }
 }
 
 impl Buffer {
     /// Start of the block.
     pub fn as_mut_ptr(&self) -> *mut u8 {
-        self.start.as_ptr()
-    }
-
-    /// Bytes of the block, at least what was asked for.
-    #[expect(clippy::len_without_is_empty, reason = "a buffer is never empty")]
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Start and length, for an owner that gives them back to `from_raw`.
-    pub fn into_raw(self) -> (*mut u8, usize) {
-        let raw = (self.as_mut_ptr(), self.len);
-        std::mem::forget(self);
-        raw
-    }
-
-    /// The buffer behind `into_raw`.
-    ///
-    /// # Safety
-    /// The two values come from one `into_raw` and are used once.
-    pub unsafe fn from_raw(start: *mut u8, len: usize) -> Self {
-        Self { start: NonNull::new(start).expect("a buffer's address is never null"), len }
+        self.0.start.as_ptr()
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
-        pool.stats.used_bytes -= self.len as u64;
-        pool.stats.cached_bytes += self.len as u64;
-        pool.free.push_back(Block(self.start, self.len));
+        let limit = LIMIT.as_ref().copied().unwrap_or(0);
+        let mut pool = pool();
+        pool.stats.used_bytes -= self.0.len();
+        pool.stats.cached_bytes += self.0.len();
+        pool.free.push_back(self.0);
         let mut surplus = Vec::new();
-        while pool.stats.cached_bytes as usize > *LIMIT {
-            let Some(oldest) = pool.free.pop_front() else { break };
-            pool.stats.cached_bytes -= oldest.1 as u64;
+        while pool.stats.cached_bytes > limit
+            && let Some(oldest) = pool.free.pop_front()
+        {
+            pool.stats.cached_bytes -= oldest.len();
             surplus.push(oldest);
         }
         drop(pool);
-        surplus.into_iter().for_each(release);
+        surplus.into_iter().for_each(Block::release);
     }
 }
 
 /// A typed scratch array from the pool; its contents are whatever was there.
 pub(crate) struct Scratch<T> {
     buffer: Buffer,
-    items: std::marker::PhantomData<T>,
+    numbers: std::marker::PhantomData<T>,
     len: usize,
 }
 
 impl<T: Real> Scratch<T> {
-    /// Room for `len` numbers.
+    /// Room for `len` numbers; throws [`Error::OutOfMemory`].
     pub fn new(len: usize) -> Self {
-        Self { buffer: alloc(len * size_of::<T>()), items: std::marker::PhantomData, len }
+        let buffer = alloc(len.saturating_mul(size_of::<T>())).unwrap_or_else(|error| error.throw());
+        Self { buffer, numbers: std::marker::PhantomData, len }
     }
 
     /// Room for `len` zeros.
     pub fn zeroed(len: usize) -> Self {
         let mut scratch = Self::new(len);
-        // SAFETY: the buffer has room for len numbers, all of which accept any bits.
-        unsafe { std::ptr::write_bytes(scratch.ptr(), 0, len) };
-        scratch.len = len;
+        scratch.fill(T::ZERO);
         scratch
     }
 
@@ -206,18 +227,18 @@ impl<T: Real> Scratch<T> {
     }
 }
 
-impl<T> Deref for Scratch<T> {
+impl<T: Real> Deref for Scratch<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        // SAFETY: the buffer has room for len numbers; every bit pattern is a number.
-        unsafe { std::slice::from_raw_parts(self.buffer.as_mut_ptr().cast(), self.len) }
+        // SAFETY: the buffer has room for len numbers, all of it has been written, and any bits are a number.
+        unsafe { std::slice::from_raw_parts(self.ptr(), self.len) }
     }
 }
 
-impl<T> DerefMut for Scratch<T> {
+impl<T: Real> DerefMut for Scratch<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         // SAFETY: as in deref, and the buffer is borrowed mutably.
-        unsafe { std::slice::from_raw_parts_mut(self.buffer.as_mut_ptr().cast(), self.len) }
+        unsafe { std::slice::from_raw_parts_mut(self.ptr(), self.len) }
     }
 }
 
@@ -225,19 +246,52 @@ impl<T> DerefMut for Scratch<T> {
 mod tests {
     use super::*;
 
+    /// All tests of a process share the pool; these empty it.
+    static TURN: Mutex<()> = Mutex::new(());
+
     #[test]
     fn memory_comes_back() {
+        let _turn = TURN.lock();
         let size = 12_345_678;
-        let first = alloc(size);
+        let first = alloc(size).unwrap();
         let start = first.as_mut_ptr();
+        assert!(start.addr().is_multiple_of(HUGE));
         drop(first);
-        let hits = stats().hits;
-        let again = alloc(size);
+        let again = alloc(size).unwrap();
         assert_eq!(start, again.as_mut_ptr());
-        assert!(stats().hits > hits && stats().used_bytes >= size as u64);
-        let (p, len) = again.into_raw();
-        // SAFETY: the pair comes from into_raw just above.
-        drop(unsafe { Buffer::from_raw(p, len) });
-        empty_cache();
+        assert!(stats().hits > 0 && stats().used_bytes >= size);
+    }
+
+    #[test]
+    fn small_memory_is_zero_at_first() {
+        let block = Block::fresh(Layout::from_size_align(64 << 10, ALIGN).unwrap(), 64 << 10).unwrap();
+        assert!(block.start.addr().get().is_multiple_of(ALIGN));
+        // SAFETY: the block has so many bytes.
+        let bytes = unsafe { std::slice::from_raw_parts(block.start.as_ptr(), block.len()) };
+        assert!(bytes.iter().all(|&byte| byte == 0));
+        block.release();
+    }
+
+    #[test]
+    fn what_no_system_has_is_an_error_and_not_counted() {
+        let _turn = TURN.lock();
+        for bytes in [usize::MAX, isize::MAX as usize, 1 << 60] {
+            assert_eq!(alloc(bytes).unwrap_err(), Error::OutOfMemory { bytes });
+        }
+        assert!(stats().used_bytes < 1 << 60);
+        let error = crate::error::catch(|| Scratch::<f64>::new(usize::MAX / 4).len()).unwrap_err();
+        assert_eq!(error, Error::OutOfMemory { bytes: usize::MAX });
+    }
+
+    #[test]
+    fn the_limit_is_a_number_of_mebibytes() {
+        assert_eq!(limit(Some("3")), Ok(3 << 20));
+        assert_eq!(limit(Some("0")), Ok(0));
+        assert_eq!(limit(Some("99999999999999999")), Ok(usize::MAX));
+        assert_eq!(limit(Some("")), limit(None));
+        for given in ["2GB", "-1", "1.5"] {
+            let error = limit(Some(given)).unwrap_err().to_string();
+            assert_eq!(error, format!("FASTMOE_CACHE_MB: expected a whole number of MiB, got {given:?}"));
+        }
     }
 }

@@ -51,9 +51,9 @@ fn ranges(threads: Threads, rows: usize, task: impl Fn(Range<usize>) + Sync) {
 ///
 /// # Safety
 /// The pointers are valid for the rows that `gather` names.
-pub unsafe fn permute(size: usize, cols: usize, x: Ptr, gather: &[i32], out: PtrMut, threads: usize) {
+pub unsafe fn permute(size: usize, cols: usize, x: Ptr, gather: &[i32], out: PtrMut, threads: Threads) {
     let (x, out) = (Table::<u8>::input(x, cols * size), Table::<u8>::output(out, cols * size));
-    ranges(Threads(threads), gather.len(), |rows| {
+    ranges(threads, gather.len(), |rows| {
         let (x, out) = (&x, &out);
         for r in rows {
             // SAFETY: as promised by the caller; row r is this task's.
@@ -80,7 +80,7 @@ pub struct Unpermute<'a> {
     /// `[T, K]`, ones where `None`.
     pub weights: Option<Ptr>,
     /// Worker threads to use at most.
-    pub threads: usize,
+    pub threads: Threads,
 }
 
 /// `out[t] = sum_k weights[t,k] y[inverse[t,k]]`.
@@ -95,7 +95,7 @@ pub unsafe fn unpermute<M: Machine, E: Element<Acc = M::Acc>>(p: &Unpermute<'_>,
         top_k: p.top_k,
         weights: p.weights.map(|w| Table::<M::Acc>::input(w, p.top_k)),
     };
-    ranges(Threads(p.threads), p.inverse.len() / p.top_k, |tokens| {
+    ranges(p.threads, p.inverse.len() / p.top_k, |tokens| {
         // SAFETY: as promised by the caller.
         unsafe { M::call(SumTask::<M, E> { job: &job, tokens, machine: PhantomData }) }
     });
@@ -169,7 +169,7 @@ pub unsafe fn unpermute_backward<M: Machine, E: Element<Acc = M::Acc>>(
             unsafe { grad_y.row_mut(r).fill(E::default()) };
         }
     }
-    ranges(Threads(p.threads), p.inverse.len() / p.top_k, |tokens| {
+    ranges(p.threads, p.inverse.len() / p.top_k, |tokens| {
         // SAFETY: as promised by the caller.
         unsafe { M::call(SpreadTask::<M, E> { job: &job, tokens, machine: PhantomData }) }
     });
@@ -198,7 +198,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for SpreadTask<'_, M, E> {
         let job = self.job;
         let [mut grad, mut row] = [(); 2].map(|()| vec![M::Acc::ZERO; job.grad_out.cols]);
         for t in self.tokens {
-            // SAFETY: as promised by the caller of `unpermute_backward`; a sorted row belongs to one (t, k).
+            // SAFETY: as promised by the caller of `unpermute_backward`; a sorted row belongs to one token.
             unsafe {
                 E::widen(job.grad_out.row(t), &mut grad);
                 for k in 0..job.top_k {

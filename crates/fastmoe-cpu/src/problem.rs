@@ -1,6 +1,6 @@
 //! What the backend is asked to compute: pointers, sizes, and the plan that says which row goes where.
 
-use crate::{Activation, DType};
+use crate::{Activation, DType, Threads};
 use fastmoe_core::Update;
 
 /// Address of a dense row-major input tensor.
@@ -55,7 +55,7 @@ pub struct Mlp<'a> {
     /// The plan.
     pub rows: RoutedRows<'a>,
     /// Worker threads to use at most.
-    pub threads: usize,
+    pub threads: Threads,
 }
 
 /// Where the gradients go; `None` means not wanted and not computed.
@@ -91,5 +91,5 @@ pub struct GroupedMm<'a> {
     /// W is `[E,inner,outer]` instead of `[E,outer,inner]`.
     pub transposed: bool,
     /// Worker threads to use at most.
-    pub threads: usize,
+    pub threads: Threads,
 }

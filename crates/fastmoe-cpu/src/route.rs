@@ -36,7 +36,7 @@ pub struct Route<'a> {
     /// `[T, E]` of the type of sums.
     pub scores: PtrMut,
     /// Worker threads to use at most.
-    pub threads: usize,
+    pub threads: Threads,
 }
 
 // SAFETY: tasks write disjoint tokens of the outputs.
@@ -48,7 +48,7 @@ unsafe impl Sync for Route<'_> {}
 /// The machine has the instruction set; the pointers are valid for the sizes.
 pub unsafe fn route<M: Machine, E: Element<Acc = M::Acc>>(p: &Route<'_>) {
     let at_once = tokens_at_once(p.experts);
-    Threads(p.threads).for_each(p.tokens.div_ceil(at_once), |i| {
+    p.threads.for_each(p.tokens.div_ceil(at_once), |i| {
         let tokens = i * at_once..p.tokens.min((i + 1) * at_once);
         // SAFETY: as promised by the caller.
         unsafe { M::call(RouteTask::<M, E> { p, tokens, types: PhantomData }) }
@@ -116,7 +116,7 @@ pub struct RouteGrad<'a> {
     /// `[E]` of the type of sums, where wanted.
     pub grad_expert_scale: Option<PtrMut>,
     /// Worker threads to use at most.
-    pub threads: usize,
+    pub threads: Threads,
 }
 
 // SAFETY: tasks write disjoint tokens of the outputs.
@@ -131,7 +131,7 @@ pub unsafe fn route_backward<M: Machine, E: Element<Acc = M::Acc>>(p: &RouteGrad
     let by_choice = p.grad_expert_scale.map(|_| Scratch::<M::Acc>::new(p.tokens * top_k));
     let by_choice_at = by_choice.as_ref().map(|by_choice| SharedPtr(by_choice.ptr()));
     let at_once = tokens_at_once(p.experts);
-    Threads(p.threads).for_each(p.tokens.div_ceil(at_once), |i| {
+    p.threads.for_each(p.tokens.div_ceil(at_once), |i| {
         let tokens = i * at_once..p.tokens.min((i + 1) * at_once);
         let by_choice = by_choice_at.as_ref().map(|start| start.at(tokens.start * top_k));
         // SAFETY: as promised by the caller.

@@ -73,7 +73,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> ScaledRows<'_, '_, M, E> {
                 self.ahead.step();
                 for k in block..block + BLOCK {
                     self.add_unit::<R, N>(a.add(k), row, &mut sums);
-                    row = row.add(M::UNIT * self.b.stride);
+                    row = row.wrapping_add(M::UNIT * self.b.stride);
                 }
             }
             for k in whole..self.units {

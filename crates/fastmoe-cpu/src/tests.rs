@@ -8,7 +8,7 @@ use crate::grouped::{grouped, grouped_grad_weight};
 use crate::isa::Isa;
 use crate::machine::*;
 use crate::problem::{GroupedMm, Mlp, MlpGrads, PtrMut, RoutedRows};
-use crate::{Activation, DType};
+use crate::{Activation, DType, Threads};
 use fastmoe_core::Update;
 use half::{bf16, f16};
 
@@ -96,6 +96,8 @@ struct Problem {
     inverse: Vec<i32>,
 }
 
+/// The output, and the gradients of the others.
+#[derive(PartialEq)]
 struct Answer {
     out: Vec<f64>,
     x: Vec<f64>,
@@ -206,7 +208,7 @@ impl Problem {
         a
     }
 
-    fn check<M: Machine, E: Element<Acc = M::Acc> + Seen>(&self, dtype: DType, tolerance: f64)
+    fn computed<M: Machine, E: Element<Acc = M::Acc> + Seen>(&self, dtype: DType, threads: usize) -> Answer
     where
         M::Acc: Seen,
     {
@@ -231,7 +233,7 @@ impl Problem {
             b2: c.bias.then_some(b2.as_ptr().cast()),
             weights: weights.as_ptr().cast(),
             rows: RoutedRows { offsets: &self.offsets, gather: &self.gather, inverse: &self.inverse },
-            threads: c.threads,
+            threads: Threads::new(threads),
         };
         let nan = |n: usize| store::<E>(&vec![f64::NAN; n]);
         let mut out = nan(x.len());
@@ -252,22 +254,60 @@ impl Problem {
             forward::<M, E>(&p, out.as_mut_ptr().cast(), Some(hidden.as_mut_ptr().cast()));
             backward::<M, E>(&p, hidden.as_ptr().cast(), grad.as_ptr().cast(), &grads);
         }
-        let want = self.naive();
-        let close = |name: &str, got: Vec<f64>, want: &[f64]| {
+        Answer {
+            out: seen(&out),
+            x: seen(&dx),
+            w1: seen(&dw1),
+            b1: seen(&db1),
+            w2: seen(&dw2),
+            b2: seen(&db2),
+            weights: seen(&dweights),
+        }
+    }
+
+    fn check<M: Machine, E: Element<Acc = M::Acc> + Seen>(&self, dtype: DType, tolerance: f64)
+    where
+        M::Acc: Seen,
+    {
+        let c = self.case;
+        let (got, want) = (self.computed::<M, E>(dtype, c.threads), self.naive());
+        let close = |name: &str, got: &[f64], want: &[f64]| {
             let size = want.iter().fold(1e-3f64, |m, w| m.max(w.abs()));
             for (i, (g, w)) in got.iter().zip(want).enumerate() {
                 assert!((g - w).abs() <= tolerance * size, "{name}[{i}]: {g} wanted {w}; {c:?} {dtype:?}");
             }
         };
-        close("out", seen(&out), &want.out);
-        close("dx", seen(&dx), &want.x);
-        close("dweights", seen(&dweights), &want.weights);
-        close("dw1", seen(&dw1), &want.w1);
-        close("dw2", seen(&dw2), &want.w2);
+        close("out", &got.out, &want.out);
+        close("dx", &got.x, &want.x);
+        close("dweights", &got.weights, &want.weights);
+        close("dw1", &got.w1, &want.w1);
+        close("dw2", &got.w2, &want.w2);
         if c.bias {
-            close("db1", seen(&db1), &want.b1);
-            close("db2", seen(&db2), &want.b2);
+            close("db1", &got.b1, &want.b1);
+            close("db2", &got.b2, &want.b2);
         }
+    }
+}
+
+/// Of a size whose blocks are narrower for more threads, and whose experts then have fewer chunks of rows.
+fn check_threads<M: Machine, E: Element<Acc = M::Acc> + Seen>(dtype: DType)
+where
+    M::Acc: Seen,
+{
+    for transposed in [false, true] {
+        let case = Case {
+            tokens: 420,
+            hidden: 8,
+            intermediate: 600,
+            experts: 2,
+            top_k: 1,
+            bias: true,
+            transposed,
+            ..cases()[0]
+        };
+        let problem = Problem::new::<E>(case, 7);
+        let (one, many) = (problem.computed::<M, E>(dtype, 1), problem.computed::<M, E>(dtype, 64));
+        assert!(one == many, "{case:?} {dtype:?}");
     }
 }
 
@@ -310,6 +350,7 @@ where
         Problem::new::<E>(case, seed as u64).check::<M, E>(dtype, tolerance);
     }
     check_grouped::<M, E>(dtype, tolerance);
+    check_threads::<M, E>(dtype);
 }
 
 fn check_grouped<M: Machine, E: Element<Acc = M::Acc> + Seen>(dtype: DType, tolerance: f64)
@@ -322,7 +363,8 @@ where
     let [x, w, b, g] =
         [rows * inner, 3 * inner * outer, 3 * outer, rows * outer].map(|n| store::<E>(&r.numbers(n, 1.0)));
     for transposed in [false, true] {
-        let p = GroupedMm { dtype, inner, outer, rows, offsets: &offsets, transposed, threads: 2 };
+        let p =
+            GroupedMm { dtype, inner, outer, rows, offsets: &offsets, transposed, threads: Threads::new(2) };
         let mut out = vec![E::default(); rows * outer];
         let (mut dw, mut db) = (w.clone(), b.clone());
         // An expert without rows keeps even the sign of a zero.
@@ -377,6 +419,11 @@ where
             }
         }
         assert!(out[47 * outer..].iter().all(|o| o.seen() == 0.0));
+        let nothing = GroupedMm { rows: 0, offsets: &[0; 4], ..p };
+        // SAFETY: tensors of no rows have no memory.
+        unsafe {
+            grouped::<M, E>(&nothing, std::ptr::null(), w.as_ptr().cast(), None, std::ptr::null_mut());
+        }
     }
 }
 

@@ -13,7 +13,10 @@ use std::sync::{Mutex, Once, PoisonError};
 
 /// At most this many threads.
 #[derive(Clone, Copy, Debug)]
-pub struct Threads(pub usize);
+pub struct Threads(pub(crate) usize);
+
+/// More than any machine has. An OpenMP library ends the process when it cannot start all threads that it is asked for.
+const MOST: usize = 1024;
 
 impl Parallel for Threads {
     fn threads(&self) -> usize {
@@ -74,10 +77,12 @@ fn find_gomp() -> Option<GompParallel> {
     use libloading::os::unix::{Library, RTLD_LAZY};
     const RTLD_NOLOAD: i32 = 4;
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
-    let path = maps.lines().find_map(|l| {
-        let path = &l[l.find('/')?..];
+    let libraries = maps.lines().filter_map(|line| {
+        let path = &line[line.find('/')?..];
         path.rsplit('/').next()?.starts_with("libgomp").then_some(path)
-    })?;
+    });
+    // Others may have brought one of their own, as scikit-learn does.
+    let path = libraries.max_by_key(|path| path.contains("/torch"))?;
     // SAFETY: the library is already loaded (NOLOAD), so no initialiser runs; it is never unloaded because
     // the handle is forgotten; GOMP_parallel has had this signature since OpenMP 4.0 support in gcc 4.9.
     unsafe {
@@ -99,6 +104,11 @@ pub(crate) fn pool_name() -> &'static str {
 }
 
 impl Threads {
+    /// One thread at least, and no more than there is a use for.
+    pub fn new(most: usize) -> Self {
+        Self(most.clamp(1, MOST))
+    }
+
     /// Calls `task(0..tasks)`, each once, in any order, and returns when all are done.
     ///
     /// A panic in a task is raised again here, after the others have ended.
@@ -127,12 +137,15 @@ impl Threads {
         };
         match gomp() {
             Some(parallel) => run_on_openmp(parallel, threads, &worker),
-            None => rayon_pool(threads).scope(|s| {
-                for _ in 1..threads {
-                    s.spawn(|_| worker());
-                }
-                worker();
-            }),
+            None => match own_pool() {
+                Some(pool) => pool.scope(|scope| {
+                    for _ in 1..threads {
+                        scope.spawn(|_| worker());
+                    }
+                    worker();
+                }),
+                None => worker(),
+            },
         }
         if let Some(cause) = panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
             resume_unwind(cause);
@@ -151,18 +164,16 @@ fn run_on_openmp(parallel: GompParallel, threads: usize, worker: &(dyn Fn() + Sy
     unsafe { parallel(enter, (&raw mut worker).cast(), threads as u32, 0) }
 }
 
-fn rayon_pool(threads: usize) -> &'static rayon::ThreadPool {
-    static POOLS: Mutex<Vec<((usize, usize), &'static rayon::ThreadPool)>> = Mutex::new(Vec::new());
-    let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
-    let key = (threads, FORKS.load(Ordering::Relaxed));
-    if let Some(&(_, pool)) = pools.iter().find(|(of, _)| *of == key) {
-        return pool;
+/// Threads of this process alone, as many as the machine has; `None` where the system starts no more.
+fn own_pool() -> Option<&'static rayon::ThreadPool> {
+    static POOL: Mutex<Option<(usize, &'static rayon::ThreadPool)>> = Mutex::new(None);
+    let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
+    let forks = FORKS.load(Ordering::Relaxed);
+    if pool.is_none_or(|(of, _)| of != forks) {
+        let built = rayon::ThreadPoolBuilder::new().thread_name(|i| format!("fastmoe-{i}")).build().ok()?;
+        *pool = Some((forks, Box::leak(Box::new(built))));
     }
-    let name = |i| format!("fastmoe-{i}");
-    let built = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(name).build();
-    let pool = Box::leak(Box::new(built.expect("the system can start threads")));
-    pools.push((key, pool));
-    pool
+    pool.map(|(_, pool)| pool)
 }
 
 #[cfg(test)]
@@ -172,7 +183,7 @@ mod tests {
     #[test]
     fn every_task_runs_once() {
         let seen: Vec<AtomicUsize> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
-        Threads(3).for_each(seen.len(), |i| {
+        Threads::new(3).for_each(seen.len(), |i| {
             seen[i].fetch_add(1, Ordering::Relaxed);
         });
         assert!(seen.iter().all(|n| n.load(Ordering::Relaxed) == 1));
@@ -181,6 +192,6 @@ mod tests {
     #[test]
     #[should_panic(expected = "task 5")]
     fn a_panic_reaches_the_caller() {
-        Threads(2).for_each(10, |i| assert!(i != 5, "task 5"));
+        Threads::new(2).for_each(10, |i| assert!(i != 5, "task 5"));
     }
 }

@@ -176,6 +176,6 @@ impl Queue<'_> {
 }
 
 /// What a piece of scratch memory takes, so that the next one is aligned.
-pub fn scratch_size(bytes: usize) -> usize {
+pub(crate) fn scratch_size(bytes: usize) -> usize {
     bytes.next_multiple_of(256)
 }

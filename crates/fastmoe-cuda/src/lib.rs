@@ -24,7 +24,7 @@ mod tiles;
 pub use dtype::DType;
 pub use error::{Error, Result};
 pub use fastmoe_kernels::{Image, images, images_of};
-pub use gpu::{Buffer, Gpu, Queue, checks, driver, emulating, scratch_size};
+pub use gpu::{Buffer, Gpu, Queue, checks, driver, emulating};
 pub use mlp::{Mlp, MlpGrads};
 pub use plan::Plan;
 pub use products::{Factor, GradWeight, Product, Sizes};
@@ -32,3 +32,5 @@ pub use record::{Launch, mlp_launches};
 pub use route::{Route, RouteGrad};
 pub use rows::{Combine, GradBias, Permute, UnpermuteGrad};
 pub use tiles::Math;
+
+use gpu::scratch_size;

@@ -1,7 +1,7 @@
 //! What a call would launch on a device that need not be there: the choices of this crate, written down instead of run.
 
 use crate::driver::{Device, Driver, Kernel, Region, Stream};
-use crate::{Buffer, Error, Gpu, Mlp, MlpGrads, Plan, Queue, Result, Sizes};
+use crate::{Buffer, Error, Gpu, Mlp, MlpGrads, Plan, Queue, Result, Sizes, limits};
 use fastmoe_core::{OutOfRange, PlanSpec, Update};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -20,6 +20,8 @@ pub struct Launch {
 /// The launches of the expert MLP with its routing plan: the forward pass and, in training, the backward pass with all
 /// gradients.
 ///
+/// # Errors
+/// [`Error::TooLarge`] for sizes that the kernels cannot count.
 pub fn mlp_launches(
     device: Device,
     sizes: Sizes,
@@ -28,16 +30,21 @@ pub fn mlp_launches(
     train: bool,
 ) -> Result<Vec<Launch>> {
     let Sizes { tokens, rows, hidden, intermediate, experts, math, .. } = sizes;
-    let float = |name, elements: usize| pretended(name, elements * math.dtype.bytes());
+    limits::rows("T (tokens)", tokens)?;
+    limits::rows("T*K (routed rows)", rows)?;
+    limits::rows("E (experts)", experts)?;
+    limits::columns("H (hidden size)", hidden)?;
+    limits::columns("I (intermediate size)", intermediate)?;
+    let float = |name, elements: usize| pretended(name, elements.saturating_mul(math.dtype.bytes()));
     let bias = |name, columns| if biased { float(name, experts * columns) } else { Buffer::default() };
     let index = |name, elements: usize| pretended(name, 4 * elements);
     let mlp = Mlp {
         sizes,
         top_k,
         x: float("x", tokens * hidden),
-        w1: float("w1", experts * sizes.up() * hidden),
+        w1: float("w1", (experts * sizes.up()).saturating_mul(hidden)),
         b1: bias("b1", sizes.up()),
-        w2: float("w2", experts * hidden * intermediate),
+        w2: float("w2", (experts * hidden).saturating_mul(intermediate)),
         b2: bias("b2", hidden),
         weights: index("weights", tokens * top_k),
         offsets: index("offsets", experts + 1),

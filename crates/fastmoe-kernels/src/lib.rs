@@ -43,17 +43,13 @@ pub fn images() -> &'static [Image] {
     IMAGES
 }
 
-/// The image of a family for a device of this compute capability: its machine code, or else PTX.
-pub fn image(family: &str, major: u32, minor: u32) -> Option<&'static Image> {
-    choose(IMAGES, family, major, minor)
-}
-
 /// The images that a device of this compute capability runs, one of each family that has any for it.
 pub fn images_of(major: u32, minor: u32) -> impl Iterator<Item = &'static Image> {
     let families = IMAGES.chunk_by(|a, b| a.family == b.family);
-    families.filter_map(move |of| image(of[0].family, major, minor))
+    families.filter_map(move |of| choose(of, of[0].family, major, minor))
 }
 
+/// The image of a family for a device of this compute capability: its machine code, or else PTX.
 fn choose<'a>(images: &'a [Image], family: &str, major: u32, minor: u32) -> Option<&'a Image> {
     let made_for = Arch::of_device(major, minor)?;
     let of = |arch| images.iter().find(|image| image.family == family && image.arch == arch);

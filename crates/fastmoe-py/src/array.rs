@@ -101,8 +101,9 @@ impl Array {
     }
 }
 
+/// Strides that bytes cannot count belong to axes along which nobody steps.
 fn in_bytes(mut strides: Dims, bytes: i64) -> Dims {
-    strides.iter_mut().for_each(|s| *s *= bytes);
+    strides.iter_mut().for_each(|stride| *stride = stride.wrapping_mul(bytes));
     strides
 }
 

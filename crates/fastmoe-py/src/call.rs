@@ -25,7 +25,7 @@ pub fn at_least(name: &str, least: i64, given: i64) -> Result<usize> {
 
 /// The `threads` argument.
 pub fn threads(given: i64) -> Result<Threads> {
-    at_least("threads", 1, given).map(Threads)
+    at_least("threads", 1, given).map(Threads::new)
 }
 
 pub fn optional_input(name: &'static str, object: Option<&Bound<'_, PyAny>>) -> Result<Option<Tensor>> {
@@ -34,6 +34,19 @@ pub fn optional_input(name: &'static str, object: Option<&Bound<'_, PyAny>>) -> 
 
 pub fn optional_output(name: &'static str, object: Option<&Bound<'_, PyAny>>) -> Result<Option<Tensor>> {
     object.map(|object| Tensor::output(name, object)).transpose()
+}
+
+/// An optional tensor that is of this type and shape where it is given.
+pub fn checked(
+    tensor: Option<Tensor>,
+    element: impl Into<Element>,
+    shape: &[usize],
+    legend: &str,
+) -> Result<Option<Tensor>> {
+    if let Some(tensor) = &tensor {
+        tensor.expect(element, shape, legend)?;
+    }
+    Ok(tensor)
 }
 
 /// How the gradient of weights of this dtype meets its tensor: what is added may be as wide as the sums are.

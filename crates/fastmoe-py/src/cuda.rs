@@ -67,7 +67,6 @@ pub fn cuda_info(py: Python<'_>) -> Result<Bound<'_, PyDict>> {
     tokens, hidden, intermediate, experts, top_k, *,
     math, gated, bias, train, capability, multiprocessors, shared_bytes
 ))]
-#[expect(clippy::too_many_arguments, reason = "the arguments of the Python function")]
 pub fn mlp_launches<'py>(
     py: Python<'py>,
     tokens: i64,
@@ -89,7 +88,7 @@ pub fn mlp_launches<'py>(
             Error::Value(format!("math: expected 'bf16', 'f16', 'f32' or 'tf32', got '{math}'"))
         })?,
         tokens,
-        rows: tokens * top_k,
+        rows: tokens.saturating_mul(top_k),
         hidden: at_least("hidden", 1, hidden)?,
         intermediate: at_least("intermediate", 1, intermediate)?,
         experts: at_least("experts", 1, experts)?,

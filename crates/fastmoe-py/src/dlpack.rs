@@ -87,9 +87,11 @@ unsafe impl Sync for Exchange {}
 
 /// Tables by the address of their type. The types are kept alive, so that an address means one type for ever.
 static TABLES: RwLock<Vec<(usize, Option<Exchange>)>> = RwLock::new(Vec::new());
+/// A program has a handful of types of tensors. One that makes types without end does not have them kept.
+const KEPT_TYPES: usize = 32;
 
 impl Exchange {
-    /// The table of a type, looked up once per type; `None` where it has none that we understand.
+    /// The table of a type, remembered where it is one of the first; `None` where it has none that we understand.
     pub fn of(ty: &Bound<'_, PyType>) -> PyResult<Option<Self>> {
         let address = ty.as_ptr() as usize;
         let known = TABLES.read().unwrap_or_else(PoisonError::into_inner);
@@ -98,10 +100,13 @@ impl Exchange {
         }
         drop(known);
         let table = Self::look_up(ty)?;
-        // The library behind a new type of tensor may have brought the threads that we share.
-        fastmoe_cpu::find_openmp();
-        ty.clone().unbind().into_ptr();
-        TABLES.write().unwrap_or_else(PoisonError::into_inner).push((address, table));
+        let mut tables = TABLES.write().unwrap_or_else(PoisonError::into_inner);
+        if tables.len() < KEPT_TYPES {
+            ty.clone().unbind().into_ptr();
+            tables.push((address, table));
+            // The library behind a new type of tensor may have brought the threads that we share.
+            fastmoe_cpu::find_openmp();
+        }
         Ok(table)
     }
 

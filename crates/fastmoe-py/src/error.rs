@@ -12,7 +12,7 @@ pub enum Error {
     Value(String),
     /// `RuntimeError`: a device or its driver cannot do the work.
     Runtime(String),
-    /// `torch.OutOfMemoryError`, or `MemoryError` without torch's.
+    /// `torch.OutOfMemoryError` of a device, or `MemoryError` without torch's.
     OutOfMemory(String),
     /// An exception raised by Python itself.
     Python(PyErr),
@@ -75,8 +75,11 @@ impl From<fastmoe_core::Error> for Error {
     }
 }
 
-impl From<fastmoe_cpu::IsaError> for Error {
-    fn from(error: fastmoe_cpu::IsaError) -> Self {
-        Self::Value(error.to_string())
+impl From<fastmoe_cpu::Error> for Error {
+    fn from(error: fastmoe_cpu::Error) -> Self {
+        match error {
+            fastmoe_cpu::Error::OutOfMemory { .. } => Self::Python(PyMemoryError::new_err(error.to_string())),
+            _ => Self::Value(error.to_string()),
+        }
     }
 }

@@ -6,14 +6,13 @@ use fastmoe_cuda::{Buffer, Factor, GradBias, GradWeight, Product};
 use pyo3::prelude::*;
 
 use crate::backend::{Backend, buffer, check_indices, math};
-use crate::call::{compute, optional_input, optional_output, threads, update};
+use crate::call::{checked, compute, optional_input, optional_output, threads, update};
 use crate::element::Element;
 use crate::error::Result;
 use crate::tensor::{Tensor, disjoint};
 
 #[pyfunction]
 #[pyo3(signature = (x, w, offsets, bias, out, *, transposed, threads))]
-#[expect(clippy::too_many_arguments, reason = "the arguments of the Python function")]
 pub fn grouped_mm(
     py: Python<'_>,
     x: &Bound<'_, PyAny>,
@@ -45,10 +44,7 @@ pub fn grouped_mm(
     })?;
     let offsets = Tensor::input("offsets", offsets)?;
     offsets.expect_shape(&[experts + 1], "E+1")?;
-    let bias = optional_input("bias", bias)?;
-    if let Some(bias) = &bias {
-        bias.expect(dtype, &[experts, outer], "E, N")?;
-    }
+    let bias = checked(optional_input("bias", bias)?, dtype, &[experts, outer], "E, N")?;
     let out = Tensor::output("out", out)?;
     out.expect(dtype, &[rows, outer], "R, N")?;
     let inputs = [Some(&x), Some(&w), Some(&offsets), bias.as_ref()];
@@ -77,17 +73,15 @@ pub fn grouped_mm(
     compute(py, || {
         let offsets = offsets.slice()?;
         validate_offsets(offsets, rows)?;
-        let problem = GroupedMm { dtype, inner, outer, rows, offsets, transposed, threads: threads.0 };
+        let problem = GroupedMm { dtype, inner, outer, rows, offsets, transposed, threads };
         let bias = bias.as_ref().map(Tensor::ptr);
         // SAFETY: dtypes, shapes, separate memory and the offsets were checked.
-        unsafe { fastmoe_cpu::grouped_mm(&problem, x.ptr(), w.ptr(), bias, out.ptr_mut()) }
-        Ok(())
+        Ok(unsafe { fastmoe_cpu::grouped_mm(&problem, x.ptr(), w.ptr(), bias, out.ptr_mut()) }?)
     })
 }
 
 #[pyfunction]
 #[pyo3(signature = (grad_out, x, offsets, grad_w, grad_bias, *, transposed, threads, add_w=false))]
-#[expect(clippy::too_many_arguments, reason = "the arguments of the Python function")]
 pub fn grouped_mm_grad_weight(
     py: Python<'_>,
     grad_out: &Bound<'_, PyAny>,
@@ -112,10 +106,7 @@ pub fn grouped_mm_grad_weight(
     expect_weights(&grad_w, [experts, outer, inner], transposed)?;
     let offsets = Tensor::input("offsets", offsets)?;
     offsets.expect_shape(&[experts + 1], "E+1")?;
-    let grad_bias = optional_output("grad_bias", grad_bias)?;
-    if let Some(grad_bias) = &grad_bias {
-        grad_bias.expect(dtype, &[experts, outer], "E, N")?;
-    }
+    let grad_bias = checked(optional_output("grad_bias", grad_bias)?, dtype, &[experts, outer], "E, N")?;
     let (inputs, outputs) = ([&grad_out, &x, &offsets].map(Some), [Some(&grad_w), grad_bias.as_ref()]);
     disjoint(outputs, inputs)?;
     if let Backend::Cuda(device) = Backend::of(inputs.into_iter().chain(outputs))? {
@@ -159,14 +150,11 @@ pub fn grouped_mm_grad_weight(
     compute(py, || {
         let offsets = offsets.slice()?;
         validate_offsets(offsets, rows)?;
-        let problem = GroupedMm { dtype, inner, outer, rows, offsets, transposed, threads: threads.0 };
+        let problem = GroupedMm { dtype, inner, outer, rows, offsets, transposed, threads };
         let (grad_out, grad_bias) = (grad_out.ptr(), grad_bias.as_ref().map(Tensor::ptr_mut));
+        let grad_w = (grad_w.ptr_mut(), update);
         // SAFETY: dtypes, shapes, separate memory and the offsets were checked.
-        unsafe {
-            let grad_w = (grad_w.ptr_mut(), update);
-            fastmoe_cpu::grouped_mm_grad_weight(&problem, grad_out, x.ptr(), grad_w, grad_bias)
-        }
-        Ok(())
+        Ok(unsafe { fastmoe_cpu::grouped_mm_grad_weight(&problem, grad_out, x.ptr(), grad_w, grad_bias) }?)
     })
 }
 

@@ -269,7 +269,7 @@ impl Problem {
             b2: self.layer.b2.as_ref().map(Tensor::ptr),
             weights: self.layer.weights.ptr(),
             rows: RoutedRows { offsets, gather, inverse },
-            threads: threads.0,
+            threads,
         })
     }
 }

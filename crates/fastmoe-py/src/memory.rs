@@ -26,16 +26,18 @@ pub fn empty<'py>(py: Python<'py>, shape: Vec<i64>, dtype: &str) -> Result<Bound
     let element = Element::from_name(dtype).filter(|e| e.float().is_some()).ok_or_else(|| {
         Error::Value(format!("dtype: expected 'float32', 'float64', 'bfloat16' or 'float16', got '{dtype}'"))
     })?;
+    // A size of 0 counts as 1, as it does for strides.
     let bytes = shape
         .iter()
-        .try_fold(element.bytes(), |bytes, &n| bytes.checked_mul(usize::try_from(n).ok()?))
-        .filter(|&bytes| bytes <= isize::MAX as usize / 2)
+        .try_fold(element.bytes(), |bytes, &n| bytes.checked_mul(usize::try_from(n).ok()?.max(1)))
+        .filter(|&bytes| bytes <= isize::MAX as usize)
         .ok_or_else(|| {
             Error::Value(format!("shape: expected sizes >= 0 that fit in memory, got {shape:?}"))
         })?;
+    let bytes = if shape.contains(&0) { 0 } else { bytes };
     match Exchange::of(tensor_type(py)?)? {
         Some(table) => {
-            let lease = lease(shape, element, memory::alloc(bytes));
+            let lease = lease(shape, element, memory::alloc(bytes)?);
             // SAFETY: the lease owns everything that its tensor points to until `give_back` drops it.
             Ok(unsafe { table.adopt(py, lease) }?)
         }

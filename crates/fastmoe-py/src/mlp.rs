@@ -16,7 +16,6 @@ use crate::tensor::{Tensor, disjoint};
     x, w1, b1, w2, b2, weights, ids, offsets, gather, inverse, out, hidden, *,
     activation, transposed, interleaved, threads
 ))]
-#[expect(clippy::too_many_arguments, reason = "the arguments of the Python function")]
 pub fn mlp_forward(
     py: Python<'_>,
     x: &Bound<'_, PyAny>,
@@ -46,7 +45,8 @@ pub fn mlp_forward(
         (Some(ids), None) => {
             let length = Rows::packed_length(&layer);
             scratch = layer.x.place().scratch(py, 4 * length)?;
-            let plan = Tensor::int32("offsets", scratch.start(), length, layer.x.place());
+            // SAFETY: the scratch memory is of this size, and dropped after the plan.
+            let plan = unsafe { Tensor::int32("offsets", scratch.start(), length, layer.x.place()) };
             Rows::made(py, &layer, threads, ids, plan)?
         }
     };
@@ -73,8 +73,7 @@ pub fn mlp_forward(
     compute(py, || {
         let mlp = problem.on_cpu(threads)?;
         // SAFETY: dtypes, shapes, separate memory and the plan were checked.
-        unsafe { fastmoe_cpu::mlp_forward(&mlp, out.ptr_mut(), hidden.as_ref().map(Tensor::ptr_mut)) }
-        Ok(())
+        Ok(unsafe { fastmoe_cpu::mlp_forward(&mlp, out.ptr_mut(), hidden.as_ref().map(Tensor::ptr_mut)) }?)
     })
 }
 
@@ -84,7 +83,6 @@ pub fn mlp_forward(
     grad_x, grad_weights, grad_w1, grad_b1, grad_w2, grad_b2, *,
     activation, transposed, interleaved, threads, add_w1=false, add_w2=false
 ))]
-#[expect(clippy::too_many_arguments, reason = "the arguments of the Python function")]
 pub fn mlp_backward(
     py: Python<'_>,
     grad_out: &Bound<'_, PyAny>,
@@ -176,7 +174,6 @@ pub fn mlp_backward(
         let (w1, w2) = (w1.map(|w1| (w1, up)), w2.map(|w2| (w2, down)));
         let grads = MlpGrads { x, weights, w1, b1, w2, b2 };
         // SAFETY: dtypes, shapes, separate memory and the plan were checked.
-        unsafe { fastmoe_cpu::mlp_backward(&mlp, hidden.ptr(), grad_out.ptr(), &grads) }
-        Ok(())
+        Ok(unsafe { fastmoe_cpu::mlp_backward(&mlp, hidden.ptr(), grad_out.ptr(), &grads) }?)
     })
 }

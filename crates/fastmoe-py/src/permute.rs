@@ -6,7 +6,7 @@ use fastmoe_cuda::{Combine, Permute, UnpermuteGrad};
 use pyo3::prelude::*;
 
 use crate::backend::{Backend, buffer, check_indices};
-use crate::call::{compute, optional_input, optional_output, threads};
+use crate::call::{checked, compute, optional_input, optional_output, threads};
 use crate::element::Element;
 use crate::error::Result;
 use crate::tensor::{Tensor, disjoint};
@@ -44,7 +44,7 @@ pub fn permute(
         let (size, gather) = (x.element().bytes(), gather.slice()?);
         validate_gather(gather, tokens)?;
         // SAFETY: dtypes, shapes, separate memory and every index were checked.
-        unsafe { fastmoe_cpu::permute(size, cols, x.ptr(), gather, out.ptr_mut(), threads.0) }
+        unsafe { fastmoe_cpu::permute(size, cols, x.ptr(), gather, out.ptr_mut(), threads) }
         Ok(())
     })
 }
@@ -65,10 +65,8 @@ pub fn unpermute(
     let dtype = y.float()?;
     let inverse = Tensor::input("inverse", inverse)?;
     let [tokens, top_k] = inverse.dims("T, K")?;
-    let weights = optional_input("weights", weights)?;
-    if let Some(weights) = &weights {
-        weights.expect(Element::of_weights(dtype), &[tokens, top_k], "T, K")?;
-    }
+    let weights =
+        checked(optional_input("weights", weights)?, Element::of_weights(dtype), &[tokens, top_k], "T, K")?;
     let out = Tensor::output("out", out)?;
     out.expect(dtype, &[tokens, cols], "T, H")?;
     disjoint([Some(&out)], [Some(&y), Some(&inverse), weights.as_ref()])?;
@@ -95,16 +93,14 @@ pub fn unpermute(
         let inverse = inverse.slice()?;
         validate_inverse(inverse, top_k, rows)?;
         let weights = weights.as_ref().map(Tensor::ptr);
-        let problem = Unpermute { cols, top_k, y: y.ptr(), inverse, weights, threads: threads.0 };
+        let problem = Unpermute { cols, top_k, y: y.ptr(), inverse, weights, threads };
         // SAFETY: dtypes, shapes, separate memory and every index were checked.
-        unsafe { fastmoe_cpu::unpermute(dtype, &problem, out.ptr_mut()) }
-        Ok(())
+        Ok(unsafe { fastmoe_cpu::unpermute(dtype, &problem, out.ptr_mut()) }?)
     })
 }
 
 #[pyfunction]
 #[pyo3(signature = (grad_out, y, weights, gather, inverse, grad_y, grad_weights, *, threads))]
-#[expect(clippy::too_many_arguments, reason = "the arguments of the Python function")]
 pub fn unpermute_backward(
     py: Python<'_>,
     grad_out: &Bound<'_, PyAny>,
@@ -127,18 +123,10 @@ pub fn unpermute_backward(
     gather.expect_shape(&[rows], "R")?;
     let grad_out = Tensor::input("grad_out", grad_out)?;
     grad_out.expect(dtype, &[tokens, cols], "T, H")?;
-    let weights = optional_input("weights", weights)?;
-    if let Some(weights) = &weights {
-        weights.expect(wide, &[tokens, top_k], "T, K")?;
-    }
-    let grad_y = optional_output("grad_y", grad_y)?;
-    if let Some(grad_y) = &grad_y {
-        grad_y.expect(dtype, &[rows, cols], "R, H")?;
-    }
-    let grad_weights = optional_output("grad_weights", grad_weights)?;
-    if let Some(grad_weights) = &grad_weights {
-        grad_weights.expect(wide, &[tokens, top_k], "T, K")?;
-    }
+    let weights = checked(optional_input("weights", weights)?, wide, &[tokens, top_k], "T, K")?;
+    let grad_y = checked(optional_output("grad_y", grad_y)?, dtype, &[rows, cols], "R, H")?;
+    let grad_weights =
+        checked(optional_output("grad_weights", grad_weights)?, wide, &[tokens, top_k], "T, K")?;
     let inputs = [Some(&grad_out), Some(&y), weights.as_ref(), Some(&gather), Some(&inverse)];
     let outputs = [grad_y.as_ref(), grad_weights.as_ref()];
     disjoint(outputs, inputs)?;
@@ -172,12 +160,11 @@ pub fn unpermute_backward(
         let (gather, inverse) = (gather.slice()?, inverse.slice()?);
         validate_plan(tokens, top_k, 1, &[0, rows as i32], gather, inverse)?;
         let weights = weights.as_ref().map(Tensor::ptr);
-        let problem = Unpermute { cols, top_k, y: y.ptr(), inverse, weights, threads: threads.0 };
+        let problem = Unpermute { cols, top_k, y: y.ptr(), inverse, weights, threads };
         let [grad_y, grad_weights] = [&grad_y, &grad_weights].map(|grad| grad.as_ref().map(Tensor::ptr_mut));
         // SAFETY: dtypes, shapes, separate memory and every index were checked.
-        unsafe {
-            fastmoe_cpu::unpermute_backward(dtype, &problem, grad_out.ptr(), gather, grad_y, grad_weights);
-        }
-        Ok(())
+        Ok(unsafe {
+            fastmoe_cpu::unpermute_backward(dtype, &problem, grad_out.ptr(), gather, grad_y, grad_weights)
+        }?)
     })
 }

@@ -15,7 +15,6 @@ use crate::tensor::{Tensor, disjoint};
     ids, weights, counts, offsets, gather, inverse, sorted_weights, *,
     num_experts, capacity, drop, pad, out_of_range, threads
 ))]
-#[expect(clippy::too_many_arguments, reason = "the arguments of the Python function")]
 pub fn plan(
     py: Python<'_>,
     ids: &Bound<'_, PyAny>,

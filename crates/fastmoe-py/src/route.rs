@@ -5,7 +5,7 @@ use fastmoe_cpu::{Route, RouteGrad};
 use pyo3::prelude::*;
 
 use crate::backend::{Backend, buffer, check_ids};
-use crate::call::{at_least, compute, optional_input, optional_output, threads};
+use crate::call::{at_least, checked, compute, optional_input, optional_output, threads};
 use crate::element::Element;
 use crate::error::Result;
 use crate::tensor::{Tensor, disjoint};
@@ -16,7 +16,6 @@ use crate::tensor::{Tensor, disjoint};
     softcap, score, order, n_group, topk_group, group_score, group_losers,
     renormalize, renormalize_eps, scale, threads
 ))]
-#[expect(clippy::too_many_arguments, reason = "the arguments of the Python function")]
 pub fn route(
     py: Python<'_>,
     logits: &Bound<'_, PyAny>,
@@ -42,11 +41,8 @@ pub fn route(
     let [tokens, experts] = logits.dims("T, E")?;
     let dtype = logits.float()?;
     let wide = Element::of_weights(dtype);
-    let bias = optional_input("bias", bias)?;
-    let expert_scale = optional_input("expert_scale", expert_scale)?;
-    for per_expert in bias.iter().chain(&expert_scale) {
-        per_expert.expect(wide, &[experts], "E")?;
-    }
+    let bias = checked(optional_input("bias", bias)?, wide, &[experts], "E")?;
+    let expert_scale = checked(optional_input("expert_scale", expert_scale)?, wide, &[experts], "E")?;
     let ids = Tensor::output("ids", ids)?;
     let [_, top_k] = ids.dims("T, K")?;
     ids.expect(Element::I64, &[tokens, top_k], "T, K")?;
@@ -101,11 +97,10 @@ pub fn route(
             ids: ids.ptr_mut().cast(),
             weights: weights.ptr_mut(),
             scores: scores.ptr_mut(),
-            threads: threads.0,
+            threads,
         };
         // SAFETY: dtypes, shapes and separate memory were checked above.
-        unsafe { fastmoe_cpu::route(dtype, &problem) }
-        Ok(())
+        Ok(unsafe { fastmoe_cpu::route(dtype, &problem) }?)
     })
 }
 
@@ -114,7 +109,6 @@ pub fn route(
     logits, expert_scale, ids, scores, grad_weights, grad_scores, grad_logits, grad_expert_scale, *,
     softcap, score, order, renormalize, renormalize_eps, scale, threads
 ))]
-#[expect(clippy::too_many_arguments, reason = "the arguments of the Python function")]
 pub fn route_backward(
     py: Python<'_>,
     logits: &Bound<'_, PyAny>,
@@ -143,21 +137,14 @@ pub fn route_backward(
     ids.expect(Element::I64, &[tokens, top_k], "T, K")?;
     let scores = Tensor::input("scores", scores)?;
     scores.expect(wide, &[tokens, experts], "T, E")?;
-    let expert_scale = optional_input("expert_scale", expert_scale)?;
-    let grad_weights = optional_input("grad_weights", grad_weights)?;
-    if let Some(grad_weights) = &grad_weights {
-        grad_weights.expect(wide, &[tokens, top_k], "T, K")?;
-    }
-    let grad_scores = optional_input("grad_scores", grad_scores)?;
-    if let Some(grad_scores) = &grad_scores {
-        grad_scores.expect(wide, &[tokens, experts], "T, E")?;
-    }
+    let expert_scale = checked(optional_input("expert_scale", expert_scale)?, wide, &[experts], "E")?;
+    let grad_weights =
+        checked(optional_input("grad_weights", grad_weights)?, wide, &[tokens, top_k], "T, K")?;
+    let grad_scores = checked(optional_input("grad_scores", grad_scores)?, wide, &[tokens, experts], "T, E")?;
     let grad_logits = Tensor::output("grad_logits", grad_logits)?;
     grad_logits.expect(dtype, &[tokens, experts], "T, E")?;
     let grad_expert_scale = optional_output("grad_expert_scale", grad_expert_scale)?;
-    for per_expert in expert_scale.iter().chain(&grad_expert_scale) {
-        per_expert.expect(wide, &[experts], "E")?;
-    }
+    let grad_expert_scale = checked(grad_expert_scale, wide, &[experts], "E")?;
     let inputs = [Some(&logits), Some(&ids), Some(&scores)].into_iter().chain([
         expert_scale.as_ref(),
         grad_weights.as_ref(),
@@ -211,10 +198,9 @@ pub fn route_backward(
             grad_scores: grad_scores.as_ref().map(Tensor::ptr),
             grad_logits: grad_logits.ptr_mut(),
             grad_expert_scale: grad_expert_scale.as_ref().map(Tensor::ptr_mut),
-            threads: threads.0,
+            threads,
         };
         // SAFETY: dtypes, shapes, separate memory and every id were checked.
-        unsafe { fastmoe_cpu::route_backward(dtype, &problem) }
-        Ok(())
+        Ok(unsafe { fastmoe_cpu::route_backward(dtype, &problem) }?)
     })
 }

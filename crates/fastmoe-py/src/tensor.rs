@@ -73,8 +73,11 @@ impl Tensor {
         Ok(Self { name, data: array.data, shape, element, place: array.place })
     }
 
-    /// Dense int32 memory, which the caller keeps.
-    pub fn int32(name: &'static str, start: usize, length: usize, place: Place) -> Self {
+    /// Dense int32 memory.
+    ///
+    /// # Safety
+    /// The caller keeps `length` aligned numbers there for as long as the tensor is used.
+    pub unsafe fn int32(name: &'static str, start: usize, length: usize, place: Place) -> Self {
         let shape = SmallVec::from_slice(&[length]);
         Self { name, data: start as *mut u8, shape, element: Element::I32, place }
     }

@@ -1,5 +1,5 @@
-//! The plain statement of what the crate does, and the two comparisons with it that property tests and fuzz targets
-//! share: any bytes make a case.
+//! The plain statement of what the crate does, and the comparisons with it that property tests and fuzz targets share:
+//! any bytes make a case.
 
 use fastmoe_core::{
     Capacity, Drop, Error, GroupLosers, GroupScore, Groups, Order, OutOfRange, PerExpert, PlanOut, PlanSpec,
@@ -149,6 +149,50 @@ pub fn plan_agrees(bytes: &[u8]) {
     let mut again = Plan::unwritten(&spec);
     spec.build(&Serial, &narrow, Some(&weights), again.out()).expect("the same ids in 32 bits");
     assert_eq!(again.inverse, built.inverse);
+}
+
+/// Whether every index of a plan stays inside what it points into, and every row belongs to the token that names it.
+fn is_sound(tokens: usize, top_k: usize, experts: usize, plan: &Plan) -> bool {
+    let Plan { offsets, gather, inverse, .. } = plan;
+    let shaped = offsets.len() == experts + 1 && inverse.len() == tokens * top_k;
+    let rise = || offsets[0] == 0 && offsets.is_sorted() && offsets[experts] as usize <= gather.len();
+    let tokens_exist = || gather.iter().all(|&token| (-1..tokens as i32).contains(&token));
+    let of_token = |flat: usize, row: i32| gather[row as usize] == (flat / top_k) as i32;
+    let owned = |(flat, &row)| row == -1 || (0..offsets[experts]).contains(&row) && of_token(flat, row);
+    shaped && rise() && tokens_exist() && inverse.iter().enumerate().all(owned)
+}
+
+/// Builds the plan that the bytes describe, changes a few numbers of it, and has it validated.
+pub fn validation_agrees(bytes: &[u8]) {
+    let mut choices = Choices(bytes);
+    let (tokens, top_k, experts) = (choices.below(5), 1 + choices.below(3), 1 + choices.below(4));
+    let capacity = (choices.below(2) == 1).then(|| Capacity {
+        rows: choices.below(4),
+        drop: Drop::Position,
+        pad: choices.below(2) == 1,
+    });
+    let spec = PlanSpec { tokens, top_k, experts, capacity, out_of_range: OutOfRange::Drop };
+    let ids: Vec<i64> = (0..tokens * top_k).map(|_| choices.below(experts + 1) as i64).collect();
+    let mut plan = plan(&spec, &ids, &vec![0.0; ids.len()]);
+    for _ in 0..choices.below(4) {
+        let part = match choices.below(3) {
+            0 => &mut plan.offsets,
+            1 => &mut plan.gather,
+            _ => &mut plan.inverse,
+        };
+        match choices.below(8) {
+            0 => part.push(0),
+            1 => drop(part.pop()),
+            _ if part.is_empty() => {}
+            _ => {
+                let at = choices.below(part.len());
+                part[at] =
+                    [choices.below(16) as i32 - 2, i32::MIN, i32::MAX][choices.below(9).saturating_sub(6)];
+            }
+        }
+    }
+    let validated = validate_plan(tokens, top_k, experts, &plan.offsets, &plan.gather, &plan.inverse);
+    assert_eq!(validated.is_ok(), is_sound(tokens, top_k, experts, &plan), "{validated:?} {plan:?}");
 }
 
 pub const SCORES: [Score; 3] = [Score::Softmax, Score::Sigmoid, Score::SqrtSoftplus];
