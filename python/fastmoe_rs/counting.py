@@ -18,7 +18,7 @@ __all__ = ["BITS", "Count", "Part", "count"]
 BITS = {"fp32": 32, "bf16": 16, "fp8": 8, "int4": 4}
 
 # The names that families have for the same number; the first one there counts.
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "moe_top_k")
 _EXPERT_SIZE = ("moe_intermediate_size", "intermediate_size")
 _SHARED = ("n_shared_experts", "num_shared_experts")
@@ -180,7 +180,7 @@ def count(config: Mapping[str, Any]) -> Count:
 
 def _count_decoder(kind: str, family: _Family, config: Mapping[str, Any]) -> Count:
     H, L, vocabulary = (_get(config, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size"))
-    E, K, I = _get(config, *_EXPERTS), _get(config, *_TOP_K), _get(config, *_EXPERT_SIZE)
+    E, K, I = _get(config, *EXPERTS), _get(config, *_TOP_K), _get(config, *_EXPERT_SIZE)
     if not 1 <= K <= E:
         raise ValueError(f"experts per token: got {K} of {E}, wanted at least 1 and at most all of them")
     sparse = _sparse_layers(config, L)

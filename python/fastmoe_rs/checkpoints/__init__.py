@@ -27,14 +27,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..counting import EXPERTS
 from .examine import detect, examine, prefix_of
 from .files import Output, Reader, data, write_file, write_folder
 from .layout import LAYOUTS, Layer, Layout, Spec, converted, layout
 
 __all__ = ["LAYOUTS", "Report", "convert_checkpoint", "convert_state_dict"]
 
-# The names that configurations have for E.
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Weights in any form, which are converted or left behind.
 _WEIGHTS = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack")
 
@@ -180,7 +179,7 @@ def _configured(source: Path) -> int | None:
     if not isinstance(config, dict):
         raise ValueError(f"{path}: got a {type(config).__name__}, wanted a JSON object")
     for scope in (config, *(nested for nested in config.values() if isinstance(nested, dict))):
-        for name in _EXPERTS:
+        for name in EXPERTS:
             if isinstance(scope.get(name), int):
                 return scope[name]
     return None

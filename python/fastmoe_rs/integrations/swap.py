@@ -9,9 +9,7 @@ import torch
 from torch import nn
 
 from .. import _native
-from .._check import DEVICES
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from .._check import DEVICES, DTYPES
 
 Model = TypeVar("Model", bound=nn.Module)
 
