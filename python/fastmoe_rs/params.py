@@ -1,6 +1,6 @@
 """`python -m fastmoe_rs params`: the size of a model, beside that of a dense one that is as fast.
 
-Active parameters are those that one token uses (`counting.Count.active`), both embedding tables in full among
+Active parameters are those that one token uses (`size.Count.active`), both embedding tables in full among
 them. A published figure is held against that, or against what its publisher says to count: OpenAI leaves out
 the table of input embeddings. Where a publisher says nothing, no definition is sought that fits.
 """
@@ -13,7 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .counting import BITS, Count, count
+from .counting import count
+from .size import BITS, Count
 
 GIGA = 1e9
 LEGEND = (
