@@ -9,13 +9,15 @@ that predict further tokens (MTP), which the published figures leave out too.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .size import Count, Part
 
-__all__ = ["EXPERTS", "count"]
+__all__ = ["EXPERTS", "count", "read_config"]
 
 # The names that families have for the same number; the first one there counts.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -73,6 +75,21 @@ _FAMILIES = {
     "solar_open": _Family(bias="attention_bias"),
 }
 _SAME = {"kimi_k2": "deepseek_v3"}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """What a `config.json` holds.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: got a {type(config).__name__}, wanted a JSON object")
+    return config
 
 
 def count(config: Mapping[str, Any]) -> Count:

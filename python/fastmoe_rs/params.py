@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .counting import count
+from .counting import count, read_config
 from .size import BITS, Count
 
 GIGA = 1e9
@@ -50,19 +50,14 @@ def load(model: str) -> tuple[str, dict[str, Any]]:
             "/" and what follows the beginning of the name do not matter.
 
     Raises:
-        UnknownModel: it is none of these, or the file is no JSON object.
+        UnknownModel: it is none of these.
+        ValueError: the file is no JSON object.
     """
     path = Path(model)
     if path.is_dir():
         path /= "config.json"
     if path.is_file():
-        try:
-            config = json.loads(path.read_text())
-        except ValueError as error:
-            raise UnknownModel(f"{path} is not JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise UnknownModel(f"{path} holds a {type(config).__name__}, wanted a JSON object")
-        return str(path), {"config": config}
+        return str(path), {"config": read_config(path)}
     wanted = model.rpartition("/")[2].lower()
     matches = [name for name in presets() if wanted and name.lower().startswith(wanted)]
     exact = [name for name in matches if name.lower() == wanted]
