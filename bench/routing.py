@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from baselines import PEERS
+from baselines.torch_paths import sort_by_expert
 from cells import OURS, OURS_FRESH, Cell, RoutingCell, Shape
 from problem import problem
 from solver import ours, peer
@@ -47,11 +48,6 @@ def torch_route(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return torch.softmax(logits_TE, -1).topk(top_k)
 
 
-def torch_sort(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    flat_R = ids_TK.reshape(-1)
-    return flat_R.argsort(stable=True), torch.bincount(flat_R, minlength=experts)
-
-
 def measure_routing(cell: RoutingCell, seconds: float) -> list[dict]:
     """Softmax with top-k beside torch's, and the sort by expert beside argsort with bincount."""
     torch.manual_seed(0)
@@ -60,7 +56,7 @@ def measure_routing(cell: RoutingCell, seconds: float) -> list[dict]:
         chosen = route(logits_TE, cell.top_k)
         weights_TK, _ = torch_route(logits_TE, cell.top_k)
         torch.testing.assert_close(chosen.weights, weights_TK)
-        order_R, counts_E = torch_sort(chosen.ids, cell.experts)
+        order_R, counts_E = sort_by_expert(chosen.ids, cell.experts)
         plan = RoutingPlan.from_ids(chosen.ids, cell.experts)
         assert torch.equal(torch.as_tensor(plan.counts).long(), counts_E)
         assert torch.equal(torch.as_tensor(plan.gather).long(), order_R // cell.top_k)
@@ -79,7 +75,7 @@ def measure_routing(cell: RoutingCell, seconds: float) -> list[dict]:
                 "sort by expert",
                 {
                     OURS: lambda: RoutingPlan.from_ids(chosen.ids, cell.experts),
-                    "torch": lambda: torch_sort(chosen.ids, cell.experts),
+                    "torch": lambda: sort_by_expert(chosen.ids, cell.experts),
                 },
                 seconds / 2,
             ),

@@ -55,7 +55,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.matrix = options.matrix or "full"
     options.budget_minutes = options.budget_minutes or {"full": 25, "quick": 4, "smoke": 2}[options.matrix]
-    options.limit = options.limit or (3 if options.matrix == "quick" else 8)
     return options
 
 

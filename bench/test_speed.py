@@ -12,9 +12,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from baselines import PEERS
+from baselines.torch_paths import sort_by_expert
 from cells import MODERATE_SHAPES, OURS, OURS_FRESH, PASSES, Cell, grid
 from problem import problem
-from routing import torch_route, torch_sort
+from routing import torch_route
 from solver import BOUNDS, Solver, ours, peer, row_error
 
 from fastmoe_rs import RoutingPlan
@@ -73,5 +74,5 @@ def test_sort(benchmark, name: str) -> None:
     if name == OURS:
         counts_E = torch.as_tensor(benchmark(RoutingPlan.from_ids, ids_TK, 64).counts)
     else:
-        counts_E = benchmark(torch_sort, ids_TK, 64)[1]
+        counts_E = benchmark(sort_by_expert, ids_TK, 64)[1]
     assert counts_E.sum() == ids_TK.numel()

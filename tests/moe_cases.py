@@ -1,4 +1,4 @@
-"""Random inputs of the expert MLP, and how close to the float64 reference a result must be."""
+"""Random inputs of the expert MLP, how close to the float64 reference a result must be, and a small model."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from fastmoe_rs import reference
+from fastmoe_rs import RoutingPlan, functional, nn, reference
 
 ACTIVATIONS = reference.GATED + reference.UNGATED
 # Of the largest element: what rounding the inputs of each product to the dtype can cost, with some room.
@@ -109,3 +111,49 @@ def assert_matches_reference(function, oracle, arguments, options):
     for name, grad, want in zip(inputs, grads, wanted, strict=True):
         assert grad.dtype == inputs[name].dtype
         assert_near(grad, want, out.dtype, what=f"gradient of {name}")
+
+
+def dense(ids, weights, experts):
+    """[T, E] the weight of every expert for every token; ids that are no expert count nowhere."""
+    real = (ids >= 0) & (ids < experts)
+    out = torch.zeros(len(ids), experts + 1, dtype=weights.dtype)
+    return out.scatter_add(1, ids.where(real, experts), weights)[:, :experts]
+
+
+def by_dense_weights(x, weights_TE, w1, w2):
+    """Every expert on every token."""
+    y = 0
+    for e in range(len(w1)):
+        gate, up = (x @ w1[e].T).chunk(2, dim=1)
+        y = y + weights_TE[:, e, None] * ((F.silu(gate) * up) @ w2[e].T)
+    return y
+
+
+def routed_mlp(x, ids, weights, w1, w2, rows=None):
+    """moe_mlp of a routing whose ids may be no expert; `rows` are all that the plan uses."""
+    plan = RoutingPlan.from_ids(ids, len(w1), out_of_range="drop")
+    if rows is not None:
+        plan = plan.trimmed(rows)
+    return functional.moe_mlp(x, None, weights, w1, w2, plan=plan)
+
+
+def draw_experts(e=6, h=8, i=5, dtype=torch.float64):
+    """w1 and w2 of E experts."""
+    return torch.randn(e, 2 * i, h, dtype=dtype), torch.randn(e, h, i, dtype=dtype)
+
+
+class Stack(torch.nn.Module):
+    """Layers `nn.MoE(*sizes, **options)` on a residual path, checkpointed where `use_reentrant` is given."""
+
+    def __init__(self, *sizes, layers=2, use_reentrant=None, **options):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(nn.MoE(*sizes, **options) for _ in range(layers))
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        for layer in self.layers:
+            if self.use_reentrant is None:
+                x = x + layer(x)
+            else:
+                x = x + checkpoint(layer, x, use_reentrant=self.use_reentrant)
+        return x

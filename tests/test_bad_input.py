@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmoe_rs import RoutingPlan, functional, nn
+from fastmoe_rs import RoutingPlan, functional, nn, record_routing, replay_routing, routing_drift, watch
 from moe_cases import mlp_case
 
 X, IDS, WEIGHTS = torch.randn(6, 8), torch.zeros(6, 2, dtype=torch.long), torch.rand(6, 2)
@@ -93,7 +93,9 @@ def test_id_out_of_range_names_the_first(value):
     ("options", "error", "message"),
     [
         ({"num_experts": 0}, ValueError, "num_experts: got 0, wanted at least 1"),
+        ({"num_experts": "4"}, TypeError, "num_experts: got '4', wanted a whole number"),
         ({"capacity": -1}, ValueError, "capacity: got -1, wanted None or at least 0"),
+        ({"capacity": 1.5}, TypeError, "capacity: got 1.5, wanted a whole number"),
         ({"drop": "random"}, ValueError, "drop: got 'random', wanted 'position' or 'score'"),
         ({"drop": "score", "capacity": 1}, ValueError, "weights: got None, wanted the routing weights"),
         ({"pad": True}, ValueError, "capacity: got None, wanted the rows per expert"),
@@ -208,6 +210,32 @@ def test_permute_and_unpermute():
 def test_layer(x, error, message):
     with pytest.raises(error, match=re.escape(message)):
         nn.MoE(8, 5, 4, 2)(x)
+
+
+def test_layer_wants_a_plan():
+    with pytest.raises(TypeError, match="plan: got Tensor, wanted a RoutingPlan"):
+        nn.MoE(8, 5, 4, 2)(X, plan=IDS)
+
+
+def test_shares_of_the_shared_expert():
+    message = r"weights: got shape \(6, 2\), wanted \[T, S\] with S a divisor of the 5 hidden units"
+    with pytest.raises(ValueError, match=message):
+        nn.SharedExpert(8, 5)(X, WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        watch,
+        lambda model: nn.collect_stats(model).__enter__(),
+        lambda model: record_routing(model).__enter__(),
+        lambda model: replay_routing(model, {}).__enter__(),
+        lambda model: routing_drift(model, model),
+    ],
+)
+def test_what_is_no_module(call):
+    with pytest.raises(TypeError, match=r"model: got str, wanted a torch\.nn\.Module"):
+        call("model")
 
 
 @pytest.mark.parametrize(

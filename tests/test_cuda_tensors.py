@@ -81,7 +81,7 @@ def steps(device, dtype):
         y, stats = moe(x.view(3, 4, 16), return_stats=True)
         loss = losses.load_balancing_loss(stats.router.logits, 2, ids_TK=stats.router.ids)
         loss = loss + losses.router_z_loss(stats.router.logits)
-        return y, loss, stats.load, stats.max_vio, stats.entropy, stats.dropped
+        return y, loss, stats.load, stats.max_vio, stats.load_entropy, stats.dropped
 
     def routed_by(router):
         made = {"device": device, "dtype": dtype}

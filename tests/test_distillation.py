@@ -178,6 +178,18 @@ def test_nothing_waits_for_the_device():
     assert logits.grad.is_meta
 
 
+def test_padding_may_hold_anything():
+    student, teacher, mine, its = torch.randn(4, 3, 7)
+    options = {"student_hidden": [mine], "teacher_hidden": [its]}
+    wanted = distillation_loss(student[:2], teacher[:2], student_hidden=[mine[:2]], teacher_hidden=[its[:2]])
+    student[2], teacher[2], mine[2], its[2] = torch.nan, -torch.inf, torch.inf, torch.nan
+    loss = distillation_loss(student.requires_grad_(), teacher, mask=torch.tensor([2, 1, 0]), **options)
+    loss.backward()
+    torch.testing.assert_close(loss, wanted)
+    assert student.grad[:2].any()
+    assert (student.grad[2] == 0).all()
+
+
 def test_no_token_counts():
     logits = torch.randn(2, 7, requires_grad=True)
     loss = distillation_loss(logits, torch.randn(2, 7), mask=torch.zeros(2))

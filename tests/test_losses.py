@@ -354,7 +354,16 @@ def test_two_ranks_have_the_gradients_of_one(tmp_path):
         ),
         (lambda: losses.switch_loss(torch.randn(4, 2), tokens=0), "tokens: got 0, wanted more than 0"),
         (lambda: losses.switch_loss(torch.randn(4, 2), group_size=3), "group_size: got 3, wanted a divisor"),
+        (
+            lambda: losses.sequence_balance_loss(torch.randn(4, 2), 1, 3),
+            "sequence_length: got 3, wanted a divisor of 4, the number of tokens",
+        ),
         (lambda: losses.sequence_balance_loss(torch.randn(4, 2), 1, 2, score="tanh"), "score: got 'tanh'"),
+        (
+            lambda: losses.global_batch_loss(torch.randn(4, 2), 1),
+            "group: got True, wanted None, as torch.distributed is not initialized",
+        ),
+        (lambda: losses.Load.of(torch.zeros(4, 2).long(), 0), "num_experts: got 0, wanted at least 1"),
         (lambda: losses.load_loss(torch.randn(4)), r"load: got shape \(4,\), wanted \[T, E\]"),
     ],
 )
@@ -368,3 +377,11 @@ def test_wrong_types():
         losses.router_z_loss([[1.0, 2.0]])
     with pytest.raises(TypeError, match=r"logits: got dtype torch.int64, wanted float32"):
         losses.router_z_loss(torch.zeros(4, 2).long())
+    with pytest.raises(TypeError, match=r"load: got dtype torch.int64, wanted float32"):
+        losses.load_loss(torch.zeros(4, 2).long())
+    with pytest.raises(TypeError, match=r"weights: got dtype torch.int64, wanted float32"):
+        losses.importance_loss(torch.zeros(4, 2).long(), torch.zeros(4, 2).long(), 3)
+    with pytest.raises(TypeError, match=r"ids: got dtype torch.float32, wanted int64 or int32"):
+        losses.load_balancing_loss(torch.randn(4, 3), 2, ids_TK=torch.zeros(4, 2))
+    with pytest.raises(TypeError, match=r"mask: got list, wanted a torch tensor"):
+        losses.switch_loss(torch.randn(4, 2), mask=[1, 1, 0, 0])

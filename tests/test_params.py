@@ -219,8 +219,8 @@ MIXTRAL = """"model_type": "mixtral", "hidden_size": 8, "num_hidden_layers": 1, 
     ("content", "message"),
     [
         (None, "got .*nothing.*, wanted a config.json or one of Mixtral-8x7B-v0.1"),
-        ("[1]", "holds a list, wanted a JSON object"),
-        ("{", "is not JSON"),
+        ("[1]", r"nothing\.json: got a list, wanted a JSON object"),
+        ("{", r"nothing\.json: not JSON"),
         ('{"model_type": "bert"}', "model_type: got 'bert', wanted one of afmoe, dbrx"),
         (
             '{"model_type": "switch_transformers", "d_model": 8, "num_heads": 1, "d_ff": 8, '

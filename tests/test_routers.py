@@ -19,7 +19,7 @@ from fastmoe_rs import (
     watch,
 )
 from fastmoe_rs.functional import Routing
-from moe_cases import WIDEST
+from moe_cases import WIDEST, by_dense_weights, dense
 
 T, H, I, E = 24, 8, 5, 6
 TOKENS = torch.arange(T) % 7
@@ -62,15 +62,8 @@ def inputs(name):
     return {"token_ids": TOKENS} if name == "hash" else {}
 
 
-def by_dense_weights(moe, x, ids, weights):
-    """Every expert on every token, weighed; ids that are no expert count nowhere."""
-    real = (ids >= 0) & (ids < E)
-    dense = x.new_zeros(len(x), E + 1).scatter_add(1, ids.where(real, E), weights.to(x.dtype))
-    y = 0
-    for e in range(E):
-        gate, up = (x @ moe.experts.w1[e].T).chunk(2, dim=1)
-        y = y + dense[:, e, None] * ((F.silu(gate) * up) @ moe.experts.w2[e].T)
-    return y
+def all_experts(moe, x, ids, weights):
+    return by_dense_weights(x, dense(ids, weights.to(x.dtype), E), moe.experts.w1, moe.experts.w2)
 
 
 def by_function(name, router, logits, x):
@@ -115,7 +108,7 @@ def by_function(name, router, logits, x):
         routed = functional.route(logits, 2, score="sigmoid")
         ids, weights, _ = routing.round_tokens(routed, 4) if training else routed
     if name == "sparsemixer":
-        ids, weights, _ = routing.sparsemixer_route(logits, 2, jitter=5.0, training=training, seed=seed)
+        ids, weights, _ = routing.sparsemixer_route(logits, 2, nearness=5.0, training=training, seed=seed)
     return ids, ids, weights
 
 
@@ -139,7 +132,7 @@ def test_layer_does_what_the_function_says(name, training):
     if moe.router.logit_noise and training:
         logits = routing.logit_noise(logits, 0.5, seed=5)
     asked, served, weights = by_function(name, moe.router, logits, routed)
-    wanted = by_dense_weights(moe, x, served, weights)
+    wanted = all_experts(moe, x, served, weights)
     assert_close(y, wanted)
     parameters = (x, *moe.parameters())
     grads = torch.autograd.grad(y.square().sum(), parameters, allow_unused=True)
@@ -273,7 +266,7 @@ def test_any_module_that_returns_a_routing():
     y, stats = moe(x, return_stats=True)
     ids = torch.arange(T)[:, None] % (E + 2)
     scores = (x @ moe.router.weight.T).softmax(1)
-    torch.testing.assert_close(y, by_dense_weights(moe, x, ids, scores.gather(1, ids.clamp(max=E - 1))))
+    torch.testing.assert_close(y, all_experts(moe, x, ids, scores.gather(1, ids.clamp(max=E - 1))))
     assert (y[ids[:, 0] >= E] == 0).all()
     # Ids from E on are routed to nobody: they are neither load nor dropped.
     assert stats.routes.tolist() == [T // (E + 2)] * E
@@ -308,9 +301,9 @@ def test_choice_of_a_subclass():
     plain = functional.route(logits, 2, renormalize=True)
     assert 0 < (ids != plain.ids).any(1).sum() < T / 2
     weights = functional.route_weights(logits, ids, renormalize=True)
-    torch.testing.assert_close(y, by_dense_weights(moe, x, ids, weights))
+    torch.testing.assert_close(y, all_experts(moe, x, ids, weights))
     moe.eval()
-    torch.testing.assert_close(moe(x), by_dense_weights(moe, x, plain.ids, plain.weights))
+    torch.testing.assert_close(moe(x), all_experts(moe, x, plain.ids, plain.weights))
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "up", "down"])
@@ -380,11 +373,11 @@ def test_identity_experts():
     ids, weights, _ = functional.route(x @ moe.router.weight.T, 3, scale=6.0)
     assert (ids >= E).any()
     own = (weights * (ids >= E)).sum(1, keepdim=True)
-    torch.testing.assert_close(y, by_dense_weights(moe, x, ids, weights) + own * x)
+    torch.testing.assert_close(y, all_experts(moe, x, ids, weights) + own * x)
     assert stats.dropped == 0
     with_zero_experts = nn.MoE(H, I, E, router=nn.Router(H, E + 4, 3, scale=6.0, dtype=WIDEST))
     with_zero_experts.to(WIDEST).load_state_dict(moe.state_dict())
-    torch.testing.assert_close(with_zero_experts(x), by_dense_weights(moe, x, ids, weights))
+    torch.testing.assert_close(with_zero_experts(x), all_experts(moe, x, ids, weights))
 
 
 def test_shared_gate():
@@ -392,7 +385,7 @@ def test_shared_gate():
     x = torch.randn(T, H, dtype=WIDEST)
     ids, weights, _ = functional.route(x @ moe.router.weight.T, 2)
     gate = 1 / (1 + (-x @ moe.shared_gate.weight.T).exp())
-    torch.testing.assert_close(moe(x), by_dense_weights(moe, x, ids, weights) + gate * moe.shared(x))
+    torch.testing.assert_close(moe(x), all_experts(moe, x, ids, weights) + gate * moe.shared(x))
 
 
 def test_shared_experts_weighed_by_the_router():
@@ -404,7 +397,7 @@ def test_shared_experts_weighed_by_the_router():
     ids, weights, _, shared_weights = routing.route_with_shared(
         x @ torch.cat([moe.router.weight, moe.router.shared_weight]).T, 3, 2, scale=8.0
     )
-    wanted = by_dense_weights(moe, x, ids, weights)
+    wanted = all_experts(moe, x, ids, weights)
     gate, up = moe.shared.w1.chunk(2)
     for s in range(3):
         own = slice(4 * s, 4 * s + 4)
@@ -433,114 +426,6 @@ def test_selection_bias_balances_a_layer():
         nn.Router(H, E, 2).balance(routes)
 
 
-# Losses of what layers routed
-
-
-class Model(torch.nn.Module):
-    def __init__(self, use_reentrant=None):
-        super().__init__()
-        self.layers = torch.nn.ModuleList(nn.MoE(H, I, E, 2, dtype=WIDEST) for _ in range(3))
-        self.use_reentrant = use_reentrant
-
-    def forward(self, x):
-        for layer in self.layers:
-            if self.use_reentrant is None:
-                x = x + layer(x)
-            else:
-                x = x + checkpoint(layer, x, use_reentrant=self.use_reentrant)
-        return x
-
-
-def auxiliary(routed):
-    logits = [stats.router.logits for stats in routed]
-    return losses.load_balancing_loss(logits, 2) + losses.router_z_loss(logits)
-
-
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_losses_of_collected_stats(checkpointed):
-    model = Model(use_reentrant=False if checkpointed else None)
-    x = torch.randn(T, H, dtype=WIDEST)
-    logits, hidden = [], x
-    for layer in model.layers:
-        y, stats = layer(hidden, return_stats=True)
-        logits.append(stats.router.logits)
-        hidden = hidden + y
-    wanted = hidden.sum() + losses.load_balancing_loss(logits, 2) + losses.router_z_loss(logits)
-    expected = torch.autograd.grad(wanted, list(model.parameters()))
-    with nn.collect_stats(model) as routed:
-        loss = model(x).sum() + auxiliary(routed)
-        grads = torch.autograd.grad(loss, list(model.parameters()))
-        assert len(routed) == 3
-        model(x)
-        assert len(routed) == 6
-    torch.testing.assert_close(loss, wanted)
-    torch.testing.assert_close(grads, expected)
-    model(x)
-    assert len(routed) == 6
-
-
-@pytest.mark.parametrize("within", [False, True])
-def test_stats_are_collected_of_a_compiled_model(within):
-    """Also of one that was compiled before, and where the block is part of the graph."""
-    torch._dynamo.reset()
-    model, x = Model(), torch.randn(T, H, dtype=WIDEST)
-
-    def step(layers):
-        with nn.collect_stats(model) as routed:
-            y = layers(x)
-        return y.sum() + auxiliary(routed)
-
-    def gradients(loss):
-        return loss, torch.autograd.grad(loss, list(model.parameters()))
-
-    expected = gradients(step(model))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    compiled(x)
-    if within:
-        whole = torch.compile(lambda: step(model), fullgraph=True, backend="aot_eager")
-    for _ in range(2):
-        torch.testing.assert_close(gradients(whole() if within else step(compiled)), expected)
-    with nn.collect_stats(model) as routed:
-        compiled(x)
-        compiled(x)
-    compiled(x)
-    assert len(routed) == 6
-
-
-def test_collecting_of_a_compiled_checkpointed_model_is_refused():
-    torch._dynamo.reset()
-    model, x = Model(use_reentrant=False), torch.randn(T, H, dtype=WIDEST)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with nn.collect_stats(model), pytest.raises(torch._dynamo.exc.Unsupported, match="side effect"):
-        compiled(x)
-
-
-def test_the_innermost_block_collects():
-    model, x = Model(), torch.randn(T, H, dtype=WIDEST)
-    with nn.collect_stats(model) as outer:
-        with nn.collect_stats(model) as inner:
-            model(x)
-        assert (len(outer), len(inner)) == (0, 3)
-        model(x)
-    assert (len(outer), len(inner)) == (3, 3)
-
-
-def test_collected_stats_without_a_graph_are_told():
-    model = Model(use_reentrant=True)
-    x = torch.randn(T, H, dtype=WIDEST, requires_grad=True)
-    with nn.collect_stats(model), pytest.warns(RuntimeWarning, match="use_reentrant"):
-        model(x)
-    model = Model().eval()
-    with nn.collect_stats(model) as routed, torch.no_grad():
-        model(x)
-    assert len(routed) == 3
-    with (
-        pytest.raises(ValueError, match=r"model: got Linear, wanted a module with nn.MoE layers"),
-        nn.collect_stats(torch.nn.Linear(2, 2)),
-    ):
-        pass
-
-
 def test_noisy_routers_feed_importance_and_load():
     moe = build("noisy")
     _, stats = moe(torch.randn(T, H), return_stats=True)
@@ -549,6 +434,44 @@ def test_noisy_routers_feed_importance_and_load():
     loss.backward()
     assert (moe.router.weight.grad != 0).any()
     assert (moe.router.noise_weight.grad != 0).any()
+
+
+WEIGHING = {
+    "score": "sqrt_softplus",
+    "order": "topk_score",
+    "scale": 3.0,
+    "softcap": 0.1,
+    "expert_scale": True,
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_options_are_followed_by_the_choice_and_its_replay_or_refused(name):
+    x, refused = torch.randn(T, H, dtype=WIDEST), {}
+
+    def layer(**options):
+        moe = nn.MoE(H, I, E, router=ROUTERS[name](**options), dtype=WIDEST).to(WIDEST)
+        moe.router.seed = 1
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for tensor in (*moe.parameters(), *moe.buffers()):
+                if tensor.is_floating_point():
+                    tensor.normal_()
+        return moe
+
+    plain = layer()
+    renormalizes = plain.router.options.get("renormalize", False)
+    _, without = plain(x, return_stats=True, **inputs(name))
+    for option, value in (WEIGHING | {"renormalize": not renormalizes}).items():
+        try:
+            moe = layer(**{option: value})
+        except (TypeError, ValueError) as error:
+            refused[option] = str(error)
+            continue
+        y, stats = moe(x, return_stats=True, **inputs(name))
+        assert not torch.equal(stats.router.weights, without.router.weights), option
+        torch.testing.assert_close(moe(x, plan=stats.plan, **inputs(name)), y)
+    assert all(option in message for option, message in refused.items())
 
 
 @pytest.mark.parametrize(
@@ -562,12 +485,13 @@ def test_noisy_routers_feed_importance_and_load():
         ),
         (lambda: nn.MoE(H, I, E, 2, shared_gate=True), ValueError, "shared_gate: got True"),
         (lambda: nn.MoE(H, I, E, 2, identity_experts=-1), ValueError, "identity_experts: got -1"),
+        (lambda: nn.MoE(H, I, E, 2, identity_experts=1.0), TypeError, "identity_experts: got 1.0"),
         (lambda: nn.MoE(H, I, E, 2, scores="sigmoid"), TypeError, "scores"),
         (lambda: nn.Router(H, E, 2, n_group=4), ValueError, "n_group: got 4, wanted a divisor of 6"),
         (
             lambda: nn.CapacityRouter(H, E, 2, capacity_factor=0.0),
             ValueError,
-            "capacity_factor: got 0.0, wanted more than 0",
+            "capacity_factor: got 0.0, wanted a finite number of more than 0",
         ),
         (
             lambda: nn.CapacityRouter(H, E, 2, capacity_factor=1.0, queue="fair"),
@@ -587,7 +511,7 @@ def test_noisy_routers_feed_importance_and_load():
         (
             lambda: nn.TokenRoundingRouter(H, E, 2, renormalize=True),
             ValueError,
-            "renormalize: got True, wanted no such option of this router",
+            "renormalize: got True, wanted only options that this router has: score, softcap, ",
         ),
         (lambda: nn.ProductKeyRouter(H, 6, 2), ValueError, "num_experts: got 6, wanted a square number"),
         (lambda: nn.ProductKeyRouter(H, -4, 2), ValueError, "num_experts: got -4, wanted a square number"),
@@ -595,7 +519,7 @@ def test_noisy_routers_feed_importance_and_load():
         (
             lambda: nn.ProductKeyRouter(H, 9, 2, selection_bias=True),
             ValueError,
-            "selection_bias: got True, wanted no such option of this router",
+            "selection_bias: got True, wanted only options that this router has: score, renormalize, scale, ",
         ),
         (lambda: nn.HashRouter(H, E, 2, vocab_size=0), ValueError, "vocab_size: got 0"),
         (

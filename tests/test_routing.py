@@ -1,135 +1,13 @@
 """The routers of fastmoe_rs.routing, each against a plain transcription of where it comes from."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from fastmoe_rs import RoutingPlan, functional, routing
-from moe_cases import needs_float64
-
-
-def dense(ids, weights, experts):
-    """[T, E] the weight of every expert for every token; ids that are no expert count nowhere."""
-    real = (ids >= 0) & (ids < experts)
-    out = torch.zeros(len(ids), experts + 1, dtype=weights.dtype)
-    return out.scatter_add(1, ids.where(real, experts), weights)[:, :experts]
-
-
-def moe(x, ids, weights, w1, w2, rows=None):
-    plan = RoutingPlan.from_ids(ids, len(w1), out_of_range="drop")
-    if rows is not None:
-        plan = plan.trimmed(rows)
-    return functional.moe_mlp(x, None, weights, w1, w2, plan=plan)
-
-
-def by_dense_weights(x, weights_TE, w1, w2):
-    """Every expert on every token."""
-    y = 0
-    for e in range(len(w1)):
-        gate, up = (x @ w1[e].T).chunk(2, dim=1)
-        y = y + weights_TE[:, e, None] * ((F.silu(gate) * up) @ w2[e].T)
-    return y
-
-
-def experts(e=6, h=8, i=5, dtype=torch.float64):
-    return torch.randn(e, 2 * i, h, dtype=dtype), torch.randn(e, h, i, dtype=dtype)
-
-
-# Noise
-
-
-def test_seeded_numbers_are_those_of_their_distribution():
-    like = torch.empty(200, 1000)
-    u = routing.uniform(like, seed=7)
-    assert (u > 0).all()
-    assert (u < 1).all()
-    quantiles = torch.histc(u, 20, 0, 1) / u.numel()
-    assert (quantiles - 0.05).abs().max() < 2e-3
-    n = routing.normal(like, seed=7)
-    assert n.mean().abs() < 0.01
-    assert (n.std() - 1).abs() < 0.01
-    g = routing.gumbel(like, seed=7)
-    assert (g.mean() - 0.57722).abs() < 0.02
-    assert (g.std() - math.pi / 6**0.5).abs() < 0.02
-    assert torch.corrcoef(torch.stack([u[:, 0], u[:, 1]]))[0, 1].abs() < 0.3
-
-
-@pytest.mark.parametrize("draw", [routing.uniform, routing.normal, routing.gumbel])
-def test_a_seed_alone_decides(draw):
-    like = torch.empty(30, 16)
-    first = draw(like, seed=3)
-    state = torch.get_rng_state()
-    assert torch.equal(draw(like, seed=torch.tensor([3])), first)
-    assert torch.equal(torch.get_rng_state(), state)
-    for other in (draw(like, seed=4), draw(like, seed=3, stream=1), draw(like, seed=2**31 + 3)):
-        assert (other != first).float().mean() > 0.99
-    assert torch.equal(draw(like.double(), seed=3).float(), first) or draw is not routing.uniform
-    assert draw(like.half(), seed=3).dtype == torch.float32
-    torch.manual_seed(5)
-    unseeded = draw(like)
-    torch.manual_seed(5)
-    assert torch.equal(draw(like), unseeded)
-
-
-def test_seeded_numbers_compile():
-    like = torch.empty(30, 16)
-    compiled = torch.compile(lambda seed: routing.uniform(like, seed=seed), fullgraph=True)
-    for seed in (1, 2):
-        assert torch.equal(compiled(torch.tensor(seed)), routing.uniform(like, seed=seed))
-
-
-def test_jitter_and_logit_noise():
-    x = torch.full((100, 8), 2.0, dtype=torch.bfloat16)
-    jittered = routing.input_jitter(x, 0.25, seed=1)
-    assert jittered.dtype == torch.bfloat16
-    assert (jittered >= 1.5).all()
-    assert (jittered <= 2.5).all()
-    assert jittered.float().std() > 0.2
-    noisy = routing.logit_noise(torch.zeros(1000, 8), 0.5, seed=1)
-    assert (noisy.std() - 0.5).abs() < 0.02
-
-
-NOISY = {
-    "noisy_topk": lambda logits, **o: routing.noisy_top_k_route(logits, logits.flip(1), 2, **o)[:2],
-    "sparsemixer": lambda logits, **o: routing.sparsemixer_route(logits, 2, jitter=5.0, **o)[:2],
-    "gshard": lambda logits, **o: routing.gshard_route(logits, 6, second="random", **o)[:2],
-    "gshard_sampling": lambda logits, **o: routing.gshard_route(logits, 6, second="sampling", **o)[:2],
-}
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("seed", [None, 11])
-@pytest.mark.parametrize("name", NOISY)
-def test_noise_is_the_same_in_a_recomputation(name, seed, use_reentrant):
-    x = torch.randn(20, 8, requires_grad=True)
-    weight = torch.randn(6, 8, requires_grad=True)
-    w1, w2 = experts(dtype=torch.float32)
-    picked = []
-
-    def layer(x, weight):
-        ids, weights = NOISY[name](x @ weight.T, seed=seed)
-        picked.append(ids)
-        return moe(x, ids, weights, w1, w2)
-
-    torch.manual_seed(2)
-    wanted = torch.autograd.grad(layer(x, weight).square().sum(), (x, weight))
-    torch.manual_seed(2)
-    # With a seed the state of the generator need not be kept.
-    options = {"use_reentrant": use_reentrant, "preserve_rng_state": seed is None}
-    checkpoint(layer, x, weight, **options).square().sum().backward()
-    assert len(picked) == 3
-    assert torch.equal(picked[0], picked[1])
-    assert torch.equal(picked[1], picked[2])
-    for tensor, want in zip((x, weight), wanted, strict=True):
-        assert torch.equal(tensor.grad, want)
-    torch.manual_seed(9)
-    ids, _ = NOISY[name](x @ weight.T, seed=None if seed is None else seed + 1)
-    assert not torch.equal(ids, picked[0])
-
+from fastmoe_rs import functional, routing
+from moe_cases import dense, needs_float64, routed_mlp
 
 # Shazeer's noisy top-k
 
@@ -243,7 +121,7 @@ def test_identity_experts_are_those_of_longcat():
     torch.testing.assert_close(weights.gather(1, ids.sort(1).indices), its_weights.gather(1, its_order))
     ids, weights = its_ids, its_weights  # which are float32, and the experts float64
     w1, w2 = block.experts.gate_up_proj[:6], block.experts.down_proj
-    y = moe(x[0], ids, weights, w1, w2) + routing.identity_weight(ids, weights, 6)[:, None] * x[0]
+    y = routed_mlp(x[0], ids, weights, w1, w2) + routing.identity_weight(ids, weights, 6)[:, None] * x[0]
     torch.testing.assert_close(y, wanted)
 
 
@@ -293,7 +171,7 @@ def test_sparsemixer_is_that_of_phimoe(training):
     torch.manual_seed(1)
     theirs, their_ids = module.sparsemixer(logits, jitter_eps=0.3, training=training)
     torch.manual_seed(1)
-    ids, weights, scores = routing.sparsemixer_route(logits, 2, jitter=0.3, training=training)
+    ids, weights, scores = routing.sparsemixer_route(logits, 2, nearness=0.3, training=training)
     torch.testing.assert_close(scores, logits.softmax(1))
     assert torch.equal(ids, their_ids)
     if training:
@@ -352,197 +230,6 @@ def test_product_keys_are_those_of_doge():
     routed = (hidden[:, None] @ block.up_embed(ids))[:, 0]
     shared = block.down_proj(F.silu(block.gate_proj(x)) * block.up_proj(x))
     torch.testing.assert_close(shared + routed, wanted)
-
-
-# Capacity
-
-
-@pytest.mark.parametrize("capacity", [0, 1, 4, 50])
-def test_capacity_of_every_sequence_is_that_of_switch_transformers(capacity):
-    module = pytest.importorskip(
-        "transformers.models.switch_transformers.modeling_switch_transformers", reason="needs transformers"
-    )
-    config = SimpleNamespace(
-        num_experts=4,
-        expert_capacity=capacity,
-        hidden_size=8,
-        router_bias=False,
-        router_jitter_noise=0.0,
-        router_ignore_padding_tokens=False,
-        router_dtype="float32",
-    )
-    router = module.SwitchTransformersTop1Router(config)
-    kept, probabilities, logits = router(torch.randn(3, 20, 8))
-    ids, weights, _ = functional.route(logits.view(60, 4), 1)
-    ids = routing.drop_over_capacity(ids, 4, capacity, group_size=20)
-    assert torch.equal(dense(ids, torch.ones(60, 1, dtype=torch.long), 4), kept.view(60, 4))
-    torch.testing.assert_close(weights, probabilities.view(60, 1))
-
-
-@pytest.mark.parametrize("queue", ["token", "choice", "batch", "score"])
-@pytest.mark.parametrize("group_size", [None, 10])
-def test_a_full_expert_refuses_whoever_comes_later(queue, group_size):
-    ids = torch.randint(-1, 6, (40, 3))
-    weights = torch.rand(40, 3)
-    dropped = routing.drop_over_capacity(ids, 5, 4, queue=queue, weights=weights, group_size=group_size)
-    rows = [(t, k) for t in range(40) for k in range(3)]
-    if queue == "choice":
-        rows.sort(key=lambda row: row[1])
-    elif queue == "batch":
-        rows.sort(key=lambda row: (row[1], -weights[row[0]].max()))
-    elif queue == "score":
-        rows.sort(key=lambda row: -weights[row])
-    wanted = torch.full_like(ids, -1)
-    seats = {}
-    for t, k in rows:
-        e = int(ids[t, k])
-        seat = (t // (group_size or 40), e)
-        if 0 <= e < 5 and seats.setdefault(seat, 0) < 4:
-            seats[seat] += 1
-            wanted[t, k] = e
-    assert torch.equal(dropped, wanted)
-    if group_size is None and queue in ("token", "score"):
-        drop = "position" if queue == "token" else "score"
-        options = {"capacity": 4, "drop": drop, "out_of_range": "drop"}
-        plan = RoutingPlan.from_ids(ids, 5, weights=weights, **options)
-        assert torch.equal(plan.inverse >= 0, dropped >= 0)
-
-
-# Theirs samples out of training too, and compares the second weight before renormalisation in any case.
-@pytest.mark.parametrize("prioritized", [False, True])
-@pytest.mark.parametrize(
-    ("policy", "before", "training"),
-    [
-        ("all", False, False),
-        ("all", True, False),
-        ("all", False, True),
-        ("all", True, True),
-        ("random", False, True),
-        ("sampling", False, True),
-        ("sampling", True, True),
-    ],
-)
-def test_gshard_is_the_router_of_nllb(policy, before, prioritized, training):
-    module = pytest.importorskip(
-        "transformers.models.nllb_moe.modeling_nllb_moe", reason="needs transformers"
-    )
-    config = SimpleNamespace(
-        num_experts=6,
-        expert_capacity=9,
-        hidden_size=8,
-        router_bias=False,
-        router_ignore_padding_tokens=False,
-        router_dtype="float32",
-        second_expert_policy=policy,
-        normalize_router_prob_before_dropping=before,
-        batch_prioritized_routing=prioritized,
-        moe_eval_capacity_token_fraction=0.15,
-    )
-    router = module.NllbMoeTop2Router(config).train(training)
-    logits = torch.randn(60, 6)
-    torch.manual_seed(3)
-    _, theirs = router.route_tokens(logits.clone())
-    capacity = 9 if training else math.ceil(0.15 * 60)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastmoe_rs.routing.capacity.gumbel", lambda like, **o: gumbel_of_torch(like))
-        torch.manual_seed(3)
-        ours = routing.gshard_route(
-            logits,
-            capacity,
-            second=policy,
-            renormalize="before" if before else "after",
-            queue="batch" if prioritized else "choice",
-            training=training,
-        )
-    torch.testing.assert_close(dense(ours.ids, ours.weights, 6), theirs)
-    assert (ours.ids < 0).any()
-
-
-def gumbel_of_torch(like):
-    return torch.distributions.gumbel.Gumbel(0, 1).rsample(like.shape)
-
-
-def test_gshard_keeps_the_second_by_its_weight():
-    logits = torch.randn(20000, 4)
-    ours = routing.gshard_route(logits, 20000, second="random", seed=1)
-    weights = logits.softmax(1).topk(2).values
-    chance = (2 * weights[:, 1] / weights.sum(1)).clamp(max=1)
-    kept = (ours.ids[:, 1] >= 0).float()
-    for low in (0.0, 0.25, 0.5, 0.75):
-        some = (chance >= low) & (chance < low + 0.25)
-        assert (kept[some].mean() - chance[some].mean()).abs() < 0.03
-
-
-# Experts choose tokens
-
-
-@needs_float64
-@pytest.mark.parametrize("capacity", [0, 3, 7, 100])
-def test_expert_choice_by_its_definition(capacity):
-    x = torch.randn(20, 8, dtype=torch.float64)
-    weight = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
-    w1, w2 = experts()
-    ids, weights, scores = routing.expert_choice_route(x @ weight.T, capacity)
-    wanted = torch.zeros(20, 6, dtype=torch.float64)
-    for e in range(6):
-        gates, tokens = (x @ weight.T).softmax(1)[:, e].topk(min(capacity, 20))
-        wanted[tokens, e] = gates
-    torch.testing.assert_close(dense(ids, weights, 6), wanted)
-    assert torch.equal((ids >= 0).sum(0), torch.full((6,), min(capacity, 20)))
-    y = moe(x, ids, weights, w1, w2, rows=6 * min(capacity, 20))
-    torch.testing.assert_close(y, by_dense_weights(x, wanted, w1, w2))
-    if capacity:
-        (grad,) = torch.autograd.grad(y.square().sum(), weight, retain_graph=True)
-        (want,) = torch.autograd.grad(
-            by_dense_weights(x, scores.masked_fill(ids < 0, 0), w1, w2).square().sum(), weight
-        )
-        torch.testing.assert_close(grad, want)
-
-
-def test_trimmed_plan():
-    ids, _, _ = routing.expert_choice_route(torch.randn(12, 4), 3)
-    plan = RoutingPlan.from_ids(ids, 4, weights=torch.rand(12, 4), out_of_range="drop")
-    short = plan.trimmed(12)
-    assert (plan.gather.shape, short.gather.shape, short.weights.shape) == ((48,), (12,), (12,))
-    x, (w1, w2) = torch.randn(12, 8), experts(4, dtype=torch.float32)
-    weights = torch.rand(12, 4)
-    full = functional.moe_mlp(x, None, weights, w1, w2, plan=plan)
-    assert torch.equal(functional.moe_mlp(x, None, weights, w1, w2, plan=short), full)
-    with pytest.raises(ValueError, match="offsets"):
-        functional.moe_mlp(x, None, weights, w1, w2, plan=plan.trimmed(11))
-    with pytest.raises(ValueError, match="rows: got -1, wanted at least 0"):
-        plan.trimmed(-1)
-
-
-@pytest.mark.parametrize("rounding", ["nearest", "up", "down"])
-@pytest.mark.parametrize("tile", [1, 4, 8])
-def test_token_rounding_by_its_definition(tile, rounding):
-    logits = torch.randn(40, 6)
-    plain = functional.route(logits, 2, renormalize=True)
-    ids, weights, scores = routing.round_tokens(plain, tile, rounding=rounding)
-    chosen = dense(plain.ids, torch.ones(40, 2), 6) > 0
-    preference = scores - 1 + chosen.float()  # as SonicMoE's algorithm 4 makes chosen tokens come first
-    for e in range(6):
-        count = int(chosen[:, e].sum())
-        low, high = count // tile * tile, math.ceil(count / tile) * tile
-        wanted = {"down": low, "up": high, "nearest": low if count - low < high - count else high}[rounding]
-        got = (ids[:, e] == e).nonzero()[:, 0]
-        assert set(got.tolist()) == set(preference[:, e].topk(wanted).indices.tolist())
-    assert ((ids >= 0).sum(0) % tile == 0).all()
-    both = (ids >= 0) & chosen
-    torch.testing.assert_close(weights[both], dense(plain.ids, plain.weights, 6)[both])
-    added = (ids >= 0) & ~chosen
-    assert torch.equal(weights[added], scores[added])
-    assert (weights[ids < 0] == 0).all()
-    x, (w1, w2) = torch.randn(40, 8), experts(dtype=torch.float32)
-    y = moe(x, ids, weights, w1, w2, rows=40 * 2 + 6 * tile)
-    torch.testing.assert_close(y, by_dense_weights(x, weights, w1, w2), rtol=1e-4, atol=1e-4)
-
-
-def test_rounding_up_stops_at_the_number_of_tokens():
-    plain = functional.route(torch.tensor([[1.0, 0.0]]).repeat(10, 1), 1)
-    ids, _, _ = routing.round_tokens(plain, 8, rounding="up")
-    assert (ids >= 0).sum(0).tolist() == [8, 0]
 
 
 # Sinkhorn
@@ -609,6 +296,12 @@ def test_selection_bias_balances_a_skewed_router():
 # All of them
 
 
+NOISY = {
+    "noisy_topk": lambda logits, **o: routing.noisy_top_k_route(logits, logits.flip(1), 2, **o)[:2],
+    "sparsemixer": lambda logits, **o: routing.sparsemixer_route(logits, 2, nearness=5.0, **o)[:2],
+    "gshard": lambda logits, **o: routing.gshard_route(logits, 6, second="random", **o)[:2],
+    "gshard_sampling": lambda logits, **o: routing.gshard_route(logits, 6, second="sampling", **o)[:2],
+}
 ROUTES = {
     **NOISY,
     "product_keys": lambda logits, seed: routing.product_key_route(logits, logits.flip(1), 3)[:2],
@@ -692,6 +385,28 @@ def test_gradient_of_the_weights(name):
             "group_size: got 3, wanted a divisor of 4",
         ),
         (lambda: routing.drop_over_capacity(torch.zeros(4, 2).long(), 3, -1), "capacity: got -1"),
+        (
+            lambda: routing.drop_over_capacity(torch.zeros(4, 2).long(), 3, 1, weights=torch.ones(2, 4)),
+            r"weights: got shape \(2, 4\), wanted \[T, K\] = \(4, 2\)",
+        ),
+        (
+            lambda: routing.update_selection_bias(torch.zeros(4), torch.ones(3)),
+            r"routes: got shape \(3,\), wanted \[E\] = \(4,\)",
+        ),
+        (
+            lambda: routing.noisy_top_k_route(torch.randn(4, 3), torch.randn(4, 2), 1),
+            r"noise_logits: got shape \(4, 2\), wanted \[T, E\] = \(4, 3\)",
+        ),
+        (
+            lambda: routing.route_with_shared(torch.randn(4, 3), 3, 1),
+            "num_shared: got 3, wanted less than the 3 columns of logits",
+        ),
+        (lambda: routing.sinkhorn(torch.randn(4, 3), 0), "iterations: got 0, wanted at least 1"),
+        (lambda: routing.sinkhorn(torch.randn(4)), r"logits: got shape \(4,\), wanted \[T, E\]"),
+        (
+            lambda: routing.sparsemixer_route(torch.randn(4, 3), 1, nearness=-1.0),
+            r"nearness: got -1\.0, wanted at least 0",
+        ),
         (lambda: routing.gshard_route(torch.randn(4, 3), 1, second="third"), "second: got 'third'"),
         (lambda: routing.gshard_route(torch.randn(4, 1), 1), "top_k: got 2, wanted 1 to 1"),
         (lambda: routing.expert_choice_route(torch.randn(4, 3), -1), "capacity: got -1, wanted at least 0"),
@@ -704,4 +419,30 @@ def test_gradient_of_the_weights(name):
 )
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: routing.hash_route(torch.randn(1, 3), TABLE, [0]),
+            "token_ids: got list, wanted a torch tensor of one element per token",
+        ),
+        (
+            lambda: routing.uniform(torch.empty(3), seed=1.5),
+            "seed: got float, wanted a torch tensor of one element, a whole number or None",
+        ),
+        (
+            lambda: routing.expert_choice_route(torch.randn(4, 3), 1.5),
+            r"capacity: got 1\.5, wanted a whole number",
+        ),
+        (
+            lambda: routing.sparsemixer_route(torch.randn(4, 3), 1.0),
+            r"top_k: got 1\.0, wanted a whole number",
+        ),
+    ],
+)
+def test_wrong_types(call, message):
+    with pytest.raises(TypeError, match=message):
         call()

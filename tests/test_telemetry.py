@@ -7,26 +7,15 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.utils.checkpoint import checkpoint
 
 from fastmoe_rs import ExpertCollapseWarning, losses, nn, sinks, watch
 from fastmoe_rs.integrations.swap import is_dispatched
+from moe_cases import Stack
 from transformers_models import build, tokens
 
 
-class Model(torch.nn.Module):
-    def __init__(self, use_reentrant=None, **options):
-        super().__init__()
-        self.layers = torch.nn.ModuleList(nn.MoE(16, 12, 6, 2, **options) for _ in range(2))
-        self.use_reentrant = use_reentrant
-
-    def forward(self, x):
-        for layer in self.layers:
-            if self.use_reentrant is None:
-                x = x + layer(x)
-            else:
-                x = x + checkpoint(layer, x, use_reentrant=self.use_reentrant)
-        return x
+def stack(use_reentrant=None, **options):
+    return Stack(16, 12, 6, 2, use_reentrant=use_reentrant, **options)
 
 
 def assert_same(actual, expected):
@@ -48,7 +37,7 @@ def test_counts_what_the_routers_did():
     assert torch.equal(stats.routes, torch.bincount(whole.router.ids.flatten(), minlength=6))
     torch.testing.assert_close(stats.load, whole.load)
     torch.testing.assert_close(stats.max_vio, whole.max_vio)
-    torch.testing.assert_close(stats.load_entropy, whole.entropy)
+    torch.testing.assert_close(stats.load_entropy, whole.load_entropy)
     dropped = sum(2 * part.plan.tokens * part.dropped for part in kept) / 100
     assert dropped > 0
     torch.testing.assert_close(stats.dropped, dropped)
@@ -61,7 +50,7 @@ def test_counts_what_the_routers_did():
 
 
 def test_padding_does_not_count():
-    model, x = Model(), torch.randn(3, 8, 16)
+    model, x = stack(), torch.randn(3, 8, 16)
     mask = torch.arange(8) < torch.tensor([[8], [5], [1]])
     watched = watch(model)
     model(x[mask])
@@ -80,7 +69,7 @@ def test_padding_does_not_count():
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_counts_once_over_micro_batches(use_reentrant):
-    model, x = Model(), torch.randn(12, 16, requires_grad=True)
+    model, x = stack(), torch.randn(12, 16, requires_grad=True)
     watched = watch(model)
     model(x)
     expected = watched.stats()
@@ -94,7 +83,7 @@ def test_checkpointing_counts_once_over_micro_batches(use_reentrant):
 
 def test_statistics_do_not_read_the_device():
     """A meta tensor has no value: whatever reads one, as a copy to the host does, fails."""
-    model = Model(device="meta", capacity_factor=1.0)
+    model = stack(device="meta", capacity_factor=1.0)
     watched = watch(model)
     with watched.masked(torch.ones(7, device="meta")):
         model(torch.empty(7, 16, device="meta"))
@@ -108,7 +97,7 @@ def test_statistics_do_not_read_the_device():
 def test_compiled_in_one_graph(use_reentrant):
     """Also layers that are watched once they were compiled, and that the backward recomputes."""
     torch._dynamo.reset()
-    model, x = Model(use_reentrant), torch.randn(30, 16)
+    model, x = stack(use_reentrant), torch.randn(30, 16)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled(x)
     watched = watch(model)
@@ -120,7 +109,7 @@ def test_compiled_in_one_graph(use_reentrant):
 
 
 def test_gradients_and_outputs_stay_the_same_to_the_bit():
-    model, x = Model(), torch.randn(30, 16)
+    model, x = stack(), torch.randn(30, 16)
     model(x).sum().backward()
     expected = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
@@ -190,7 +179,7 @@ def test_nothing_to_watch():
 
 
 def test_collapse_is_told_once_with_its_remedy():
-    model, x = Model(), torch.randn(700, 16)
+    model, x = stack(), torch.randn(700, 16)
     watched = watch(model)
     with torch.no_grad():
         model.layers[1].router.weight.zero_()  # of equal logits, the first two win
@@ -201,12 +190,20 @@ def test_collapse_is_told_once_with_its_remedy():
         watched.log(3)
     model(x)
     watched.log(4)  # warnings are errors
-    assert losses.load_balancing_loss  # what the remedy names is there
-    assert hasattr(losses, "router_z_loss")
+    assert {"load_balancing_loss", "router_z_loss"} <= {*losses.__all__}, "what the remedy names is there"
+
+
+def test_a_single_expert_has_not_collapsed():
+    moe = nn.MoE(16, 12, 1, 1)
+    watched = watch(moe)
+    _, stats = moe(torch.randn(200, 16), return_stats=True)
+    assert stats.load_entropy == 1
+    record = watched.log(1)[""]  # warnings are errors
+    assert (record["load"], record["load_entropy"], record["max_vio"]) == ([1.0], 1.0, 0.0)
 
 
 def test_few_tokens_are_no_collapse():
-    model = Model()
+    model = stack()
     watched = watch(model)
     with torch.no_grad():
         model.layers[0].router.weight.zero_()
@@ -224,7 +221,7 @@ class Writer:
 
 
 def test_sinks(tmp_path):
-    model = Model()
+    model = stack()
     watched, writer = watch(model), Writer()
     heatmap = sinks.Heatmap(tmp_path / "load.png")
     lines = sinks.JsonLines(tmp_path / "routing.jsonl")
@@ -250,9 +247,7 @@ def test_sinks_say_what_is_missing(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_watched():
-    with pytest.raises(TypeError, match=r"model: got str, wanted a torch\.nn\.Module"):
-        watch("model")
-    model = Model()
+    model = stack()
     first = watch(model)
     with pytest.raises(ValueError, match=r"'layers\.0' is watched already, close that watch first"):
         watch(model)

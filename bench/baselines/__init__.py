@@ -12,12 +12,10 @@ from dataclasses import dataclass
 
 from cells import Cell
 from machine import GemmRates
-from torch import Tensor
 from torch.nn import Parameter
 
 from . import torch_paths, transformers_paths
-
-Call = Callable[[Tensor, Tensor, Tensor], Tensor]
+from .torch_paths import Call
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
+
+from .torch_paths import Call
 
 try:
     from transformers import MixtralConfig
@@ -16,8 +17,6 @@ try:
     AVAILABLE = "grouped_mm" in ExpertsInterface()
 except ImportError:
     AVAILABLE = False
-
-Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def maker(implementation: str) -> Callable[[Parameter, Parameter], Call]:

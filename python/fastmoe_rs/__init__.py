@@ -62,39 +62,30 @@ __all__ = [
     "watch",
 ]
 
+# Where the names come from that are not modules themselves.
 _SOURCES = {
     "ExpertCollapseWarning": "telemetry",
     "RoutingPlan": "plan",
     "accelerate": "integrations",
-    "checkpoints": "checkpoints",
-    "distillation": "distillation",
     "freeze_routers": "drift",
-    "functional": "functional",
     "load_routing": "replay",
-    "losses": "losses",
     "main_grads": "main_grad",
-    "nn": "nn",
     "record_routing": "replay",
-    "reference": "reference",
     "replay_routing": "replay",
-    "routing": "routing",
     "routing_drift": "drift",
     "save_routing": "replay",
-    "sinks": "sinks",
-    "telemetry": "telemetry",
-    "upcycling": "upcycling",
     "watch": "telemetry",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for, so that `import fastmoe_rs` is quick and does not need torch."""
-    if name not in _SOURCES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name != "RoutingPlan" and importlib.util.find_spec("torch") is None:
         raise ImportError(f"fastmoe_rs.{name} needs torch, which is not installed: pip install torch")
-    module = importlib.import_module(f".{_SOURCES[name]}", __name__)
-    return module if name == _SOURCES[name] else getattr(module, name)
+    module = importlib.import_module(f".{_SOURCES.get(name, name)}", __name__)
+    return getattr(module, name) if name in _SOURCES else module
 
 
 def __dir__() -> list[str]:

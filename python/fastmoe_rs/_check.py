@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DEVICES = ("cpu", "cuda", "meta")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -20,6 +21,11 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         wanted(name, repr(value), "one of " + ", ".join(map(repr, choices)))
 
 
+def module(name: str, value: nn.Module) -> None:
+    if not isinstance(value, nn.Module):
+        wanted(name, type(value).__name__, "a torch.nn.Module", TypeError)
+
+
 def whole(name: str, value: int) -> None:
     if not hasattr(value, "__index__"):
         wanted(name, repr(value), "a whole number", TypeError)
@@ -32,10 +38,35 @@ def positive(**sizes: int) -> None:
             wanted(name, size, "at least 1")
 
 
+def top_k(value: int, experts: int) -> None:
+    whole("top_k", value)
+    if not 1 <= value <= experts:
+        wanted("top_k", value, f"1 to {experts}, the number of experts")
+
+
+def capacity_factor(value: float) -> None:
+    if not 0 < value < math.inf:
+        wanted("capacity_factor", value, "a finite number of more than 0")
+
+
+def groups(name: str, size: int | None, tokens: int) -> tuple[int, int]:
+    """How many groups of so many neighbours T tokens make, and the tokens of each; None is one group."""
+    if size is None:
+        return 1, tokens
+    whole(name, size)
+    if size < 1 or tokens % size:
+        wanted(name, size, f"a divisor of {tokens}, the number of tokens")
+    return tokens // size, size
+
+
+def torch_tensor(name: str, value: Tensor, what: str) -> None:
+    if not isinstance(value, Tensor):
+        wanted(name, type(value).__name__, f"a torch tensor {what}", TypeError)
+
+
 def dimensions(name: str, value: Tensor, rank: str) -> None:
     """A tensor on any device; `rank` spells its dimensions, as in "[T, H]"."""
-    if not isinstance(value, Tensor):
-        wanted(name, type(value).__name__, f"a torch tensor {rank}", TypeError)
+    torch_tensor(name, value, rank)
     if value.ndim != rank.count(",") + 1:
         wanted(name, f"shape {tuple(value.shape)}", rank)
 
@@ -43,6 +74,13 @@ def dimensions(name: str, value: Tensor, rank: str) -> None:
 def floats(name: str, value: Tensor) -> None:
     if value.dtype not in DTYPES:
         wanted(name, f"dtype {value.dtype}", "float32, bfloat16, float16 or float64", TypeError)
+
+
+def integers(name: str, value: Tensor, rank: str) -> None:
+    """An int64 or int32 tensor on any device."""
+    dimensions(name, value, rank)
+    if value.dtype not in (torch.int64, torch.int32):
+        wanted(name, f"dtype {value.dtype}", "int64 or int32", TypeError)
 
 
 def tensor(name: str, value: Tensor, rank: str) -> None:

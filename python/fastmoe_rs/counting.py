@@ -1,4 +1,4 @@
-"""How large a Mixture-of-Experts model is, from the numbers of its configuration alone.
+"""The parameters of a Mixture-of-Experts model, counted from the numbers of its configuration alone.
 
 Legend: H hidden size, I intermediate size, E experts, K experts per token, L layers.
 
@@ -9,98 +9,21 @@ that predict further tokens (MTP), which the published figures leave out too.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-__all__ = ["BITS", "Count", "Part", "count"]
+from .size import Count, Part
 
-BITS = {"fp32": 32, "bf16": 16, "fp8": 8, "int4": 4}
+__all__ = ["EXPERTS", "count", "read_config"]
 
 # The names that families have for the same number; the first one there counts.
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "moe_top_k")
 _EXPERT_SIZE = ("moe_intermediate_size", "intermediate_size")
 _SHARED = ("n_shared_experts", "num_shared_experts")
-
-
-@dataclass(frozen=True)
-class Part:
-    """Parameters of one kind: all, those that a token uses, and those of them that it is multiplied by."""
-
-    total: int
-    active: int
-    multiplied: int
-
-    def __add__(self, other: Part) -> Part:
-        return Part(self.total + other.total, self.active + other.active, self.multiplied + other.multiplied)
-
-    def __mul__(self, times: int) -> Part:
-        return Part(self.total * times, self.active * times, self.multiplied * times)
-
-
-@dataclass(frozen=True)
-class Count:
-    """The parameters of a model by part, and what follows from them.
-
-    Attributes:
-        model_type: the family.
-        parts: parameters by the part of the model that they belong to.
-        experts, top_k: E and K.
-        lookup: parameters of an embedding table that is only looked up; 0 when it is the output head too.
-        cache: numbers that attention keeps for every token of the context.
-        attention_flops: of a token for every token of its context; a sliding window is not subtracted.
-        dense_intermediate: the I of a dense model with the same attention whose MLPs have as many weights as
-            a token uses here, averaged over the layers.
-    """
-
-    model_type: str
-    parts: dict[str, Part]
-    experts: int
-    top_k: int
-    lookup: int
-    cache: int
-    attention_flops: int
-    dense_intermediate: int
-
-    @property
-    def total(self) -> int:
-        """All parameters."""
-        return sum(part.total for part in self.parts.values())
-
-    @property
-    def active(self) -> int:
-        """Parameters that one token uses: all but the experts that it is not sent to and a vision tower.
-
-        Both embedding tables count in full; some publishers leave out that of the inputs (`lookup`), or both.
-        """
-        return sum(part.active for part in self.parts.values())
-
-    def flops(self, context: int = 0) -> int:
-        """FLOPs of one token's forward, behind `context` tokens; training takes three times as many.
-
-        Two for every weight that the token is multiplied by; norms, activations and softmax are left out.
-        """
-        multiplied = sum(part.multiplied for part in self.parts.values())
-        return 2 * multiplied + context * self.attention_flops
-
-    def memory(self, bits: int = 16) -> float:
-        """Bytes of all parameters; scales and zero points of quantized formats are left out."""
-        return self.total * bits / 8
-
-    def weights_read(self, tokens: int = 1, bits: int = 16) -> float:
-        """Bytes of weights read for each token, when `tokens` tokens are decoded in one step.
-
-        A step reads what all tokens use once, and every expert that at least one token goes to: E * (1 -
-        (1 - K/E)^tokens) of them, when the router spreads tokens evenly and independently.
-        """
-        routed = self.parts["routed experts"]
-        touched = routed.total * (1 - (1 - self.top_k / self.experts) ** tokens)
-        return (self.active - self.lookup - routed.active + touched) / tokens * bits / 8
-
-    def cache_read(self, context: int, bits: int = 16) -> float:
-        """Bytes of the `context` keys and values that one token reads, the latent ones in case of MLA."""
-        return context * self.cache * bits / 8
 
 
 @dataclass(frozen=True)
@@ -154,6 +77,21 @@ _FAMILIES = {
 _SAME = {"kimi_k2": "deepseek_v3"}
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """What a `config.json` holds.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: got a {type(config).__name__}, wanted a JSON object")
+    return config
+
+
 def count(config: Mapping[str, Any]) -> Count:
     """Count the parameters of the model that a configuration describes.
 
@@ -180,7 +118,7 @@ def count(config: Mapping[str, Any]) -> Count:
 
 def _count_decoder(kind: str, family: _Family, config: Mapping[str, Any]) -> Count:
     H, L, vocabulary = (_get(config, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size"))
-    E, K, I = _get(config, *_EXPERTS), _get(config, *_TOP_K), _get(config, *_EXPERT_SIZE)
+    E, K, I = _get(config, *EXPERTS), _get(config, *_TOP_K), _get(config, *_EXPERT_SIZE)
     if not 1 <= K <= E:
         raise ValueError(f"experts per token: got {K} of {E}, wanted at least 1 and at most all of them")
     sparse = _sparse_layers(config, L)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from . import _check
 from .kernels import wide
-from .layers import moe_layers
-from .nn import MoE, Router, SharedExpert, SharedRouter
+from .nn import MoE, Router, SharedExpert, SharedRouter, moe_layers
 from .reference import GATED
 
 __all__ = ["dense_student", "distillation_loss", "merge_experts", "merge_weights"]
@@ -139,7 +138,7 @@ def distillation_loss(
     Args:
         student_logits, teacher_logits: [..., V]. The teacher's gets no gradient.
         temperature: more than 0.
-        mask: [...], 0 for padding tokens, which then count nowhere.
+        mask: [...], 0 for padding tokens, which count nowhere, whatever their logits and hidden states hold.
         student_hidden, teacher_hidden: the same number of tensors [..., H], of matching layers. None need be
             given.
         hidden_weight: factor of the second part.
@@ -166,20 +165,24 @@ def distillation_loss(
     tokens = student_logits.shape[:-1]
     if mask is not None and mask.shape != tokens:
         _check.wanted("mask", f"shape {tuple(mask.shape)}", f"{tuple(tokens)}, one number a token")
-    weight = student_logits.new_ones(tokens, dtype=dtype) if mask is None else mask.to(dtype)
-    denominator = weight.sum().clamp(min=1)
+    count = max(tokens.numel(), 1) if mask is None else (mask != 0).sum().clamp(min=1)
 
-    def log_probabilities(logits: Tensor) -> Tensor:
-        return (logits.to(dtype) / temperature).log_softmax(-1)
+    def counted(values: Tensor) -> Tensor:
+        """In the dtype of the loss; zeros in padding, where student and teacher then agree."""
+        values = values.to(dtype)
+        return values if mask is None else values.masked_fill(mask[..., None] == 0, 0)
 
-    student, teacher = log_probabilities(student_logits), log_probabilities(teacher_logits.detach())
+    student, teacher = (
+        (counted(logits) / temperature).log_softmax(-1)
+        for logits in (student_logits, teacher_logits.detach())
+    )
     # What the teacher excludes, by a logit of -inf, counts nowhere: 0 * -inf would be NaN.
-    kl = (teacher.exp() * (teacher - student)).masked_fill(teacher == -torch.inf, 0).sum(-1)
-    loss = temperature**2 * (kl * weight).sum() / denominator
+    kl = (teacher.exp() * (teacher - student)).masked_fill(teacher == -torch.inf, 0)
+    loss = temperature**2 * kl.sum() / count
     for mine, its in zip(student_hidden, teacher_hidden, strict=True):
-        mine, its = mine.to(dtype), its.detach().to(dtype)
-        energy = (its.square().mean(-1) * weight).sum().clamp(min=torch.finfo(dtype).tiny)
-        distance = ((mine - its).square().mean(-1) * weight).sum()
+        mine, its = counted(mine), counted(its.detach())
+        energy = its.square().mean(-1).sum().clamp(min=torch.finfo(dtype).tiny)
+        distance = (mine - its).square().mean(-1).sum()
         loss = loss + hidden_weight / len(student_hidden) * distance / energy
     return loss
 

@@ -25,9 +25,9 @@ COLOR_CODES = {GREEN: 32, YELLOW: 33, RED: 31}
 MIN_TORCH, MIN_TRANSFORMERS = (2, 6), (5,)
 ISA_VARIABLE = "FASTMOE_CPU_ISA"
 REPORT = "please report it with the output of `python -m fastmoe_rs doctor --json`"
-# Largest error of an output or gradient against the reference in float64, relative to its largest element.
 NO_DRIVER = "no NVIDIA driver"  # in the message of the native module
 OLDEST_GPU = (8, 0)
+# Largest error of an output or gradient against the reference in float64, relative to its largest element.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import routers, routing
+from .layers import observe, routers
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,13 @@ def _differences(router: nn.Module, other: nn.Module) -> list[Tensor]:
 @torch.no_grad()
 def _outputs(model: nn.Module, args: Any, kwargs: Any) -> dict[str, tuple[Tensor, Tensor]]:
     outputs: dict[str, tuple[Tensor, Tensor]] = {}
-    hooks = []
-    for name, router in routers(model).items():
 
-        def keep(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-            outputs[name] = routing(output)
+    def keep(name: str, ids_TK: Tensor, logits_TE: Tensor) -> None:
+        outputs[name] = ids_TK, logits_TE
 
-        hooks.append(router.register_forward_hook(keep))
+    end = observe(routers(model), keep)
     try:
         model(*args, **kwargs)
     finally:
-        for hook in hooks:
-            hook.remove()
+        end()
     return outputs

@@ -5,19 +5,16 @@ Legend: T tokens, E experts, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from .functional import Routing
 from .integrations.swap import is_dispatched
-from .nn import MoE
+from .nn import moe_layers
 from .routers import RouterOutput
-
-
-def moe_layers(model: nn.Module) -> dict[str, MoE]:
-    """The `nn.MoE` layers of a model by module name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
 
 
 def hf_routers(model: nn.Module) -> dict[str, nn.Module]:
@@ -49,12 +46,27 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
         TypeError: `model` is no module.
         ValueError: there are none.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
     found = {name: moe.router for name, moe in moe_layers(model).items()} | hf_routers(model)
     if not found:
         raise ValueError(f"model: got {type(model).__name__} without a Mixture-of-Experts layer, wanted one")
     return found
+
+
+def observe(
+    routers: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor], None]
+) -> Callable[[], None]:
+    """After every forward of these routers, call `see(name, ids_TK, logits_TE)`; returns what ends that."""
+
+    def hook(name: str, router: nn.Module, args: Any, output: Any) -> None:
+        see(name, *routing(output))
+
+    handles = [router.register_forward_hook(partial(hook, name)) for name, router in routers.items()]
+
+    def end() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return end
 
 
 def routing(output: Any) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,6 @@ Legend: T tokens, E experts, K experts per token, L layers, G groups of neighbou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -32,61 +31,22 @@ from torch import Tensor
 from . import _check
 from ._distributed import all_reduced, ranks
 from .kernels import wide
-from .reference import _score
+from .load import Load, bins, counted
+from .reference import scored
+
+__all__ = [
+    "Load",
+    "global_batch_loss",
+    "gshard_loss",
+    "importance_loss",
+    "load_balancing_loss",
+    "load_loss",
+    "router_z_loss",
+    "sequence_balance_loss",
+    "switch_loss",
+]
 
 Layers: TypeAlias = Tensor | Sequence[Tensor]
-
-
-@dataclass(frozen=True)
-class Load:
-    """How often experts were asked for: the f of a balancing loss. Loads of several batches can be added.
-
-    Attributes:
-        routes: int64 [G, E], routes to every expert.
-        tokens: int64 [G], tokens that count.
-    """
-
-    routes: Tensor
-    tokens: Tensor
-
-    @staticmethod
-    def of(
-        ids_TK: Tensor,
-        num_experts: int,
-        *,
-        mask: Tensor | None = None,
-        group_size: int | None = None,
-        group: Any = None,
-    ) -> Load:
-        """Count the routes.
-
-        Args:
-            ids_TK: int64 or int32 [T, K]; an id outside [0, E) is no route.
-            num_experts: E.
-            mask: any shape of T elements, 0 for padding tokens.
-            group_size: tokens are divided into groups of so many neighbours; None for one group, G = 1.
-            group: see above.
-        """
-        _check.dimensions("ids", ids_TK, "[T, K]")
-        counts_T = _counts(ids_TK, mask)
-        groups, size = _grouped(len(ids_TK), group_size)
-        bins = num_experts + 1  # the last one takes what is no route
-        ids = torch.where((ids_TK < 0) | (ids_TK > num_experts), num_experts, ids_TK).long()
-        first_bin = bins * torch.arange(groups, device=ids.device)[:, None, None]
-        ids = ids.reshape(groups, size, ids.shape[1]) + first_bin
-        once = counts_T[:, None].expand(ids_TK.shape).reshape(-1)
-        routes = once.new_zeros(groups * bins).scatter_add_(0, ids.reshape(-1), once)
-        return Load(
-            all_reduced(routes.view(groups, bins)[:, :num_experts], group),
-            all_reduced(counts_T.view(groups, size).sum(1), group),
-        )
-
-    def __add__(self, other: Load) -> Load:
-        return Load(self.routes + other.routes, self.tokens + other.tokens)
-
-    def frequency(self, dtype: torch.dtype) -> Tensor:
-        """[G, E] routes per token."""
-        return self.routes.to(dtype) / self.tokens[:, None].clamp(min=1)
 
 
 def load_balancing_loss(
@@ -221,6 +181,7 @@ def sequence_balance_loss(
     _check.one_of("score", score, ("sigmoid", "softmax", "sqrt_softplus"))
     logits, counts_T = _pooled(logits_TE, mask)
     ids = _picks(logits_TE, logits, top_k, ids_TK)
+    _check.groups("sequence_length", sequence_length, len(logits))
     loss = _balance(logits, ids, counts_T, tokens, score=score, group_size=sequence_length)
     return logits.shape[1] / top_k * loss
 
@@ -246,11 +207,12 @@ def importance_loss(
         mask: any shape of T elements, 0 for padding tokens.
         group: see above.
     """
-    _check.dimensions("ids", ids_TK, "[T, K]")
+    bins_TK = bins(ids_TK, num_experts)
+    _check.dimensions("weights", weights_TK, "[T, K]")
     _check.shape("weights", weights_TK, "[T, K]", tuple(ids_TK.shape))
-    ids = torch.where((ids_TK < 0) | (ids_TK > num_experts), num_experts, ids_TK).long()
-    gates = weights_TK.new_zeros(len(ids), num_experts + 1).scatter_add(1, ids, weights_TK)
-    return _variation(gates[:, :num_experts], mask, group)
+    _check.floats("weights", weights_TK)
+    gates_TE = weights_TK.new_zeros(len(ids_TK), num_experts + 1).scatter_add(1, bins_TK, weights_TK)
+    return _variation(gates_TE[:, :num_experts], mask, group)
 
 
 def load_loss(load_TE: Tensor, *, mask: Tensor | None = None, group: Any = None) -> Tensor:
@@ -264,6 +226,7 @@ def load_loss(load_TE: Tensor, *, mask: Tensor | None = None, group: Any = None)
         mask, group: see `importance_loss`.
     """
     _check.dimensions("load", load_TE, "[T, E]")
+    _check.floats("load", load_TE)
     return _variation(load_TE, mask, group)
 
 
@@ -292,13 +255,13 @@ def _balance(
     group_size: int | None = None,
 ) -> Tensor:
     """Sum over experts of f * P, f that of the group where there are groups."""
-    groups, size = _grouped(len(logits_TE), group_size)
+    groups, size = _check.groups("group_size", group_size, len(logits_TE))
     if load is None:
         load = Load.of(ids_TK, logits_TE.shape[1], mask=counts_T, group_size=group_size)
     if score == "sigmoid":  # sigmoid / sum of sigmoids, without underflow
         logits_TE = F.logsigmoid(logits_TE)
     elif score != "softmax":
-        logits_TE = _score(logits_TE, score).log()
+        logits_TE = scored(logits_TE, score).log()
     probabilities = logits_TE.softmax(-1) * counts_T[:, None]
     sums_GE = probabilities.view(groups, size, logits_TE.shape[1]).sum(1)
     return (load.frequency(sums_GE.dtype) * sums_GE).sum() / _denominator(counts_T, tokens)
@@ -306,10 +269,9 @@ def _balance(
 
 def _variation(values_TE: Tensor, mask: Tensor | None, group: Any) -> Tensor:
     """Squared coefficient of variation of the sums over tokens."""
-    _check.floats("weights", values_TE)
     values = values_TE.to(wide(values_TE.dtype))
     if mask is not None:
-        values = values.masked_fill(_counts(values, mask)[:, None] == 0, 0)
+        values = values.masked_fill(counted(values, mask)[:, None] == 0, 0)
     total_E = values.sum(0)
     if group is not None:
         # Scale does not matter: a mean over ranks, so that the mean of its gradients is the gradient.
@@ -328,21 +290,22 @@ def _pooled(logits: Layers, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         _check.floats("logits", layer)
         _check.shape("logits", layer, "[T, E]", (len(layer), layers[0].shape[1]))
     first = layers[0]
-    counts_T = torch.cat([_counts(layer, mask).to(first.device) for layer in layers])
+    counts_T = torch.cat([counted(layer, mask).to(first.device) for layer in layers])
     pooled = torch.cat([layer.to(first.device, wide(first.dtype)) for layer in layers])
     return pooled if mask is None else pooled.masked_fill(counts_T[:, None] == 0, 0), counts_T
 
 
 def _picks(layers: Layers, logits: Tensor, top_k: int, ids: Layers | None) -> Tensor:
     """int64 [T, K] of all layers as one."""
-    if not 1 <= top_k <= logits.shape[1]:
-        _check.wanted("top_k", top_k, f"1 to {logits.shape[1]}, the number of experts")
+    _check.top_k(top_k, logits.shape[1])
     if ids is None:
         return _largest(logits, top_k)
     picks = [ids] if isinstance(ids, Tensor) else list(ids)
     number = 1 if isinstance(layers, Tensor) else len(layers)
     if len(picks) != number:
         _check.wanted("ids", f"{len(picks)} layers", f"as many as logits, {number}")
+    for pick in picks:
+        _check.integers("ids", pick, "[T, K]")
     pooled = torch.cat([pick.to(logits.device) for pick in picks])
     _check.shape("ids", pooled, "[T, K]", (len(logits), top_k))
     return pooled
@@ -350,24 +313,6 @@ def _picks(layers: Layers, logits: Tensor, top_k: int, ids: Layers | None) -> Te
 
 def _largest(logits: Tensor, top_k: int) -> Tensor:
     return logits.detach().topk(top_k).indices
-
-
-def _counts(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """int64 [T], 1 for every row of a token that counts."""
-    if mask is None:
-        return torch.ones(len(rows), dtype=torch.int64, device=rows.device)
-    if mask.numel() != len(rows):
-        _check.wanted("mask", f"shape {tuple(mask.shape)}", f"{len(rows)} elements, one per token")
-    return (mask.reshape(-1) != 0).to(rows.device, torch.int64)
-
-
-def _grouped(tokens: int, group_size: int | None) -> tuple[int, int]:
-    """The number of groups and their size."""
-    if group_size is None:
-        return 1, tokens
-    if group_size < 1 or tokens % group_size:
-        _check.wanted("group_size", group_size, f"a divisor of {tokens}, the number of tokens")
-    return tokens // group_size, group_size
 
 
 def _denominator(counts_T: Tensor, tokens: int | Tensor | None) -> int | float | Tensor:

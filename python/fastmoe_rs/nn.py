@@ -1,4 +1,4 @@
-"""The Mixture-of-Experts layer as modules.
+"""The Mixture-of-Experts layer as a module, and what its forwards tell; all other modules are here too.
 
 Legend: T tokens, H hidden size, I intermediate size, E experts, K experts per token, C capacity of an expert.
 """
@@ -14,27 +14,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _check, functional, telemetry
-from .losses import Load
+from . import _check, telemetry
+from .experts import Experts, SharedExpert
+from .load import Load
 from .plan import RoutingPlan
-from .reference import GATED, UNGATED
-from .routers import Router, RouterOutput, uniform_
-from .routing import identity_weight
-from .strategies import (
+from .routers import (
     CapacityRouter,
     ExpertChoiceRouter,
     GShardRouter,
     HashRouter,
     NoisyTopKRouter,
     ProductKeyRouter,
+    Router,
+    RouterOutput,
     SharedRouter,
     SinkhornRouter,
     SparseMixerRouter,
     TokenRoundingRouter,
 )
+from .routing import identity_weight
 
 __all__ = [
     "CapacityRouter",
@@ -55,114 +55,6 @@ __all__ = [
     "TokenRoundingRouter",
     "collect_stats",
 ]
-
-
-class Experts(nn.Module):
-    """E gated MLPs: the weights that `functional.moe_mlp` takes.
-
-    Args:
-        hidden_size: H.
-        intermediate_size: I.
-        num_experts: E.
-        activation: see `functional.moe_mlp`.
-        bias: give both products of every expert a bias.
-
-    Parameters: w1 [E, 2I, H] ([E, I, H] when the activation has no gate), w2 [E, H, I]; with a bias b1
-    [E, 2I] and b2 [E, H].
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        num_experts: int,
-        *,
-        activation: str = "swiglu",
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        _check.positive(hidden_size=hidden_size, intermediate_size=intermediate_size, num_experts=num_experts)
-        width = _width(activation, intermediate_size)
-        self.activation = activation
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
-
-        self.w1 = parameter(width, hidden_size)
-        self.w2 = parameter(hidden_size, intermediate_size)
-        self.b1 = parameter(width) if bias else None
-        self.b2 = parameter(hidden_size) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weights of every expert as `nn.Linear` does; biases are 0."""
-        uniform_(self.w1)
-        uniform_(self.w2)
-        for bias in (self.b1, self.b2):
-            if bias is not None:
-                nn.init.zeros_(bias)
-
-    def forward(
-        self, x_TH: Tensor, ids_TK: Tensor | None, weights_TK: Tensor, plan: RoutingPlan | None = None
-    ) -> Tensor:
-        """[T, H]; see `functional.moe_mlp`."""
-        return functional.moe_mlp(
-            x_TH,
-            ids_TK,
-            weights_TK,
-            self.w1,
-            self.w2,
-            b1=self.b1,
-            b2=self.b2,
-            activation=self.activation,
-            plan=plan,
-        )
-
-    def extra_repr(self) -> str:
-        experts, hidden, intermediate = self.w2.shape
-        return (
-            f"{hidden}, {intermediate}, {experts}, activation={self.activation!r}, bias={self.b1 is not None}"
-        )
-
-
-class SharedExpert(nn.Module):
-    """The dense MLP that every token goes through, with the activation and layout of an expert."""
-
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        *,
-        activation: str = "swiglu",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        _check.positive(hidden_size=hidden_size, intermediate_size=intermediate_size)
-        self.activation = activation
-        width = _width(activation, intermediate_size)
-        self.w1 = nn.Parameter(torch.empty(width, hidden_size, device=device, dtype=dtype))
-        self.w2 = nn.Parameter(torch.empty(hidden_size, intermediate_size, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weights as `nn.Linear` does."""
-        uniform_(self.w1)
-        uniform_(self.w2)
-
-    def forward(self, x_TH: Tensor, weights_TS: Tensor | None = None) -> Tensor:
-        """[T, H] to [T, H]; with weights [T, S] that of S experts which share the hidden units evenly."""
-        hidden_TI = functional.activate(F.linear(x_TH, self.w1), self.activation)
-        if weights_TS is not None:
-            parts = hidden_TI.unflatten(1, (weights_TS.shape[1], -1))
-            hidden_TI = (parts * weights_TS[:, :, None].to(parts.dtype)).flatten(1)
-        return F.linear(hidden_TI, self.w2)
-
-    def extra_repr(self) -> str:
-        hidden, intermediate = self.w2.shape
-        return f"{hidden}, {intermediate}, activation={self.activation!r}"
 
 
 @dataclass(frozen=True)
@@ -198,7 +90,7 @@ class RoutingStats:
         return _dropped(self.router.ids, self.plan).sum() / self.routes.sum().clamp(min=1)
 
     @property
-    def entropy(self) -> Tensor:
+    def load_entropy(self) -> Tensor:
         """float32 scalar, see `telemetry.load_entropy`."""
         return telemetry.load_entropy(self.load)
 
@@ -248,8 +140,10 @@ class MoE(nn.Module):
         **routing: Any,
     ) -> None:
         super().__init__()
-        if capacity_factor is not None and capacity_factor <= 0:
-            _check.wanted("capacity_factor", capacity_factor, "None or more than 0")
+        _check.positive(num_experts=num_experts)
+        if capacity_factor is not None:
+            _check.capacity_factor(capacity_factor)
+        _check.whole("identity_experts", identity_experts)
         if identity_experts < 0:
             _check.wanted("identity_experts", identity_experts, "at least 0")
         if shared_gate and shared_intermediate_size is None:
@@ -293,6 +187,8 @@ class MoE(nn.Module):
         """
         self._check_input(x)
         x_TH = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        if plan is not None and not isinstance(plan, RoutingPlan):
+            _check.wanted("plan", type(plan).__name__, "a RoutingPlan", TypeError)
         given = () if plan is None else (plan.ids,)
         router = RouterOutput.of(self.router(x_TH, *given, **inputs))
         if plan is None:
@@ -314,6 +210,10 @@ class MoE(nn.Module):
             y_TH = y_TH + self.shared(x_TH, weights_TS)
         y = y_TH if x.ndim == 2 else y_TH.reshape(x.shape)
         return (y, stats) if return_stats else y
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are not watched, and nobody collects from them."""
+        return {**self.__dict__, "counters": None, "kept": None}
 
     def stats(self) -> telemetry.Stats:
         """How the layer routed since it is watched, or since the last reset; see `fastmoe_rs.watch`.
@@ -358,6 +258,16 @@ class MoE(nn.Module):
         return "" if self.capacity_factor is None else f"capacity_factor={self.capacity_factor}"
 
 
+def moe_layers(model: nn.Module) -> dict[str, MoE]:
+    """The `MoE` layers of a model by module name.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    _check.module("model", model)
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+
+
 @contextmanager
 def collect_stats(model: nn.Module) -> Iterator[list[RoutingStats]]:
     """Within the block, keep the `RoutingStats` of every forward of a `MoE` in `model`, in their order.
@@ -380,7 +290,7 @@ def collect_stats(model: nn.Module) -> Iterator[list[RoutingStats]]:
     Warns:
         RuntimeWarning: in training, a router that learns ran without a graph.
     """
-    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    layers = list(moe_layers(model).values())
     if not layers:
         _check.wanted("model", type(model).__name__, "a module with nn.MoE layers")
     routed: list[RoutingStats] = []
@@ -397,8 +307,3 @@ def collect_stats(model: nn.Module) -> Iterator[list[RoutingStats]]:
 def _dropped(ids_TK: Tensor, plan: RoutingPlan) -> Tensor:
     """bool [T, K], routes that asked for an expert and were not served."""
     return (plan.inverse < 0) & (ids_TK >= 0) & (ids_TK < plan.num_experts)
-
-
-def _width(activation: str, intermediate_size: int) -> int:
-    _check.one_of("activation", activation, GATED + UNGATED)
-    return 2 * intermediate_size if activation in GATED else intermediate_size

@@ -1,6 +1,6 @@
 """`python -m fastmoe_rs params`: the size of a model, beside that of a dense one that is as fast.
 
-Active parameters are those that one token uses (`counting.Count.active`), both embedding tables in full among
+Active parameters are those that one token uses (`size.Count.active`), both embedding tables in full among
 them. A published figure is held against that, or against what its publisher says to count: OpenAI leaves out
 the table of input embeddings. Where a publisher says nothing, no definition is sought that fits.
 """
@@ -13,7 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .counting import BITS, Count, count
+from .counting import count, read_config
+from .size import BITS, Count
 
 GIGA = 1e9
 LEGEND = (
@@ -49,19 +50,14 @@ def load(model: str) -> tuple[str, dict[str, Any]]:
             "/" and what follows the beginning of the name do not matter.
 
     Raises:
-        UnknownModel: it is none of these, or the file is no JSON object.
+        UnknownModel: it is none of these.
+        ValueError: the file is no JSON object.
     """
     path = Path(model)
     if path.is_dir():
         path /= "config.json"
     if path.is_file():
-        try:
-            config = json.loads(path.read_text())
-        except ValueError as error:
-            raise UnknownModel(f"{path} is not JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise UnknownModel(f"{path} holds a {type(config).__name__}, wanted a JSON object")
-        return str(path), {"config": config}
+        return str(path), {"config": read_config(path)}
     wanted = model.rpartition("/")[2].lower()
     matches = [name for name in presets() if wanted and name.lower().startswith(wanted)]
     exact = [name for name in matches if name.lower() == wanted]

@@ -111,6 +111,7 @@ class RoutingPlan:
         with a trimmed plan takes no memory for the rest. Cutting off rows in use raises ValueError where the
         plan is used.
         """
+        _whole("rows", rows)
         if rows < 0:
             raise ValueError(f"rows: got {rows}, wanted at least 0")
         weights = None if self.weights is None else self.weights[:rows]
@@ -159,6 +160,11 @@ def _of_torch(array: Array) -> Array:
     return from_dlpack(array)
 
 
+def _whole(name: str, value: object) -> None:
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: got {value!r}, wanted a whole number")
+
+
 def _dtype(array: Array) -> str:
     return str(array.dtype).removeprefix("torch.")
 
@@ -180,8 +186,11 @@ def _checked(
         raise TypeError(f"ids: got dtype {_dtype(ids)}, wanted int64 or int32")
     if ids.ndim != 2 or ids.shape[1] == 0:
         raise ValueError(f"ids: got shape {tuple(ids.shape)}, wanted [T, K] with K >= 1")
+    _whole("num_experts", num_experts)
     if num_experts < 1:
         raise ValueError(f"num_experts: got {num_experts}, wanted at least 1")
+    if capacity is not None:
+        _whole("capacity", capacity)
     if capacity is not None and capacity < 0:
         raise ValueError(f"capacity: got {capacity}, wanted None or at least 0")
     if drop not in ("position", "score"):

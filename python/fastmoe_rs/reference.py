@@ -27,6 +27,18 @@ from torch import Tensor
 
 from .plan import RoutingPlan
 
+__all__ = [
+    "Routing",
+    "activate",
+    "grouped_mm",
+    "moe_mlp",
+    "permute",
+    "plan",
+    "route",
+    "route_weights",
+    "unpermute",
+]
+
 
 class Routing(NamedTuple):
     """What a router decides: `ids` int64 [T, K], `weights` [T, K], and `scores` [T, E] of all experts."""
@@ -55,7 +67,7 @@ def route(
 ) -> Routing:
     """Pick K experts for every token; see `fastmoe_rs.functional.route`."""
     logits = _soft_cap(logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)), softcap)
-    scores = _score(logits, score)
+    scores = scored(logits, score)
     key = logits  # scores grow with logits, and logits are not rounded
     if bias is not None or n_group > 1:
         key = scores if order == "score_topk" else logits
@@ -63,7 +75,7 @@ def route(
         key = key + bias.to(logits.dtype)
     if n_group > 1:
         key = _limit_groups(key.detach(), n_group, topk_group, group_score, group_losers)
-    ids = _descending(key.detach())[:, :top_k]
+    ids = descending(key.detach())[:, :top_k]
     weights = route_weights(
         logits,
         ids,
@@ -94,9 +106,9 @@ def route_weights(
     unpicked = (ids_TK < 0) | (ids_TK >= logits.shape[1])
     ids = ids_TK.masked_fill(unpicked, 0)
     if order == "score_topk":
-        weights = _score(logits, score).gather(1, ids)
+        weights = scored(logits, score).gather(1, ids)
     else:
-        weights = _score(logits.gather(1, ids).masked_fill(unpicked, -torch.inf), score)
+        weights = scored(logits.gather(1, ids).masked_fill(unpicked, -torch.inf), score)
     weights = weights.masked_fill(unpicked, 0)
     if renormalize:
         weights = weights / (weights.sum(dim=1, keepdim=True) + renormalize_eps)
@@ -108,7 +120,7 @@ def _soft_cap(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else (logits / cap).tanh() * cap
 
 
-def _score(logits: Tensor, score: str) -> Tensor:
+def scored(logits: Tensor, score: str) -> Tensor:
     if score == "softmax":
         return logits.softmax(dim=-1)
     if score == "sigmoid":
@@ -123,15 +135,15 @@ def _limit_groups(
     """The keys, with those of the experts outside of the best groups overwritten."""
     tokens, experts = key_TE.shape
     members = key_TE.reshape(tokens * n_group, experts // n_group)
-    best = _descending(members)[:, : 1 if group_score == "max" else 2]
+    best = descending(members)[:, : 1 if group_score == "max" else 2]
     worth = members.gather(1, best).sum(dim=1).view(tokens, n_group)
-    winners = _descending(worth)[:, :topk_group]
+    winners = descending(worth)[:, :topk_group]
     lost = torch.ones_like(worth, dtype=torch.bool).scatter(1, winners, False)
     lost = lost.repeat_interleave(experts // n_group, dim=1)
     return key_TE.masked_fill(lost, -torch.inf if group_losers == "-inf" else 0.0)
 
 
-def _descending(values_TE: Tensor) -> Tensor:
+def descending(values_TE: Tensor) -> Tensor:
     """Column numbers of every row by value, largest first; ties by column number, NaN last."""
     number = values_TE.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     order = number.argsort(dim=1, descending=True, stable=True)
@@ -162,7 +174,7 @@ def plan(
         if drop == "position" or weights is None:
             queue = torch.arange(rows, device=ids_TK.device)
         else:
-            queue = _descending(weights.detach().reshape(1, -1))[0]
+            queue = descending(weights.detach().reshape(1, -1))[0]
         queue = queue[expert[queue].argsort(stable=True)]
         start = torch.searchsorted(
             expert[queue].contiguous(), torch.arange(num_experts + 1, device=ids_TK.device)

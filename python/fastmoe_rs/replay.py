@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .layers import hf_routers, moe_layers, routers, routing
+from .layers import hf_routers, observe, routers, routing
+from .nn import moe_layers
 from .plan import RoutingPlan
 
 
@@ -37,21 +38,19 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, RoutingPlan]]:
     """
     recorded: dict[str, RoutingPlan] = {}
     ours = moe_layers(model)
+    theirs = {name: router for name, router in routers(model).items() if name not in ours}
+
+    def keep_ids(name: str, ids_TK: Tensor, logits_TE: Tensor) -> None:
+        recorded[name] = RoutingPlan.from_ids(ids_TK, logits_TE.shape[1])
+
     with ExitStack() as hooks:
-        for name, router in routers(model).items():
+        hooks.callback(observe(theirs, keep_ids))
+        for name, moe in ours.items():
 
             def keep_plan(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
                 recorded[name] = kwargs["plan"]
 
-            def keep_ids(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                ids_TK, logits_TE = routing(output)
-                recorded[name] = RoutingPlan.from_ids(ids_TK, logits_TE.shape[1])
-
-            if name in ours:
-                handle = ours[name].experts.register_forward_pre_hook(keep_plan, with_kwargs=True)
-            else:
-                handle = router.register_forward_hook(keep_ids)
-            hooks.callback(handle.remove)
+            hooks.callback(moe.experts.register_forward_pre_hook(keep_plan, with_kwargs=True).remove)
         yield recorded
 
 

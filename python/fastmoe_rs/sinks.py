@@ -12,6 +12,8 @@ from typing import Any
 
 from .telemetry import Record
 
+__all__ = ["Heatmap", "JsonLines", "TensorBoard", "draw_load"]
+
 MAX_COLUMNS = 120  # of a heatmap; more steps than that are averaged
 
 

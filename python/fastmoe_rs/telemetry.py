@@ -27,8 +27,22 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .load import bins, counted
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+__all__ = [
+    "Counters",
+    "ExpertCollapseWarning",
+    "Stats",
+    "Watch",
+    "collapse",
+    "load",
+    "load_entropy",
+    "max_vio",
+    "watch",
+]
 
 Record: TypeAlias = dict[str, Any]
 Sink: TypeAlias = Callable[[int, dict[str, Record]], None]
@@ -93,8 +107,10 @@ def max_vio(load_E: Tensor) -> Tensor:
 
 
 def load_entropy(load_E: Tensor) -> Tensor:
-    """float32 scalar, the entropy of the load over that of an even load: 1 even, 0 all on one expert."""
-    return torch.special.entr(load_E).sum() / max(math.log(len(load_E)), 1e-20)
+    """float32 scalar, the entropy of the load over that of an even load: 1 even, 0 all on one of several
+    experts; the load of a single expert is even."""
+    experts = len(load_E)
+    return torch.special.entr(load_E).sum() / math.log(experts) if experts > 1 else load_E.sum()
 
 
 class Counters:
@@ -121,25 +137,17 @@ class Counters:
         """
         if recomputing():
             return
-        tokens, top_k = ids_TK.shape
-        if self.mask is None:
-            mask_T = torch.ones(tokens, dtype=torch.int64, device=ids_TK.device)
-        elif self.mask.numel() == tokens:
-            mask_T = (self.mask.reshape(-1) != 0).to(ids_TK.device, torch.int64)
-        else:
-            raise ValueError(
-                f"mask: got shape {tuple(self.mask.shape)}, wanted {tokens} elements, one per token"
-            )
-        mask_TK = mask_T[:, None].expand(tokens, top_k)
-        others = len(self.routes) - 1
-        ids = torch.where((ids_TK < 0) | (ids_TK > others), others, ids_TK).long()
-        self.routes.scatter_add_(0, ids.reshape(-1), mask_TK.reshape(-1))
-        dropped = 0 * mask_T.sum() if dropped_TK is None else (mask_TK * dropped_TK).sum()
-        self.counts.add_(torch.stack((mask_T.sum(), dropped)))
+        counts_T = counted(ids_TK, self.mask)
+        counts_TK = counts_T[:, None].expand(ids_TK.shape)
+        bins_TK = bins(ids_TK, len(self.routes) - 1)
+        self.routes.scatter_add_(0, bins_TK.reshape(-1), counts_TK.reshape(-1))
+        tokens = counts_T.sum()
+        dropped = torch.zeros_like(tokens) if dropped_TK is None else (counts_TK * dropped_TK).sum()
+        self.counts.add_(torch.stack((tokens, dropped)))
         logits_TE = logits_TE.float()
         entropy_T = torch.special.entr(logits_TE.softmax(-1)).sum(-1)
         both_2T = torch.stack((entropy_T, logits_TE.norm(dim=-1)))
-        self.sums.add_(torch.where(mask_T != 0, both_2T, 0.0).sum(1))
+        self.sums.add_(torch.where(counts_T != 0, both_2T, 0.0).sum(1))
 
     def stats(self) -> Stats:
         """What was counted since the last reset."""
@@ -149,7 +157,7 @@ class Counters:
             routes=routes,
             tokens=tokens,
             dropped=dropped / routes.sum().clamp(min=1),
-            router_entropy=entropy / max(math.log(len(routes)), 1e-20),
+            router_entropy=entropy / math.log(max(len(routes), 2)),
             logit_norm=norm,
         )
 
@@ -166,8 +174,12 @@ class Watch:
 
     def __init__(self, counters: dict[str, Counters], release: Callable[[], None]) -> None:
         self.counters = counters
-        self.close = release
+        self._release = release
         self._warned: set[str] = set()
+
+    def close(self) -> None:
+        """Stop counting; what was counted can still be read."""
+        self._release()
 
     def stats(self) -> dict[str, Stats]:
         """What each layer did since the last reset; nothing waits for the device."""
@@ -250,12 +262,14 @@ def watch(model: nn.Module) -> Watch:
         ValueError: `model` has no Mixture-of-Experts layer, or a `nn.MoE` that is watched already.
     """
     from . import layers
+    from .nn import moe_layers
 
     routers = layers.routers(model)
-    ours = layers.moe_layers(model)
+    ours = moe_layers(model)
     if watched := [name for name, moe in ours.items() if moe.counters is not None]:
         raise ValueError(f"model: {watched[0]!r} is watched already, close that watch first")
-    counters, hooks = {}, []
+    theirs = {name: router for name, router in routers.items() if name not in ours}
+    counters = {}
     for name, router in routers.items():
         if name in ours:
             device = next(ours[name].parameters()).device
@@ -263,15 +277,10 @@ def watch(model: nn.Module) -> Watch:
         else:
             weight = [parameter for parameter in router.parameters() if parameter.ndim == 2][-1]
             counters[name] = Counters(weight.shape[0], weight.device)
-
-            def count(module: nn.Module, args: Any, output: Any, counters: Counters = counters[name]) -> None:
-                counters.add(*layers.routing(output))
-
-            hooks.append(router.register_forward_hook(count))
+    end = layers.observe(theirs, lambda name, *routed: counters[name].add(*routed))
 
     def release() -> None:
-        for hook in hooks:
-            hook.remove()
+        end()
         for moe in ours.values():
             moe.counters = None
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from . import _check
 from .kernels import wide
-from .layers import moe_layers
-from .nn import MoE, Router, SharedExpert
+from .nn import MoE, Router, SharedExpert, moe_layers
 from .reference import GATED
 
 __all__ = ["DenseMLP", "copy_experts", "dense_mlp", "is_dense_mlp", "upcycle", "upcycle_model"]
@@ -43,12 +42,7 @@ def dense_mlp(mlp: nn.Module) -> DenseMLP:
     """
     if isinstance(mlp, SharedExpert):
         return DenseMLP(mlp.w1, mlp.w2, None, None, mlp.activation)
-    projections = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    linears = [layer for layer in projections if isinstance(layer, nn.Linear)]
-    if len(linears) < 3:
-        wanted = "a SharedExpert, or a module with linear gate_proj, up_proj and down_proj"
-        _check.wanted("mlp", type(mlp).__name__, wanted, TypeError)
-    gate, up, down = linears
+    gate, up, down = _projections(mlp)
     b1 = None if gate.bias is None else torch.cat([gate.bias, up.bias])
     return DenseMLP(torch.cat([gate.weight, up.weight]), down.weight, b1, down.bias, _activation(mlp))
 
@@ -197,10 +191,19 @@ def upcycle_model(model: nn.Module, num_experts: int, top_k: int, *, every: int 
 def is_dense_mlp(module: nn.Module) -> bool:
     """Whether `dense_mlp` reads it."""
     try:
-        dense_mlp(module)
+        return isinstance(module, SharedExpert) or bool(_projections(module) and _activation(module))
     except (TypeError, ValueError):
         return False
-    return True
+
+
+def _projections(mlp: nn.Module) -> list[nn.Linear]:
+    """Gate, up and down of a transformers MLP."""
+    projections = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    linears = [layer for layer in projections if isinstance(layer, nn.Linear)]
+    if len(linears) < 3:
+        wanted = "a SharedExpert, or a module with linear gate_proj, up_proj and down_proj"
+        _check.wanted("mlp", type(mlp).__name__, wanted, TypeError)
+    return linears
 
 
 def _activation(mlp: Any) -> str:

@@ -16,7 +16,6 @@ Legend: H hidden size, I intermediate size, E experts.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -27,14 +26,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..counting import EXPERTS, read_config
 from .examine import detect, examine, prefix_of
 from .files import Output, Reader, data, write_file, write_folder
 from .layout import LAYOUTS, Layer, Layout, Spec, converted, layout
 
 __all__ = ["LAYOUTS", "Report", "convert_checkpoint", "convert_state_dict"]
 
-# The names that configurations have for E.
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Weights in any form, which are converted or left behind.
 _WEIGHTS = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack")
 
@@ -173,14 +171,9 @@ def _configured(source: Path) -> int | None:
     path = source / "config.json"
     if not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: got a {type(config).__name__}, wanted a JSON object")
+    config = read_config(path)
     for scope in (config, *(nested for nested in config.values() if isinstance(nested, dict))):
-        for name in _EXPERTS:
+        for name in EXPERTS:
             if isinstance(scope.get(name), int):
                 return scope[name]
     return None

@@ -49,8 +49,7 @@ def upcycle_pretrained(
         ValueError: `model` is of another family, or has weights that have no place in the other one (biases),
             or windows of attention that the other one would lay out in another way.
     """
-    if not 1 <= top_k <= num_experts:
-        _check.wanted("top_k", top_k, f"1 to {num_experts}, the number of experts")
+    _check.top_k(top_k, num_experts)
     size = model.config.intermediate_size
     config = _converted(
         model,

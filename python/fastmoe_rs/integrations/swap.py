@@ -8,10 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .. import _native
-from .._check import DEVICES
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from .. import _check, _native
+from .._check import DEVICES, DTYPES
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,8 +31,7 @@ def accelerate(model: Model) -> Model:
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+    _check.module("model", model)
     try:
         _switch(model)
     except _CannotServe as reason:

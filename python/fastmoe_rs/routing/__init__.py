@@ -9,6 +9,7 @@ Legend: T tokens, H hidden size, E experts, K experts per token, C capacity of a
 from .balance import update_selection_bias
 from .capacity import drop_over_capacity, gshard_route
 from .expert_choice import expert_choice_route
+from .given import route_given
 from .hashed import hash_route, hash_table
 from .noise import gumbel, input_jitter, logit_noise, normal, uniform
 from .noisy_topk import NoisyRouting, noisy_top_k_route
@@ -35,6 +36,7 @@ __all__ = [
     "normal",
     "product_key_route",
     "round_tokens",
+    "route_given",
     "route_with_shared",
     "sinkhorn",
     "sinkhorn_route",

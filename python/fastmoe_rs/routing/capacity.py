@@ -12,10 +12,11 @@ from torch import Tensor
 from .. import _check, functional
 from ..functional import Routing
 from ..plan import RoutingPlan
-from ..reference import _descending
+from ..reference import descending
 from .noise import Seed, gumbel, uniform
 
 QUEUES = ("token", "choice", "batch", "score")
+SECONDS = ("all", "random", "sampling")
 
 
 def drop_over_capacity(
@@ -44,9 +45,9 @@ def drop_over_capacity(
     _check.one_of("queue", queue, QUEUES)
     _check.tensor("ids", ids_TK, "[T, K]")
     tokens, top_k = ids_TK.shape
-    group_size = max(tokens, 1) if group_size is None else group_size
-    if group_size < 1 or tokens % group_size:
-        _check.wanted("group_size", group_size, f"a divisor of {tokens}, the number of tokens")
+    groups, size = _check.groups("group_size", group_size, tokens)
+    if weights is not None:
+        _check.shape("weights", weights, "[T, K]", (tokens, top_k))
     rows_TK = torch.arange(ids_TK.numel(), device=ids_TK.device).view(tokens, top_k)
     if queue == "token":
         rows = rows_TK
@@ -55,17 +56,15 @@ def drop_over_capacity(
     elif weights is None:
         _check.wanted("weights", None, f"weights [T, K], by which queue={queue!r} is ordered")
     elif queue == "batch":
-        rows = rows_TK[_descending(weights.detach().amax(dim=1)[None])[0]].T
+        rows = rows_TK[descending(weights.detach().amax(dim=1)[None])[0]].T
     else:
-        rows = _descending(weights.detach().reshape(1, -1))[0]
+        rows = descending(weights.detach().reshape(1, -1))[0]
     rows = rows.reshape(-1)
-    group = torch.arange(tokens, device=ids_TK.device)[:, None] // group_size
+    group = torch.arange(tokens, device=ids_TK.device)[:, None] // max(size, 1)
     is_expert = (ids_TK >= 0) & (ids_TK < num_experts)
     seats = (group * num_experts + ids_TK).masked_fill(~is_expert, -1).reshape(-1)
-    groups = max(tokens // group_size, 1)
-    plan = RoutingPlan.from_ids(
-        seats[rows, None], groups * num_experts, capacity=capacity, out_of_range="drop"
-    )
+    rooms = max(groups, 1) * num_experts
+    plan = RoutingPlan.from_ids(seats[rows, None], rooms, capacity=capacity, out_of_range="drop")
     seated = torch.empty_like(is_expert.view(-1)).scatter(0, rows, plan.inverse[:, 0] >= 0)
     return ids_TK.masked_fill(~seated.view(tokens, top_k), -1)
 
@@ -115,7 +114,7 @@ def gshard_choice(
     logits_TE: Tensor, *, second: str, renormalize: bool, training: bool, seed: Seed
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two experts a token, the same with -1 for second ones given up, weights [T, 2], scores [T, E]."""
-    _check.one_of("second", second, ("all", "random", "sampling"))
+    _check.one_of("second", second, SECONDS)
     ids, _, scores = functional.route(logits_TE, 2)
     if training and second == "sampling":
         first = ids[:, :1]

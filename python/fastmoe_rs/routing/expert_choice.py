@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _check, functional
 from ..functional import Routing
-from ..reference import _descending
+from ..reference import descending
 
 
 def expert_choice_route(logits_TE: Tensor, capacity: int, *, score: str = "softmax") -> Routing:
@@ -26,10 +26,11 @@ def expert_choice_route(logits_TE: Tensor, capacity: int, *, score: str = "softm
         scores of the routes taken and else 0; scores [T, E]. The plan, of E * min(C, T) rows, is
         `RoutingPlan.from_ids(ids, E, out_of_range="drop").trimmed(E * C)`.
     """
+    _check.whole("capacity", capacity)
     if capacity < 0:
         _check.wanted("capacity", capacity, "at least 0")
     scores = functional.route(logits_TE, 1, score=score).scores
-    best_EC = _descending(scores.detach().T)[:, :capacity]
+    best_EC = descending(scores.detach().T)[:, :capacity]
     taken = torch.zeros_like(scores.T, dtype=torch.bool).scatter(1, best_EC, True).T
     ids = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape)
     return Routing(ids.where(taken, -1), scores.masked_fill(~taken, 0), scores)

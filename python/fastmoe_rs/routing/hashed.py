@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _check, functional
+from .. import _check
 from ..functional import Routing
+from .given import route_given
 from .noise import uniform
 
 
@@ -17,8 +18,7 @@ def hash_table(
 ) -> Tensor:
     """int64 [vocab_size, K]: for every token of the vocabulary K different experts, at random."""
     _check.positive(vocab_size=vocab_size, num_experts=num_experts)
-    if not 1 <= top_k <= num_experts:
-        _check.wanted("top_k", top_k, f"1 to {num_experts}, the number of experts")
+    _check.top_k(top_k, num_experts)
     shape = torch.empty(vocab_size, num_experts, device=device)
     return uniform(shape, seed=seed).argsort(dim=1, stable=True)[:, :top_k].contiguous()
 
@@ -35,12 +35,14 @@ def hash_route(logits_TE: Tensor, table_VK: Tensor, token_ids: Tensor, **options
     Returns:
         ids int64 [T, K]; weights [T, K] and scores [T, E], differentiable in the logits.
     """
+    return route_given(logits_TE, look_up(table_VK, token_ids, len(logits_TE)), **options)
+
+
+def look_up(table_VK: Tensor, token_ids: Tensor, tokens: int) -> Tensor:
+    """int64 [T, K], the rows of the table for token_ids of T elements."""
     _check.tensor("table", table_VK, "[V, K]")
-    if token_ids.numel() != logits_TE.shape[0]:
-        _check.wanted(
-            "token_ids", f"shape {tuple(token_ids.shape)}", f"{logits_TE.shape[0]} elements, one per token"
-        )
-    ids = table_VK[token_ids.reshape(-1)].long()
-    weights = functional.route_weights(logits_TE, ids, **options)
-    of_all = {name: options[name] for name in ("score", "softcap") if name in options}
-    return Routing(ids, weights, functional.route(logits_TE, 1, **of_all).scores)
+    _check.torch_tensor("token_ids", token_ids, "of one element per token")
+    if token_ids.numel() != tokens:
+        wanted = f"{tokens} elements, one per token"
+        _check.wanted("token_ids", f"shape {tuple(token_ids.shape)}", wanted)
+    return table_VK[token_ids.reshape(-1)].long()

@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _check
+from ..kernels import wide
+
 Seed = int | Tensor | None
 
 _WORD = 0xFFFFFFFF
@@ -24,12 +27,13 @@ def uniform(like: Tensor, *, seed: Seed = None, stream: int = 0) -> Tensor:
         seed: an int from 0 to 2^32 - 1, an integer tensor of one element, or None for torch's generator.
         stream: tells apart several draws under one seed.
     """
-    dtype = torch.promote_types(like.dtype, torch.float32)
+    dtype = wide(like.dtype)
     if seed is None:
         return torch.rand(like.shape, dtype=dtype, device=like.device)
     index = torch.arange(like.numel(), device=like.device).view(like.shape)
     if isinstance(seed, int):  # filled in on the device, where a copy would make a GPU wait
         seed = torch.full((), seed, device=like.device, dtype=torch.int64)
+    _check.torch_tensor("seed", seed, "of one element, a whole number or None")
     seed = seed.to(like.device, torch.int64).reshape(())
     word = _hash(_hash(index) + _hash(_hash(seed) + stream))
     return ((word >> 9) + 0.5).to(dtype) * 2.0**-23
@@ -38,7 +42,7 @@ def uniform(like: Tensor, *, seed: Seed = None, stream: int = 0) -> Tensor:
 def normal(like: Tensor, *, seed: Seed = None, stream: int = 0) -> Tensor:
     """Numbers from the standard normal distribution; arguments as for `uniform`."""
     if seed is None:
-        dtype = torch.promote_types(like.dtype, torch.float32)
+        dtype = wide(like.dtype)
         return torch.randn(like.shape, dtype=dtype, device=like.device)
     return torch.erfinv(2 * uniform(like, seed=seed, stream=stream) - 1) * 2**0.5
 
@@ -46,7 +50,7 @@ def normal(like: Tensor, *, seed: Seed = None, stream: int = 0) -> Tensor:
 def gumbel(like: Tensor, *, seed: Seed = None, stream: int = 0) -> Tensor:
     """Numbers from the standard Gumbel distribution; arguments as for `uniform`."""
     if seed is None:
-        dtype = torch.promote_types(like.dtype, torch.float32)
+        dtype = wide(like.dtype)
         return -torch.empty(like.shape, dtype=dtype, device=like.device).exponential_().log()
     return -(-uniform(like, seed=seed, stream=stream).log()).log()
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import functional
+from .. import _check, functional
+from ..kernels import wide
 from .noise import Seed, normal
 
 
@@ -45,9 +46,11 @@ def noisy_top_k_route(
         the expert would be picked if its own noise were drawn again (eq. 8 and 9). Without noise, or when
         K = E, load is 1 for the picked experts and 0 for others.
     """
-    wide = torch.promote_types(logits_TE.dtype, torch.float32)
-    clean = logits_TE.to(wide)
-    std = F.softplus(noise_logits_TE.to(wide)) + noise_epsilon
+    _check.floating("logits", logits_TE, "[T, E]")
+    _check.floating("noise_logits", noise_logits_TE, "[T, E]")
+    _check.shape("noise_logits", noise_logits_TE, "[T, E]", tuple(logits_TE.shape))
+    clean = logits_TE.to(wide(logits_TE.dtype))
+    std = F.softplus(noise_logits_TE.to(clean.dtype)) + noise_epsilon
     noisy = clean + normal(clean, seed=seed) * std if training else clean
     ids, weights, scores = functional.route(noisy, top_k, order="topk_score")
     picked = torch.zeros_like(noisy).scatter(1, ids, 1.0)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check, functional
+from ..kernels import wide
 
 
 class SharedRouting(NamedTuple):
@@ -39,9 +40,12 @@ def route_with_shared(
         bias: [E], added to the scores for the choice only.
         ids_TK: weigh these picks, made before.
     """
+    _check.floating("logits", logits_TE, "[T, E + S]")
     _check.positive(num_shared=num_shared)
     experts = logits_TE.shape[1] - num_shared
-    logits = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    if experts < 1:
+        _check.wanted("num_shared", num_shared, f"less than the {logits_TE.shape[1]} columns of logits")
+    logits = logits_TE.to(wide(logits_TE.dtype))
     routed, shared = logits.split([experts, num_shared], dim=1)
     ids, _, scores = functional.route(routed, top_k, score="sigmoid", bias=bias)
     ids = ids if ids_TK is None else ids_TK.long()

@@ -5,11 +5,11 @@ S-BASE (Clark et al. 2022, arXiv:2202.01169), as in Megatron-LM.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import functional
+from .. import _check, functional
 from ..functional import Routing
+from ..kernels import wide
 
 
 def sinkhorn(logits_TE: Tensor, iterations: int = 30) -> Tensor:
@@ -19,7 +19,9 @@ def sinkhorn(logits_TE: Tensor, iterations: int = 30) -> Tensor:
         logits_TE: [T, E].
         iterations: how often rows, then columns are scaled; a fixed number needs no look from the host.
     """
-    plan = logits_TE.detach().to(torch.promote_types(logits_TE.dtype, torch.float32))
+    _check.floating("logits", logits_TE, "[T, E]")
+    _check.positive(iterations=iterations)
+    plan = logits_TE.detach().to(wide(logits_TE.dtype))
     for _ in range(iterations):  # in logarithms, so that no exponential overflows
         plan = plan.log_softmax(dim=1)
         plan = plan.log_softmax(dim=0)
@@ -41,9 +43,13 @@ def sinkhorn_route(
     Returns:
         ids int64 [T, K]; weights [T, K] and scores [T, E], differentiable in the logits.
     """
-    score = score or ("sigmoid" if top_k == 1 else "softmax")
-    ids, weights, scores = functional.route(logits_TE, top_k, score=score)
+    ids, weights, scores = functional.route(logits_TE, top_k, score=score or default_score(top_k))
     if training:
         ids = functional.route(sinkhorn(logits_TE, iterations).log(), top_k).ids
         weights = scores.gather(1, ids)
     return Routing(ids, weights, scores)
+
+
+def default_score(top_k: int) -> str:
+    """What Megatron scores by."""
+    return "sigmoid" if top_k == 1 else "softmax"

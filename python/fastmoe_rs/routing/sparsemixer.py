@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _check
 from ..functional import Routing
+from ..kernels import wide
 from .noise import Seed, gumbel, uniform
 
 
@@ -14,7 +15,7 @@ def sparsemixer_route(
     logits_TE: Tensor,
     top_k: int,
     *,
-    jitter: float = 0.01,
+    nearness: float = 0.01,
     training: bool = True,
     seed: Seed = None,
     ids_TK: Tensor | None = None,
@@ -22,14 +23,14 @@ def sparsemixer_route(
     """K picks, one after the other, each weighed by a softmax over the experts that could have been picked.
 
     An expert can be picked when it was not before and its logit s is near the largest one m of those left:
-    (m - s) / max(|s|, m) <= 2 * jitter. In training the pick is a sample from that softmax and not the
+    (m - s) / max(|s|, m) <= 2 * nearness. In training the pick is a sample from that softmax and not the
     largest. A sample that is not the largest has its weight multiplied by 0.3333 in three of four cases,
     Heun's third-order method of estimating the gradient; the gradient itself is that of the softmax alone.
 
     Args:
         logits_TE: [T, E].
         top_k: K, 1 to E.
-        jitter: how near the largest is near enough.
+        nearness: how near the largest is near enough, `jitter_eps` in GRIN.
         training: sample; False picks the largest.
         seed: see `noise`.
         ids_TK: weigh these picks, made before, as out of training.
@@ -38,16 +39,17 @@ def sparsemixer_route(
         ids int64 [T, K]; weights [T, K], which do not sum to 1, and scores [T, E], the softmax of all logits.
     """
     _check.floating("logits", logits_TE, "[T, E]")
-    if not 1 <= top_k <= logits_TE.shape[1]:
-        _check.wanted("top_k", top_k, f"1 to {logits_TE.shape[1]}, the number of experts")
-    logits = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    if not nearness >= 0:
+        _check.wanted("nearness", nearness, "at least 0")
+    _check.top_k(top_k, logits_TE.shape[1])
+    logits = logits_TE.to(wide(logits_TE.dtype))
     training = training and ids_TK is None
     taken = torch.zeros_like(logits, dtype=torch.bool)
     ids, weights = [], []
     for pick in range(top_k):
         with torch.no_grad():
             largest = logits.masked_fill(taken, -torch.inf).amax(dim=1, keepdim=True)
-            far = (largest - logits) / logits.abs().clamp(min=largest) > 2 * jitter
+            far = (largest - logits) / logits.abs().clamp(min=largest) > 2 * nearness
         candidates = logits.masked_fill(taken | far, -torch.inf)
         probabilities = candidates.softmax(dim=1)
         best = candidates.argmax(dim=1, keepdim=True)

@@ -6,7 +6,7 @@ import torch
 
 from .. import _check
 from ..functional import Routing
-from ..reference import _descending
+from ..reference import descending
 
 ROUNDINGS = ("nearest", "up", "down")
 
@@ -37,7 +37,7 @@ def round_tokens(routing: Routing, tile: int, *, rounding: str = "nearest") -> R
     rounded = (counts + extra) // tile * tile
     rounded = rounded.where(rounded <= tokens, tokens // tile * tile)
     # Chosen tokens first, by score; then the others, by score.
-    by_score = _descending(scores.detach().T)
+    by_score = descending(scores.detach().T)
     order = by_score.gather(1, (~chosen.T).gather(1, by_score).int().argsort(dim=1, stable=True))
     places = torch.arange(tokens, device=order.device).expand_as(order)
     rank = torch.empty_like(order).scatter(1, order, places)

@@ -1,8 +1,4 @@
-"""The router of `nn.MoE` as a module: a linear layer that gives logits, and a choice of experts by them.
-
-A router of your own for `nn.MoE` is any module that takes x [T, H], and ids [T, K] to be weighed instead of
-choosing when a recorded routing is replayed, and returns a `RouterOutput` or a `functional.Routing`. A method
-`rows(tokens)`, if it has one, tells how many rows the plan needs where ids have room for more.
+"""The plain router: a linear layer that gives logits, and a choice of experts by them; and what routers tell.
 
 Legend: T tokens, H hidden size, E experts, K experts per token, S shared experts.
 """
@@ -10,18 +6,22 @@ Legend: T tokens, H hidden size, E experts, K experts per token, S shared expert
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _check, functional, routing
-from .functional import Routing
-from .routing.noise import Seed
+from .. import _check, functional, routing
+from ..functional import Routing
+from ..routing.noise import Seed
 
 # Options of `functional.route` that weights depend on, not only the choice.
-_WEIGHING = ("score", "order", "renormalize", "scale", "renormalize_eps", "softcap")
+WEIGHING = ("score", "order", "renormalize", "scale", "renormalize_eps", "softcap")
+GROUPS = ("n_group", "topk_group", "group_score", "group_losers")
+# Options that act on the logits, whatever is made of them, and where the weights lie.
+_PROJECTING = ("jitter", "logit_noise", "bias", "device", "dtype")
 
 
 class RouterOutput(NamedTuple):
@@ -69,8 +69,8 @@ class Router(nn.Module):
         logit_noise: standard deviation of noise that training adds to the logits; 1 / E in V-MoE
             (arXiv:2106.05974).
         bias: add a learned bias [E] to the logits, as gpt-oss does.
-        selection_bias: keep a buffer `selection_bias` [E] in float32, zeros at first, added for the choice of
-            experts only. It has no gradient; `balance` moves it.
+        selection_bias: keep a buffer `selection_bias` [E], zeros at first, added for the choice of experts
+            only. It has no gradient; `balance` moves it. It stays in float32 when the module is cast.
         expert_scale: learn a factor for the weights of every expert, as Gemma 4 does.
         options: score, order, renormalize, scale, n_group and so on, see `functional.route`.
 
@@ -151,10 +151,9 @@ class Router(nn.Module):
 
     def chosen(self, logits_TE: Tensor, x_TH: Tensor, ids_TK: Tensor) -> RouterOutput:
         """The output for experts that are given."""
-        options = {name: self.options[name] for name in _WEIGHING if name in self.options}
-        weights = functional.route_weights(logits_TE, ids_TK, **options, expert_scale=self.expert_scale)
-        of_all = {name: options[name] for name in ("score", "softcap") if name in options}
-        return RouterOutput(ids_TK, weights, functional.route(logits_TE, 1, **of_all).scores, logits_TE)
+        options = {name: self.options[name] for name in WEIGHING if name in self.options}
+        weighed = routing.route_given(logits_TE, ids_TK, **options, expert_scale=self.expert_scale)
+        return RouterOutput(*weighed, logits_TE)
 
     def balance(self, routes_E: Tensor, *, rate: float = 1e-3, group: Any = None) -> None:
         """Move the selection bias against the load: `routing.update_selection_bias`, once an optimizer step.
@@ -171,6 +170,15 @@ class Router(nn.Module):
             _check.wanted("selection_bias", "a router without one", "Router(..., selection_bias=True)")
         routing.update_selection_bias(self.selection_bias, routes_E, rate=rate, group=group)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Moves the selection bias but keeps its dtype: in bfloat16 the steps of `balance` would be lost."""
+        before = self.selection_bias
+        super()._apply(fn, recurse)
+        after = self.selection_bias
+        if before is not None and after is not None and after.dtype != before.dtype:
+            self.selection_bias = before.to(after.device)
+        return self
+
     def extra_repr(self) -> str:
         experts, hidden = self.weight.shape
         switches = {
@@ -186,3 +194,11 @@ def uniform_(weight: Tensor) -> None:
     """Between -1 and 1 over the square root of the inputs, the default of `nn.Linear`."""
     bound = weight.shape[-1] ** -0.5
     nn.init.uniform_(weight, -bound, bound)
+
+
+def only(options: dict[str, Any], *names: str) -> None:
+    """Refuse options of `Router` that a subclass would leave out of account, always or but for replays."""
+    for name, value in options.items():
+        if name not in (*names, *_PROJECTING):
+            known = ", ".join([*names, *_PROJECTING])
+            _check.wanted(name, repr(value), f"only options that this router has: {known}")
