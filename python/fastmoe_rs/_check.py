@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from difflib import get_close_matches
+from numbers import Real
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DEVICES = ("cpu", "cuda", "meta")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -15,9 +18,11 @@ def wanted(name: str, given: object, what: str, error: type[Exception] = ValueEr
     raise error(f"{name}: got {given}, wanted {what}")
 
 
-def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, choices: tuple[str, ...], error: type[Exception] = ValueError) -> None:
     if value not in choices:
-        wanted(name, repr(value), "one of " + ", ".join(map(repr, choices)))
+        near = get_close_matches(str(value).lower(), choices, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        wanted(name, repr(value), "one of " + ", ".join(map(repr, choices)) + hint, error)
 
 
 def whole(name: str, value: int) -> None:
@@ -25,11 +30,24 @@ def whole(name: str, value: int) -> None:
         wanted(name, repr(value), "a whole number", TypeError)
 
 
+def more_than_0(name: str, value: float) -> None:
+    if not isinstance(value, Real):
+        wanted(name, repr(value), "a number", TypeError)
+    if not 0 < value < math.inf:
+        wanted(name, value, "a finite number of more than 0")
+
+
 def positive(**sizes: int) -> None:
     for name, size in sizes.items():
         whole(name, size)
         if size < 1:
             wanted(name, size, "at least 1")
+
+
+def module(name: str, value: object) -> None:
+    if not isinstance(value, nn.Module):
+        given = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        wanted(name, given, "a torch.nn.Module", TypeError)
 
 
 def dimensions(name: str, value: Tensor, rank: str) -> None:
@@ -59,9 +77,9 @@ def floating(name: str, value: Tensor, rank: str) -> None:
     floats(name, value)
 
 
-def shape(name: str, value: Tensor, rank: str, sizes: tuple[int, ...]) -> None:
+def shape(name: str, value: Tensor, rank: str, sizes: tuple[int, ...], hint: str = "") -> None:
     if value.shape != sizes:
-        wanted(name, f"shape {tuple(value.shape)}", f"{rank} = {tuple(sizes)}")
+        wanted(name, f"shape {tuple(value.shape)}", f"{rank} = {tuple(sizes)}{hint}")
 
 
 def like(name: str, value: Tensor, first_name: str, first: Tensor, *, dtype: bool = True) -> None:

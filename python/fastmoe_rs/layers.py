@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import _check
 from .functional import Routing
 from .integrations.swap import is_dispatched
 from .nn import MoE
@@ -49,11 +50,13 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
         TypeError: `model` is no module.
         ValueError: there are none.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+    _check.module("model", model)
     found = {name: moe.router for name, moe in moe_layers(model).items()} | hf_routers(model)
     if not found:
-        raise ValueError(f"model: got {type(model).__name__} without a Mixture-of-Experts layer, wanted one")
+        raise ValueError(
+            f"model: got {type(model).__name__} without a Mixture-of-Experts layer, wanted nn.MoE layers, or "
+            "experts that transformers dispatches"
+        )
     return found
 
 

@@ -320,6 +320,8 @@ def _variation(values_TE: Tensor, mask: Tensor | None, group: Any) -> Tensor:
 
 def _pooled(logits: Layers, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """All layers as one: the logits in the dtype of the loss, 0 in padding; int64 [T], 1 for what counts."""
+    if not isinstance(logits, (Tensor, Sequence)):
+        _check.wanted("logits", type(logits).__name__, "a torch tensor [T, E], or several", TypeError)
     layers = [logits] if isinstance(logits, Tensor) else list(logits)
     if not layers:
         _check.wanted("logits", "no layers", "at least 1")
@@ -335,6 +337,7 @@ def _pooled(logits: Layers, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _picks(layers: Layers, logits: Tensor, top_k: int, ids: Layers | None) -> Tensor:
     """int64 [T, K] of all layers as one."""
+    _check.whole("top_k", top_k)
     if not 1 <= top_k <= logits.shape[1]:
         _check.wanted("top_k", top_k, f"1 to {logits.shape[1]}, the number of experts")
     if ids is None:
@@ -356,6 +359,8 @@ def _counts(rows: Tensor, mask: Tensor | None) -> Tensor:
     """int64 [T], 1 for every row of a token that counts."""
     if mask is None:
         return torch.ones(len(rows), dtype=torch.int64, device=rows.device)
+    if not isinstance(mask, Tensor):
+        _check.wanted("mask", type(mask).__name__, "a torch tensor", TypeError)
     if mask.numel() != len(rows):
         _check.wanted("mask", f"shape {tuple(mask.shape)}", f"{len(rows)} elements, one per token")
     return (mask.reshape(-1) != 0).to(rows.device, torch.int64)

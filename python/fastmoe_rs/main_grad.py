@@ -30,8 +30,7 @@ def main_grads(model: nn.Module) -> list[Tensor]:
     Returns:
         The tensors, in the order of `model.parameters()`. Zero them for the next step.
     """
-    if not isinstance(model, nn.Module):
-        _check.wanted("model", type(model).__name__, "a torch.nn.Module", TypeError)
+    _check.module("model", model)
     parameters: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         if not hasattr(parameter, "main_grad"):

@@ -9,12 +9,11 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _check, routing
 from .functional import Routing
-from .routers import Router, RouterOutput, uniform_
+from .routers import Router, RouterOutput, linear, uniform_
 from .routing.capacity import QUEUES, gshard_choice
 from .routing.token_rounding import ROUNDINGS
 
@@ -127,7 +126,7 @@ class NoisyTopKRouter(Router):
     def choose(self, logits_TE: Tensor, x_TH: Tensor) -> RouterOutput:
         ids, weights, scores, load = routing.noisy_top_k_route(
             logits_TE,
-            F.linear(x_TH, self.noise_weight),
+            linear(x_TH, self.noise_weight),
             self.top_k,
             training=self.training,
             noise_epsilon=self.noise_epsilon,
@@ -304,7 +303,7 @@ class SharedRouter(Router):
 
     def choose(self, logits_TE: Tensor, x_TH: Tensor, *, ids_TK: Tensor | None = None) -> RouterOutput:
         ids, weights, scores, shared_weights = routing.route_with_shared(
-            torch.cat([logits_TE, F.linear(x_TH, self.shared_weight)], dim=1),
+            torch.cat([logits_TE, linear(x_TH, self.shared_weight)], dim=1),
             len(self.shared_weight),
             self.top_k,
             scale=self.options["scale"],
@@ -395,6 +394,5 @@ def _refuse(options: dict[str, Any], *names: str) -> None:
 
 
 def _factor(capacity_factor: float) -> float:
-    if not 0 < capacity_factor < math.inf:
-        _check.wanted("capacity_factor", capacity_factor, "more than 0")
+    _check.more_than_0("capacity_factor", capacity_factor)
     return capacity_factor
