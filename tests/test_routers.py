@@ -567,7 +567,7 @@ def test_noisy_routers_feed_importance_and_load():
         (
             lambda: nn.CapacityRouter(H, E, 2, capacity_factor=0.0),
             ValueError,
-            "capacity_factor: got 0.0, wanted more than 0",
+            "capacity_factor: got 0.0, wanted a finite number of more than 0",
         ),
         (
             lambda: nn.CapacityRouter(H, E, 2, capacity_factor=1.0, queue="fair"),
