@@ -1,7 +1,6 @@
 """Bad input raises ValueError or TypeError that names the argument, what was given and what was wanted."""
 
 import re
-import traceback
 
 import numpy as np
 import pytest
@@ -309,7 +308,8 @@ def test_losses(call, message):
 def test_python_suggests_the_name_that_was_meant():
     with pytest.raises(AttributeError, match="no attribute 'acelerate'") as raised:
         fastmoe_rs.acelerate  # noqa: B018
-    assert "Did you mean: 'accelerate'?" in "".join(traceback.format_exception(raised.value))
+    assert raised.value.name == "acelerate"
+    assert "accelerate" in dir(raised.value.obj)
 
 
 @pytest.mark.parametrize("output", [None, (IDS, WEIGHTS)])
