@@ -374,11 +374,12 @@ def _check_mlp(
     if gated and width % 2:
         _check.wanted("w1", f"shape {tuple(w1.shape)}", f"{rank1}, with an even {rows} for {activation!r}")
     middle = width // 2 if gated else width
-    hint = _fitting_options(w1, w2, hidden)
-    _check.shape("w1", w1, rank1, (experts, hidden, width) if transposed else (experts, width, hidden), hint)
-    _check.shape(
-        "w2", w2, rank2, (experts, middle, hidden) if transposed else (experts, hidden, middle), hint
-    )
+    size1, size2 = (experts, width, hidden), (experts, hidden, middle)
+    if transposed:
+        size1, size2 = (experts, hidden, width), (experts, middle, hidden)
+    hint = "" if (w1.shape, w2.shape) == (size1, size2) else _fitting_options(w1, w2, hidden)
+    _check.shape("w1", w1, rank1, size1, hint)
+    _check.shape("w2", w2, rank2, size2, hint)
     for name, bias, rank, size in (("b1", b1, f"[E, {rows}]", width), ("b2", b2, "[E, H]", hidden)):
         if bias is not None:
             _check.floating(name, bias, rank)

@@ -46,8 +46,8 @@ def accelerate(model: Model) -> Model:
 def restore(model: Model) -> Model:
     """Give a model the experts back that it had before `accelerate`, in place.
 
-    Weights are left alone. A model that was built with fastmoe_rs, by name or by `register_adapters`, gets the
-    "eager" experts of transformers; one without fastmoe_rs stays as it is.
+    Weights are left alone. A model that was built with fastmoe_rs, by name or by `register_adapters`, gets
+    the "eager" experts of transformers; one without fastmoe_rs stays as it is.
 
     Args:
         model: as for `accelerate`.
