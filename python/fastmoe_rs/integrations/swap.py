@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from typing import Any, TypeVar
 
@@ -71,7 +72,8 @@ def restore(model: Model) -> Model:
 
 def _switch(model: nn.Module) -> None:
     try:
-        from .adapters import adapt, is_adaptable  # registers the name too
+        importlib.import_module(".transformers", __package__)  # registers the name, or says what is missing
+        from .adapters import adapt, is_adaptable
     except ImportError as error:
         raise _CannotServe(str(error)) from error
     from transformers import PreTrainedModel
