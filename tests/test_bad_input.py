@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from fastmoe_rs import RoutingPlan, functional, nn, record_routing, replay_routing, routing_drift, watch
+import fastmoe_rs
+from fastmoe_rs import (
+    RoutingPlan,
+    functional,
+    losses,
+    nn,
+    record_routing,
+    replay_routing,
+    routing_drift,
+    watch,
+)
 from moe_cases import mlp_case
 
 X, IDS, WEIGHTS = torch.randn(6, 8), torch.zeros(6, 2, dtype=torch.long), torch.rand(6, 2)
@@ -36,6 +46,22 @@ def id_at(t, k, value):
         ({"w2": W2.double()}, TypeError, "w2: got dtype torch.float64, wanted torch.float32, that of x"),
         ({"w1": W1[0]}, ValueError, "w1: got shape (10, 8), wanted [E, 2I, H]"),
         ({"w1": W1[:, :9]}, ValueError, "w1: got shape (4, 9, 8), wanted [E, 2I, H], with an even 2I"),
+        (
+            {"w1": W1.mT, "w2": W2.mT},
+            ValueError,
+            "wanted [E, 2I, H] = (4, 8, 8); these weights fit transposed=True and a gated activation",
+        ),
+        (
+            {"activation": "silu"},
+            ValueError,
+            "= (4, 8, 10); these weights fit transposed=False and a gated activation",
+        ),
+        (
+            {"w2": torch.randn(4, 8, 10)},
+            ValueError,
+            "= (4, 8, 5); these weights fit transposed=False and an activation without a gate",
+        ),
+        ({"activation": "SwigLU"}, ValueError, "'relu2' (did you mean 'swiglu'?)"),
         ({"w1": W1.mT}, ValueError, "w1: got shape (4, 8, 10), wanted [E, 2I, H] = (4, 8, 8)"),
         ({"w2": W2.mT}, ValueError, "w2: got shape (4, 5, 8), wanted [E, H, I] = (4, 8, 5)"),
         ({"transposed": True}, ValueError, "w1: got shape (4, 10, 8), wanted [E, H, 2I] = (4, 8, 8)"),
@@ -134,6 +160,8 @@ def test_plan_made_by_hand_cannot_reach_outside():
         ((X, 0), {}, ValueError, "top_k: got 0, wanted 1 to 8, the number of experts"),
         ((X, 9), {}, ValueError, "top_k: got 9, wanted 1 to 8, the number of experts"),
         ((X, -1), {}, ValueError, "top_k: got -1, wanted 1 to 8, the number of experts"),
+        ((X, 2.0), {}, TypeError, "top_k: got 2.0, wanted a whole number"),
+        ((X, None), {}, TypeError, "top_k: got None, wanted a whole number"),
         ((X[:, :0], 1), {}, ValueError, "top_k: got 1, wanted 1 to 0"),
         ((X, 2), {"score": "tanh"}, ValueError, "score: got 'tanh', wanted one of 'softmax', 'sigmoid'"),
         ((X, 2), {"order": "topk"}, ValueError, "order: got 'topk', wanted one of 'score_topk'"),
@@ -199,6 +227,12 @@ def test_permute_and_unpermute():
     [
         (X[:, :7], ValueError, "x: got shape (6, 7), wanted [..., H] with H = 8"),
         (torch.tensor(1.0), ValueError, "x: got shape (), wanted [..., H] with H = 8"),
+        (
+            X.bfloat16(),
+            TypeError,
+            "w1: got dtype torch.float32, wanted torch.bfloat16, that of x (or torch.auto",
+        ),
+        (X.long(), TypeError, "x: got dtype torch.int64, wanted float32"),
         ([1.0] * 8, TypeError, "x: got list, wanted a strided torch tensor [..., H]"),
         (
             torch.nested.nested_tensor([X[:2], X[2:]], layout=torch.jagged),
@@ -251,6 +285,68 @@ def test_what_is_no_module(call):
 def test_sizes_of_a_layer(sizes, error, message):
     with pytest.raises(error, match=re.escape(message)):
         nn.MoE(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"renormalise": True},
+            TypeError,
+            "options: got 'renormalise', wanted one of 'jitter', 'logit_noise'",
+        ),
+        ({"renormalise": True}, TypeError, "(did you mean 'renormalize'?)"),
+        ({"capacity_factor": "1.0"}, TypeError, "capacity_factor: got '1.0', wanted a number"),
+        (
+            {"top_k": None, "router": nn.Router},
+            TypeError,
+            "router: got the class Router, wanted a torch.nn.Mod",
+        ),
+        ({"top_k": None, "router": len}, TypeError, "router: got builtin_function_or_method, wanted a torch"),
+    ],
+)
+def test_options_of_a_layer(options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        nn.MoE(8, 5, 4, **{"top_k": 2} | options)
+
+
+@pytest.mark.parametrize(
+    ("plan", "error", "message"),
+    [
+        (
+            RoutingPlan.from_ids(IDS[:3], 4),
+            ValueError,
+            "plan: got one of 3 tokens, wanted one of the 6 tokens",
+        ),
+        ({"": RoutingPlan.from_ids(IDS, 4)}, TypeError, "plan: got dict, wanted a RoutingPlan"),
+    ],
+)
+def test_plan_of_a_layer(plan, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        nn.MoE(8, 5, 4, 2)(X, plan=plan)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: losses.router_z_loss(X.numpy()),
+            "logits: got ndarray, wanted a torch tensor [T, E], or several",
+        ),
+        (lambda: losses.load_balancing_loss(X, 2.0), "top_k: got 2.0, wanted a whole number"),
+        (lambda: losses.router_z_loss(X, mask=[1] * 6), "mask: got list, wanted a torch tensor"),
+    ],
+)
+def test_losses(call, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        call()
+
+
+def test_python_suggests_the_name_that_was_meant():
+    with pytest.raises(AttributeError, match="no attribute 'acelerate'") as raised:
+        fastmoe_rs.acelerate  # noqa: B018
+    assert raised.value.name == "acelerate"
+    assert "accelerate" in dir(raised.value.obj)
 
 
 @pytest.mark.parametrize("output", [None, (IDS, WEIGHTS)])

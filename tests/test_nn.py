@@ -273,3 +273,18 @@ def test_replay_needs_the_same_layers():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         nn.MoE(**{"hidden_size": 8, "intermediate_size": 8, "num_experts": 6, "top_k": 2} | options)
+
+
+@pytest.mark.parametrize("options", [{}, {"shared_intermediate_size": 8}, {"identity_experts": 2}])
+def test_the_output_is_no_view_and_may_be_changed_in_place(options):
+    """FSDP2 warns of modules that return views: its hooks are lost when those are changed in place."""
+    moe, x = nn.MoE(16, 12, 6, 2, **options), torch.randn(2, 5, 16, requires_grad=True)
+    y = moe(x)
+    assert y.shape == x.shape
+    assert not y._is_view()
+    expected = torch.autograd.grad((y * 2 + x).square().sum(), [x, *moe.parameters()])
+    y = moe(x)
+    y *= 2
+    y += x
+    actual = torch.autograd.grad(y.square().sum(), [x, *moe.parameters()])
+    assert all(map(torch.equal, actual, expected))

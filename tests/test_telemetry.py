@@ -227,13 +227,18 @@ def test_sinks(tmp_path):
     lines = sinks.JsonLines(tmp_path / "routing.jsonl")
     for step in (10, 20):
         model(torch.randn(40, 16))
-        records = watched.log(step, lines, sinks.TensorBoard(writer), heatmap)
+        records = watched.log(step, lines, sinks.TensorBoard(writer, experts=True), heatmap)
     logged = [json.loads(line) for line in lines.path.read_text().splitlines()]
     assert [entry["step"] for entry in logged] == [10, 20]
     assert logged[1]["layers"] == records
     assert sum(records["layers.0"]["load"]) == pytest.approx(1)
     assert writer.scalars["moe/max_vio/layers.1", 20] == records["layers.1"]["max_vio"]
     assert writer.scalars["moe/load/layers.1", 20] == max(records["layers.1"]["load"])
+    by_expert = [writer.scalars[f"moe/load/layers.1/{expert}", 20] for expert in range(6)]
+    assert by_expert == records["layers.1"]["load"]
+    plain = Writer()
+    sinks.TensorBoard(plain)(20, records)
+    assert ("moe/load/layers.1/0", 20) not in plain.scalars
     heatmap.save()
     assert heatmap.path.read_bytes().startswith(b"\x89PNG")
 

@@ -228,6 +228,46 @@ def test_auxiliary_loss_keeps_its_value_and_gradient():
     assert_gradients(gradients(actual.aux_loss, model), expected_grads, FP32_GRADIENT)
 
 
+# ---- and back
+
+
+def served(model):
+    """Whether fastmoe_rs computes anything in a model."""
+    return NAME in implementations(model) or any(
+        type(module).__module__ == adapters.__name__ for module in model.modules()
+    )
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text", "dbrx", "jetmoe"])
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy], ids=["same", "copy"])
+def test_restore_undoes_accelerate(family, copied):
+    model, ids = build(family), tokens()
+    before, expected = implementations(model), model(ids).logits
+    classes = [type(module) for module in model.modules()]
+    fastmoe_rs.accelerate(fastmoe_rs.accelerate(model))
+    assert served(model)
+    model = copied(model)
+    assert fastmoe_rs.restore(model) is model
+    assert not served(model)
+    assert implementations(model) == before
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.equal(model(ids).logits, expected)
+    assert served(fastmoe_rs.accelerate(model))
+
+
+def test_restore_gives_back_the_implementation_of_each_model():
+    teacher, student = build("olmoe", "batched_mm"), build("qwen3_moe", NAME)
+    wrapper = nn.ModuleDict({"teacher": teacher, "student": student})
+    fastmoe_rs.restore(fastmoe_rs.accelerate(wrapper))
+    assert teacher.config._experts_implementation == "batched_mm"
+    assert student.config._experts_implementation == "eager"
+    teacher.set_experts_implementation("grouped_mm")  # what is not ours stays
+    assert fastmoe_rs.restore(wrapper)["teacher"].config._experts_implementation == "grouped_mm"
+    assert isinstance(fastmoe_rs.restore(nn.Linear(2, 2)), nn.Linear)
+    with pytest.raises(TypeError, match=r"model: got dict, wanted a torch\.nn\.Module"):
+        fastmoe_rs.restore({})
+
+
 # ---- models that are left alone
 
 

@@ -30,6 +30,7 @@ def llama_mlp(**options):
     return mlp
 
 
+@pytest.mark.filterwarnings("ignore:MoE. with top_k=1")
 @pytest.mark.parametrize("activation", reference.GATED + reference.UNGATED)
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_layer_computes_what_the_dense_one_did(activation, top_k):

@@ -2,7 +2,7 @@
 
 `functional` has the differentiable functions, `routing` routers beyond the plain one, `nn` the modules,
 `reference` the same in plain torch, `RoutingPlan` says which row goes to which expert, and
-`accelerate(model)` switches a Hugging Face model over.
+`accelerate(model)` switches a Hugging Face model over, `restore(model)` back.
 
 `RoutingPlan` on NumPy arrays works without torch; everything else raises ImportError where torch is missing.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ._native import __version__, empty_cache, memory_stats
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
         upcycling,
     )
     from .drift import freeze_routers, routing_drift
-    from .integrations import accelerate
+    from .integrations import accelerate, restore
     from .main_grad import main_grads
     from .plan import RoutingPlan
     from .replay import load_routing, record_routing, replay_routing, save_routing
@@ -53,6 +54,7 @@ __all__ = [
     "record_routing",
     "reference",
     "replay_routing",
+    "restore",
     "routing",
     "routing_drift",
     "save_routing",
@@ -72,6 +74,7 @@ _SOURCES = {
     "main_grads": "main_grad",
     "record_routing": "replay",
     "replay_routing": "replay",
+    "restore": "integrations",
     "routing_drift": "drift",
     "save_routing": "replay",
     "watch": "telemetry",
@@ -81,7 +84,10 @@ _SOURCES = {
 def __getattr__(name: str) -> Any:
     """Import what is asked for, so that `import fastmoe_rs` is quick and does not need torch."""
     if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # With both, Python suggests the name that was meant.
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__]
+        )
     if name != "RoutingPlan" and importlib.util.find_spec("torch") is None:
         raise ImportError(f"fastmoe_rs.{name} needs torch, which is not installed: pip install torch")
     module = importlib.import_module(f".{_SOURCES.get(name, name)}", __name__)

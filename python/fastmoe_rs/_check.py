@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from difflib import get_close_matches
+from numbers import Real
 from typing import NoReturn
 
 import torch
@@ -16,14 +18,17 @@ def wanted(name: str, given: object, what: str, error: type[Exception] = ValueEr
     raise error(f"{name}: got {given}, wanted {what}")
 
 
-def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, choices: tuple[str, ...], error: type[Exception] = ValueError) -> None:
     if value not in choices:
-        wanted(name, repr(value), "one of " + ", ".join(map(repr, choices)))
+        near = get_close_matches(str(value).lower(), choices, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        wanted(name, repr(value), "one of " + ", ".join(map(repr, choices)) + hint, error)
 
 
-def module(name: str, value: nn.Module) -> None:
+def module(name: str, value: object) -> None:
     if not isinstance(value, nn.Module):
-        wanted(name, type(value).__name__, "a torch.nn.Module", TypeError)
+        given = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        wanted(name, given, "a torch.nn.Module", TypeError)
 
 
 def whole(name: str, value: int) -> None:
@@ -45,6 +50,8 @@ def top_k(value: int, experts: int) -> None:
 
 
 def capacity_factor(value: float) -> None:
+    if not isinstance(value, Real):
+        wanted("capacity_factor", repr(value), "a number", TypeError)
     if not 0 < value < math.inf:
         wanted("capacity_factor", value, "a finite number of more than 0")
 
@@ -97,9 +104,9 @@ def floating(name: str, value: Tensor, rank: str) -> None:
     floats(name, value)
 
 
-def shape(name: str, value: Tensor, rank: str, sizes: tuple[int, ...]) -> None:
+def shape(name: str, value: Tensor, rank: str, sizes: tuple[int, ...], hint: str = "") -> None:
     if value.shape != sizes:
-        wanted(name, f"shape {tuple(value.shape)}", f"{rank} = {tuple(sizes)}")
+        wanted(name, f"shape {tuple(value.shape)}", f"{rank} = {tuple(sizes)}{hint}")
 
 
 def like(name: str, value: Tensor, first_name: str, first: Tensor, *, dtype: bool = True) -> None:

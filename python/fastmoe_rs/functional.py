@@ -151,6 +151,7 @@ def _check_routing(
     renormalize_eps: float = 0.0,
     softcap: float | None = None,
 ) -> None:
+    _check.whole("top_k", top_k)
     if not 1 <= top_k <= experts:
         _check.wanted("top_k", top_k, f"1 to {experts}, the number of experts")
     _check.one_of("score", score, ("softmax", "sigmoid", "sqrt_softplus"))
@@ -253,7 +254,9 @@ def moe_mlp(
     if refused is not None:
         raise refused
     *dense, transposed = _dense(*layer, transposed)
-    save_hidden = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in dense)
+    # A trace is also checked, and run, in other modes than that in which it was made.
+    learns = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None
+    save_hidden = learns and any(t is not None and t.requires_grad for t in dense)
     out, _ = ops.mlp(*dense, *_rows(plan), activation, transposed, interleaved, save_hidden)
     return out
 
@@ -371,8 +374,12 @@ def _check_mlp(
     if gated and width % 2:
         _check.wanted("w1", f"shape {tuple(w1.shape)}", f"{rank1}, with an even {rows} for {activation!r}")
     middle = width // 2 if gated else width
-    _check.shape("w1", w1, rank1, (experts, hidden, width) if transposed else (experts, width, hidden))
-    _check.shape("w2", w2, rank2, (experts, middle, hidden) if transposed else (experts, hidden, middle))
+    size1, size2 = (experts, width, hidden), (experts, hidden, middle)
+    if transposed:
+        size1, size2 = (experts, hidden, width), (experts, middle, hidden)
+    hint = "" if (w1.shape, w2.shape) == (size1, size2) else _fitting_options(w1, w2, hidden)
+    _check.shape("w1", w1, rank1, size1, hint)
+    _check.shape("w2", w2, rank2, size2, hint)
     for name, bias, rank, size in (("b1", b1, f"[E, {rows}]", width), ("b2", b2, "[E, H]", hidden)):
         if bias is not None:
             _check.floating(name, bias, rank)
@@ -380,6 +387,19 @@ def _check_mlp(
             _check.like(name, bias, "x", x)
     _check.like("w1", w1, "x", x)
     _check.like("w2", w2, "x", x)
+
+
+def _fitting_options(w1: Tensor, w2: Tensor, hidden: int) -> str:
+    """How to call `moe_mlp` for weights of these shapes, where they make sense in one way."""
+    fitting = []
+    for transposed in (False, True):
+        (width, h1), (h2, middle) = (
+            (w.shape[2], w.shape[1]) if transposed else tuple(w.shape[1:]) for w in (w1, w2)
+        )
+        if w1.shape[0] == w2.shape[0] and h1 == h2 == hidden and width in (middle, 2 * middle):
+            kind = "a gated activation" if width == 2 * middle else "an activation without a gate"
+            fitting.append(f"transposed={transposed} and {kind}")
+    return f"; these weights fit {fitting[0]}" if len(fitting) == 1 else ""
 
 
 def _check_plan(name: str, x: Tensor, plan: RoutingPlan) -> None:

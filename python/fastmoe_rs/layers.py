@@ -48,7 +48,10 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
     """
     found = {name: moe.router for name, moe in moe_layers(model).items()} | hf_routers(model)
     if not found:
-        raise ValueError(f"model: got {type(model).__name__} without a Mixture-of-Experts layer, wanted one")
+        raise ValueError(
+            f"model: got {type(model).__name__} without a Mixture-of-Experts layer, wanted nn.MoE layers, or "
+            "experts that transformers dispatches"
+        )
     return found
 
 

@@ -282,6 +282,8 @@ def _variation(values_TE: Tensor, mask: Tensor | None, group: Any) -> Tensor:
 
 def _pooled(logits: Layers, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """All layers as one: the logits in the dtype of the loss, 0 in padding; int64 [T], 1 for what counts."""
+    if not isinstance(logits, (Tensor, Sequence)):
+        _check.wanted("logits", type(logits).__name__, "a torch tensor [T, E], or several", TypeError)
     layers = [logits] if isinstance(logits, Tensor) else list(logits)
     if not layers:
         _check.wanted("logits", "no layers", "at least 1")

@@ -119,6 +119,10 @@ class MoE(nn.Module):
             others add nothing. None drops nothing.
         bias: give the experts biases.
         routing: score, order, renormalize, scale, jitter, selection_bias and so on, see `Router`.
+
+    Warns:
+        UserWarning: the weight of the one expert of a token is always 1 (K = 1 with `renormalize`, or with a
+            softmax of the picked logits), so that the output has no gradient in the router.
     """
 
     def __init__(
@@ -158,6 +162,8 @@ class MoE(nn.Module):
         elif top_k is not None or routing:
             given = sorted(routing) if top_k is None else ["top_k", *sorted(routing)]
             _check.wanted("router", f"a router and {', '.join(given)}", "one or the other")
+        _check.module("router", router)
+        _warn_of_constant_weights(router)
         self.router = router
         self.experts = Experts(
             hidden_size, intermediate_size, num_experts, activation=activation, bias=bias, **made
@@ -187,8 +193,8 @@ class MoE(nn.Module):
         """
         self._check_input(x)
         x_TH = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        if plan is not None and not isinstance(plan, RoutingPlan):
-            _check.wanted("plan", type(plan).__name__, "a RoutingPlan", TypeError)
+        if plan is not None:
+            _check_followed(plan, len(x_TH))
         given = () if plan is None else (plan.ids,)
         router = RouterOutput.of(self.router(x_TH, *given, **inputs))
         if plan is None:
@@ -208,7 +214,8 @@ class MoE(nn.Module):
             if self.shared_gate is not None:
                 weights_TS = self.shared_gate(x_TH).sigmoid()
             y_TH = y_TH + self.shared(x_TH, weights_TS)
-        y = y_TH if x.ndim == 2 else y_TH.reshape(x.shape)
+        # No view for autograd: one that is changed in place loses the hooks of FSDP2.
+        y = y_TH if x.ndim == 2 else torch.ops.aten._unsafe_view(y_TH, x.shape)
         return (y, stats) if return_stats else y
 
     def __getstate__(self) -> dict[str, Any]:
@@ -302,6 +309,25 @@ def collect_stats(model: nn.Module) -> Iterator[list[RoutingStats]]:
     finally:
         for moe, kept in zip(layers, before, strict=True):
             moe.kept = kept
+
+
+def _warn_of_constant_weights(router: nn.Module) -> None:
+    if not isinstance(router, Router) or router.top_k != 1:
+        return
+    options = {"score": "softmax", "order": "score_topk", "renormalize": False} | router.options
+    if options["renormalize"] or (options["order"], options["score"]) == ("topk_score", "softmax"):
+        warnings.warn(
+            "MoE: with top_k=1 these options make every routing weight 1, so that the output has no gradient "
+            "in the router; use order='score_topk' without renormalize",
+            stacklevel=3,
+        )
+
+
+def _check_followed(plan: RoutingPlan, tokens: int) -> None:
+    if not isinstance(plan, RoutingPlan):
+        _check.wanted("plan", type(plan).__name__, "a RoutingPlan", TypeError)
+    if plan.tokens != tokens:
+        _check.wanted("plan", f"one of {plan.tokens} tokens", f"one of the {tokens} tokens of x")
 
 
 def _dropped(ids_TK: Tensor, plan: RoutingPlan) -> Tensor:

@@ -37,19 +37,20 @@ class TensorBoard:
 
     Args:
         writer: a `SummaryWriter`, or the folder to make one for.
+        experts: write the load of every expert too, as moe/load/<layer>/<expert>.
 
     Raises:
         ImportError: a folder is given and tensorboard is not installed.
     """
 
-    def __init__(self, writer: Any) -> None:
+    def __init__(self, writer: Any, *, experts: bool = False) -> None:
         if isinstance(writer, (str, Path)):
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise ImportError("sinks.TensorBoard needs tensorboard: pip install tensorboard") from error
             writer = SummaryWriter(str(writer))
-        self.writer = writer
+        self.writer, self.experts = writer, experts
 
     def __call__(self, step: int, records: dict[str, Record]) -> None:
         for layer, record in records.items():
@@ -57,6 +58,8 @@ class TensorBoard:
                 if name == "load":
                     value = max(value)
                 self.writer.add_scalar(f"moe/{name}/{layer}", value, step)
+            for expert, share in enumerate(record["load"] if self.experts else ()):
+                self.writer.add_scalar(f"moe/load/{layer}/{expert}", share, step)
 
 
 class Heatmap:

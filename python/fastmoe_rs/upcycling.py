@@ -117,7 +117,8 @@ def upcycle(
         router_std: the router's weights are drawn normally with this standard deviation.
         options: of `nn.MoE`, capacity_factor, jitter or selection_bias, for instance. The routing weights of
             a token are renormalised to a sum of 1 unless `renormalize=False` is given; then the output at the
-            start is smaller than the dense one's by that sum.
+            start is smaller than the dense one's by that sum. With K = 1 they are all 1, and only auxiliary
+            losses move the router (`nn.MoE` warns).
 
     Returns:
         The layer, on the device and in the dtype of `mlp`.

@@ -1,7 +1,8 @@
-"""`accelerate(model)`: fastmoe_rs under a Hugging Face model, by one line."""
+"""`accelerate(model)`: fastmoe_rs under a Hugging Face model, by one line; `restore(model)` takes it out."""
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from typing import Any, TypeVar
 
@@ -10,6 +11,9 @@ from torch import nn
 
 from .. import _check, _native
 from .._check import DEVICES, DTYPES
+
+NAME = "fastmoe_rs"  # of the experts implementation
+_ADAPTERS = f"{__package__}.adapters"  # imports transformers, which need not be there
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,7 +30,7 @@ def accelerate(model: Model) -> Model:
 
     Returns:
         `model` itself. A model that cannot be served is left as it was, with one `UserWarning` that names its
-        class and the reason.
+        class and the reason. `restore` undoes it.
 
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
@@ -39,10 +43,36 @@ def accelerate(model: Model) -> Model:
     return model
 
 
+def restore(model: Model) -> Model:
+    """Give a model the experts back that it had before `accelerate`, in place.
+
+    Weights are left alone. A model that was built with fastmoe_rs, by name or by `register_adapters`, gets
+    the "eager" experts of transformers; one without fastmoe_rs stays as it is.
+
+    Args:
+        model: as for `accelerate`.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: `model` is not a `torch.nn.Module`.
+    """
+    _check.module("model", model)
+    for module in model.modules():
+        if is_dispatched(module):
+            config: Any = module.config
+            if config._experts_implementation == NAME:
+                config._experts_implementation = getattr(module, "implementation_before_fastmoe", "eager")
+        elif type(module).__module__ == _ADAPTERS:
+            module.__class__ = type(module).__bases__[0]
+    return model
+
+
 def _switch(model: nn.Module) -> None:
     try:
+        importlib.import_module(".transformers", __package__)  # registers the name, or says what is missing
         from .adapters import adapt, is_adaptable
-        from .transformers import NAME
     except ImportError as error:
         raise _CannotServe(str(error)) from error
     from transformers import PreTrainedModel
@@ -60,7 +90,10 @@ def _switch(model: nn.Module) -> None:
         adapt(module)
     # Their forward looks the name up on every call. `model.set_experts_implementation` would set it too, but
     # refuses registered names before release 5.7 and skips models whose source code it cannot read.
-    for module in experts:
+    before = [module.config._experts_implementation for module in experts]  # layers share a configuration
+    for module, implementation in zip(experts, before, strict=True):
+        if implementation != NAME:
+            module.implementation_before_fastmoe = implementation
         module.config._experts_implementation = NAME
 
 

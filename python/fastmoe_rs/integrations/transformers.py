@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import RoutingPlan, functional
+from .swap import NAME
 
 try:
     from transformers import activations as hf
@@ -27,8 +28,6 @@ except ImportError as error:
     raise ImportError(
         "fastmoe_rs.integrations.transformers needs transformers >= 5: pip install 'fastmoe_rs[transformers]'"
     ) from error
-
-NAME = "fastmoe_rs"
 
 # transformers has several spellings of one function; those that differ only by rounding share a name here.
 _ACTIVATIONS: dict[object, str] = {

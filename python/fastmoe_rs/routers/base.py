@@ -22,6 +22,7 @@ WEIGHING = ("score", "order", "renormalize", "scale", "renormalize_eps", "softca
 GROUPS = ("n_group", "topk_group", "group_score", "group_losers")
 # Options that act on the logits, whatever is made of them, and where the weights lie.
 _PROJECTING = ("jitter", "logit_noise", "bias", "device", "dtype")
+_OPTIONS = ("jitter", "logit_noise", "bias", "selection_bias", "expert_scale", *WEIGHING, *GROUPS)
 
 
 class RouterOutput(NamedTuple):
@@ -74,6 +75,9 @@ class Router(nn.Module):
         expert_scale: learn a factor for the weights of every expert, as Gemma 4 does.
         options: score, order, renormalize, scale, n_group and so on, see `functional.route`.
 
+    Logits are computed in the wider dtype of x and the weight: `moe.router.float()` routes in float32 in a
+    bfloat16 model, as Switch Transformers and most models after it do.
+
     Attributes:
         seed: decides the noise of routers that have some, see `routing.noise`; None for torch's generator.
     """
@@ -98,6 +102,8 @@ class Router(nn.Module):
         super().__init__()
         _check.positive(hidden_size=hidden_size, num_experts=num_experts)
         _check.whole("top_k", top_k)
+        for name in options:
+            _check.one_of("options", name, _OPTIONS, TypeError)
         functional.route(torch.empty(0, num_experts, device="meta"), top_k, **options)  # says what is wrong
         if not 0 <= jitter < 1:
             _check.wanted("jitter", jitter, "at least 0 and less than 1")
@@ -140,7 +146,7 @@ class Router(nn.Module):
 
     def project(self, x_TH: Tensor) -> Tensor:
         """The logits [T, E]."""
-        return F.linear(x_TH, self.weight, self.bias)
+        return linear(x_TH, self.weight, self.bias)
 
     def choose(self, logits_TE: Tensor, x_TH: Tensor) -> RouterOutput:
         """Pick experts: what subclasses do in other ways."""
@@ -188,6 +194,14 @@ class Router(nn.Module):
         }
         shown = {"top_k": self.top_k, **self.options, "jitter": self.jitter, **switches}
         return ", ".join([f"{hidden}, {experts}", *(f"{name}={value!r}" for name, value in shown.items())])
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` in the wider dtype of x and weight."""
+    if x.dtype != weight.dtype:
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return F.linear(x, weight, bias)
 
 
 def uniform_(weight: Tensor) -> None:

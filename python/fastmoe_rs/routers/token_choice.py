@@ -9,13 +9,12 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _check, routing
 from ..routing.hashed import look_up
 from ..routing.sinkhorn import default_score
-from .base import WEIGHING, Router, RouterOutput, only, uniform_
+from .base import WEIGHING, Router, RouterOutput, linear, only, uniform_
 
 
 class NoisyTopKRouter(Router):
@@ -46,7 +45,7 @@ class NoisyTopKRouter(Router):
     def choose(self, logits_TE: Tensor, x_TH: Tensor) -> RouterOutput:
         ids, weights, scores, load = routing.noisy_top_k_route(
             logits_TE,
-            F.linear(x_TH, self.noise_weight),
+            linear(x_TH, self.noise_weight),
             self.top_k,
             training=self.training,
             noise_epsilon=self.noise_epsilon,
@@ -196,7 +195,7 @@ class SharedRouter(Router):
 
     def choose(self, logits_TE: Tensor, x_TH: Tensor, *, ids_TK: Tensor | None = None) -> RouterOutput:
         ids, weights, scores, shared_weights = routing.route_with_shared(
-            torch.cat([logits_TE, F.linear(x_TH, self.shared_weight)], dim=1),
+            torch.cat([logits_TE, linear(x_TH, self.shared_weight)], dim=1),
             len(self.shared_weight),
             self.top_k,
             scale=self.options["scale"],
