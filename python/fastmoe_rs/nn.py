@@ -142,7 +142,7 @@ class MoE(nn.Module):
         super().__init__()
         _check.positive(num_experts=num_experts)
         if capacity_factor is not None:
-            _check.capacity_factor(capacity_factor)
+            _check.more_than_0("capacity_factor", capacity_factor)
         _check.whole("identity_experts", identity_experts)
         if identity_experts < 0:
             _check.wanted("identity_experts", identity_experts, "at least 0")
@@ -187,8 +187,8 @@ class MoE(nn.Module):
         """
         self._check_input(x)
         x_TH = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        if plan is not None and not isinstance(plan, RoutingPlan):
-            _check.wanted("plan", type(plan).__name__, "a RoutingPlan", TypeError)
+        if plan is not None:
+            _check_followed(plan, len(x_TH))
         given = () if plan is None else (plan.ids,)
         router = RouterOutput.of(self.router(x_TH, *given, **inputs))
         if plan is None:
@@ -302,6 +302,13 @@ def collect_stats(model: nn.Module) -> Iterator[list[RoutingStats]]:
     finally:
         for moe, kept in zip(layers, before, strict=True):
             moe.kept = kept
+
+
+def _check_followed(plan: RoutingPlan, tokens: int) -> None:
+    if not isinstance(plan, RoutingPlan):
+        _check.wanted("plan", type(plan).__name__, "a RoutingPlan", TypeError)
+    if plan.tokens != tokens:
+        _check.wanted("plan", f"one of {plan.tokens} tokens", f"one of the {tokens} tokens of x")
 
 
 def _dropped(ids_TK: Tensor, plan: RoutingPlan) -> Tensor:
