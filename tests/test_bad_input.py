@@ -249,6 +249,8 @@ def test_layer(x, error, message):
 def test_layer_wants_a_plan():
     with pytest.raises(TypeError, match="plan: got Tensor, wanted a RoutingPlan"):
         nn.MoE(8, 5, 4, 2)(X, plan=IDS)
+    with pytest.raises(ValueError, match="plan: got one of 3 tokens, wanted one of the 6 tokens of x"):
+        nn.MoE(8, 5, 4, 2)(X, plan=RoutingPlan.from_ids(IDS[:3], 4))
 
 
 def test_shares_of_the_shared_expert():

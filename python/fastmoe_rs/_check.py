@@ -25,15 +25,16 @@ def one_of(name: str, value: str, choices: tuple[str, ...], error: type[Exceptio
         wanted(name, repr(value), "one of " + ", ".join(map(repr, choices)) + hint, error)
 
 
-def module(name: str, value: object) -> None:
-    if not isinstance(value, nn.Module):
-        given = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
-        wanted(name, given, "a torch.nn.Module", TypeError)
-
-
 def whole(name: str, value: int) -> None:
     if not hasattr(value, "__index__"):
         wanted(name, repr(value), "a whole number", TypeError)
+
+
+def more_than_0(name: str, value: float) -> None:
+    if not isinstance(value, Real):
+        wanted(name, repr(value), "a number", TypeError)
+    if not 0 < value < math.inf:
+        wanted(name, value, "a finite number of more than 0")
 
 
 def positive(**sizes: int) -> None:
@@ -43,17 +44,16 @@ def positive(**sizes: int) -> None:
             wanted(name, size, "at least 1")
 
 
+def module(name: str, value: object) -> None:
+    if not isinstance(value, nn.Module):
+        given = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        wanted(name, given, "a torch.nn.Module", TypeError)
+
+
 def top_k(value: int, experts: int) -> None:
     whole("top_k", value)
     if not 1 <= value <= experts:
         wanted("top_k", value, f"1 to {experts}, the number of experts")
-
-
-def capacity_factor(value: float) -> None:
-    if not isinstance(value, Real):
-        wanted("capacity_factor", repr(value), "a number", TypeError)
-    if not 0 < value < math.inf:
-        wanted("capacity_factor", value, "a finite number of more than 0")
 
 
 def groups(name: str, size: int | None, tokens: int) -> tuple[int, int]:

@@ -146,7 +146,7 @@ class MoE(nn.Module):
         super().__init__()
         _check.positive(num_experts=num_experts)
         if capacity_factor is not None:
-            _check.capacity_factor(capacity_factor)
+            _check.more_than_0("capacity_factor", capacity_factor)
         _check.whole("identity_experts", identity_experts)
         if identity_experts < 0:
             _check.wanted("identity_experts", identity_experts, "at least 0")

@@ -39,7 +39,7 @@ class CapacityRouter(Router):
         **options: Any,
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **options)
-        _check.capacity_factor(capacity_factor)
+        _check.more_than_0("capacity_factor", capacity_factor)
         _check.one_of("queue", queue, QUEUES)
         _check.positive(group_size=1 if group_size is None else group_size)
         self.capacity_factor, self.queue, self.group_size = capacity_factor, queue, group_size
@@ -125,7 +125,7 @@ class ExpertChoiceRouter(Router):
     ) -> None:
         only(options, "score")
         super().__init__(hidden_size, num_experts, 1, **options)
-        _check.capacity_factor(capacity_factor)
+        _check.more_than_0("capacity_factor", capacity_factor)
         self.capacity_factor = capacity_factor
 
     def capacity(self, tokens: int) -> int:
