@@ -188,7 +188,7 @@ def sonicmoe(problem: Problem) -> Made:
     def call(batch: Batch) -> Tensor:
         routing = batch.weights.reshape(-1), tokens, batch.ids_int32.reshape(-1)
         weights = w1.permute(1, 2, 0), None, w2.permute(1, 2, 0), None
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = torch.cuda.current_stream().cuda_stream if batch.x.is_cuda else 0
         inference = not problem.cell.train
         return layer(batch.x, *routing, *weights, shape.experts, stream, activation, inference)[0]
 

@@ -5,7 +5,10 @@ A peer may crash, hang, or leave the device in an error that only a new process 
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
+import signal
+import sys
 from collections.abc import Iterator
 from time import time
 from typing import Any
@@ -15,6 +18,7 @@ from problems import Cell
 SILENCE = 120.0  # seconds after which a process is given up; peers compile for up to a minute
 MOST_PROCESSES = 20
 GRACE = 20.0  # for the last cell, when the time is used up
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 OWN = ("start", "fastmoe_rs", "timing", "timing of graphs")  # not a peer's doing
 
 
@@ -37,7 +41,7 @@ def results(device: str, cells: list[Cell], end: float, *, quick: bool) -> Itera
             else:
                 left = [cell for cell in left if cell.name != entry.get("name")]
             yield entry
-        if entry["kind"] == "end" or time() > end:
+        if entry["kind"] == "end" or rates is None or time() > end:
             break
     reason = "the time was used up" if time() > end else "the device is not to be had"
     for cell in left:
@@ -71,7 +75,9 @@ def process(end: float, *arguments: object) -> Iterator[dict]:
 
 
 def work(sender: Any, *arguments: object) -> None:
-    """What the other process does."""
+    """What the other process does, which ends with the one that started it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     import worker
 
     worker.work(sender.send, *arguments)

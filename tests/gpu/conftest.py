@@ -140,7 +140,7 @@ def quick(request):
 @pytest.fixture(autouse=True)
 def _ends(request):
     if not request.node.get_closest_marker("programs"):
-        faulthandler.dump_traceback_later(TEST_SECONDS, exit=True)
+        faulthandler.dump_traceback_later(TEST_SECONDS, exit=True, file=sys.__stderr__)
     yield
     faulthandler.cancel_dump_traceback_later()
 

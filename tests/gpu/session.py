@@ -1,7 +1,7 @@
 """All that a machine with a GPU can tell, by one command and in a given time: `python tests/gpu/session.py`.
 
 The doctor, the conformance of instructions, the tests, the benchmark, and at last what may take long:
-NVIDIA's checkers and the demo. Everything is in the folder --out as soon as it is known: log.txt, tests.jsonl,
+NVIDIA's checkers and the demo. All is in the folder --out as soon as it is known: log.txt, tests.jsonl,
 conformance.json, and bench.jsonl with its page and its chart. Exit status 0 when all went well.
 """
 
@@ -75,15 +75,27 @@ class Session:
             process.wait()
 
     def tests(self, name: str, seconds: float, *arguments: object, **environment: str) -> None:
-        """Runs tests; after one that ends the process or leaves the device unusable, the others in a new one."""
+        """Runs tests; after one that ends the process or loses the device, the others in a new process."""
         end, record = time.monotonic() + seconds, self.out / "tests.jsonl"
-        pytest = ("-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments, "--record", record)
+        pytest = (
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "--capture=sys",
+            "-q",
+            *arguments,
+            "--record",
+            record,
+        )
         status = DEVICE_LOST
         while status == DEVICE_LOST or (record.exists() and last(record)["kind"] == "start"):
             seconds = min(end - time.monotonic(), self.left())
             if seconds < 5:
                 break
-            status = self.step(name, seconds, *pytest, *["--go-on"] * record.exists(), **environment)
+            status = self.step(
+                name, seconds, *pytest, *arguments, *["--go-on"] * record.exists(), **environment
+            )
 
     def summary(self) -> str:
         return "".join(f"{name:12} status {status:4} {took:6.0f} s\n" for name, status, took in self.done)
@@ -107,7 +119,8 @@ def main() -> int:
     shutil.rmtree(out, ignore_errors=True)
     session = Session(out, options.seconds)
     session.step("doctor", 60, "-m", "fastmoe_rs", "doctor")
-    session.step("conformance", 60, TESTS / "conformance.py", "--seeds", 20)
+    conformance = ["--seeds", 20] if options.device == "cuda" else ["--state"]
+    session.step("conformance", 60, TESTS / "conformance.py", *conformance)
     shutil.copy(TESTS / "conformance.json", out)
     session.tests("tests", 200, TESTS / "test_gpu_parity.py", TESTS / "test_gpu_runtime.py", *device)
     limit = session.left() - LAST_SECONDS
