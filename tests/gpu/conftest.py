@@ -115,9 +115,11 @@ class Outcomes:
 
 
 def device_is_lost():
+    """Also after a capture that failed: torch then never again frees memory."""
     if torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()
         except RuntimeError:
             return True
     return False
