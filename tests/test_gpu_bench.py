@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 PEERS = ROOT / "tests/gpu_peers"
+QUICK = ("--device", "cpu", "--quick")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 
 
@@ -49,8 +51,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_benchmark_of_a_gpu_records_and_reports(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
-    options = ("--device", "cpu", "--quick", "--only", "train", "--out", path)
-    done = run("bench/gpu/run.py", *options)
+    done = run("bench/gpu/run.py", *QUICK, "--only", "train", "--out", path)
     assert done.returncode == 0, done.stdout + done.stderr
     entries = lines_of(path)
     assert [entry["kind"] for entry in entries] == ["machine", "ceilings", "routing", *["cell"] * 3]
@@ -72,41 +73,41 @@ def test_benchmark_of_a_gpu_records_and_reports(tmp_path: Path) -> None:
     assert "| torch_grouped |" in page
 
 
-def peer_that(does: str, folder: Path) -> Path:
-    """A library in the place of Liger whose function does something bad."""
-    module = folder / "liger_kernel/ops/fused_moe.py"
-    module.parent.mkdir(parents=True)
-    module.write_text(
-        f"import os, time, torch\nclass LigerFusedMoEFunction:\n    def apply(x, *rest):\n        {does}\n"
-    )
-    (module.parent / "fused_moe_kernels.py").write_text("")
+def bad_peers(folder: Path, **modules: str) -> Path:
+    """The stand-ins, with other lines at the end of some of them."""
+    shutil.copytree(PEERS, folder)
+    for path in folder.rglob("*.py"):
+        with path.open("a") as file:
+            file.write(modules.get(path.stem, ""))
     return folder
 
 
-@pytest.mark.parametrize(
-    ("does", "status", "reason"),
-    [
-        ("raise ValueError('no such layout')", "failed", "ValueError: no such layout"),
-        ("return x", "wrong", ""),
-        ("os.abort()", "failed", "its process ended with status -6 (on tiny T32 forward)"),
-    ],
-)
-def test_a_bad_peer_costs_no_other_result(tmp_path: Path, does: str, status: str, reason: str) -> None:
+def test_bad_peers_cost_no_other_result(tmp_path: Path) -> None:
+    aborts = "\nimport os\nLigerFusedMoEFunction.apply = lambda *rest: os.abort()\n"
+    raises = "\ndef GLUMLP(*sizes, activation):\n    raise ValueError('no such layout')\n"
+    lies = "\ndef moe_general_routing_inputs(x, *rest):\n    return (x,)\n"
+    peers = bad_peers(tmp_path / "peers", fused_moe=aborts, mlp=raises, functional=lies)
     path = tmp_path / "record.jsonl"
-    options = ("--device", "cpu", "--quick", "--only", "tiny T", "--out", path)
-    done = run("bench/gpu/run.py", *options, peers=peer_that(does, tmp_path / "peers"))
+    done = run("bench/gpu/run.py", *QUICK, "--only", "forward", "--out", path, peers=peers)
     assert done.returncode == 0, done.stdout + done.stderr
-    cells = of_kind(lines_of(path), "cell")
-    assert len(cells) == 4
-    for cell in cells:
-        assert cell["paths"]["fastmoe_rs"]["status"] == "ok"
-        assert cell["paths"]["liger"]["status"] == status
-        assert cell["paths"]["liger"].get("reason", "") == reason
-    assert status in path.with_suffix(".md").read_text()
+    entries = lines_of(path)
+    (lost,) = of_kind(entries, "lost")
+    died = "its process ended with status -6"
+    assert lost == {"kind": "lost", "doing": "liger", "name": "tiny T32 forward", "reason": died}
+    cells = {cell["name"]: cell["paths"] for cell in of_kind(entries, "cell")}
+    assert len(cells) == 3
+    for name in ("tiny T32 forward", "tiny T1 forward"):
+        paths = cells[name]
+        assert {paths[good]["status"] for good in ("fastmoe_rs", "torch_grouped")} == {"ok"}
+        assert paths["liger"] == {"status": "failed", "reason": f"{died} (on tiny T32 forward)"}
+        assert paths["scattermoe"] == {"status": "failed", "reason": "ValueError: no such layout"}
+        assert paths["sonicmoe"]["status"] == "wrong"
+        assert "eager" not in paths["sonicmoe"]
+    assert "| liger | failed: its process ended" in path.with_suffix(".md").read_text()
 
 
 def test_a_process_that_says_nothing_is_given_up(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.supervisor, "SILENCE", 0.1)
+    monkeypatch.setitem(bench.supervisor.SILENCE, "cpu", 0.1)
     cells = bench.problems.cells(quick=True)
     found = [*bench.supervisor.results("cpu", cells, time.time() + 60, quick=True)]
     assert found[0] == {"kind": "lost", "doing": "start", "name": "", "reason": "said nothing for 0 s"}
@@ -116,7 +117,7 @@ def test_a_process_that_says_nothing_is_given_up(bench: Any, monkeypatch: pytest
 
 def test_benchmark_of_a_gpu_stops_in_time(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
-    done = run("bench/gpu/run.py", "--device", "cpu", "--quick", "--budget-seconds", "0", "--out", path)
+    done = run("bench/gpu/run.py", *QUICK, "--budget-seconds", 0, "--out", path)
     assert done.returncode == 0, done.stdout + done.stderr
     left = of_kind(lines_of(path), "left out")
     assert len(left) == 6
@@ -126,9 +127,10 @@ def test_benchmark_of_a_gpu_stops_in_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [signal.SIGTERM, signal.SIGKILL])
 def test_what_is_known_survives_a_cut(tmp_path: Path, cut: signal.Signals) -> None:
     path = tmp_path / "record.jsonl"
-    peers = peer_that("time.sleep(1000)", tmp_path / "peers")
+    sleeps = "\nimport time\nLigerFusedMoEFunction.apply = lambda *rest: time.sleep(1000)\n"
+    peers = bad_peers(tmp_path / "peers", fused_moe=sleeps)
     program = subprocess.Popen(
-        [sys.executable, "bench/gpu/run.py", "--device", "cpu", "--quick", "--out", str(path)],
+        [sys.executable, "bench/gpu/run.py", *QUICK, "--out", str(path)],
         cwd=ROOT,
         env={**os.environ, "FASTMOE_BENCH_PEERS": str(peers)},
         stdout=subprocess.PIPE,

@@ -15,7 +15,8 @@ from typing import Any
 
 from problems import Cell
 
-SILENCE = 120.0  # seconds after which a process is given up; peers compile for up to a minute
+# Seconds after which a process is given up; peers compile for up to a minute, and a busy CPU does nothing for long.
+SILENCE = {"cuda": 120.0, "cpu": 1200.0}
 MOST_PROCESSES = 20
 GRACE = 20.0  # for the last cell, when the time is used up
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -31,7 +32,7 @@ def results(device: str, cells: list[Cell], end: float, *, quick: bool) -> Itera
     rates: dict[str, float] | None = None
     left = cells
     for _ in range(MOST_PROCESSES):
-        for entry in process(end, device, left, given_up, rates, end, quick):
+        for entry in process(end, SILENCE[device.split(":")[0]], device, left, given_up, rates, end, quick):
             if entry["kind"] in ("now", "end"):
                 continue
             if entry["kind"] == "ceilings":
@@ -48,7 +49,7 @@ def results(device: str, cells: list[Cell], end: float, *, quick: bool) -> Itera
         yield {"kind": "left out", "name": cell.name, "reason": reason}
 
 
-def process(end: float, *arguments: object) -> Iterator[dict]:
+def process(end: float, silence: float, *arguments: object) -> Iterator[dict]:
     """What a new process sends that works with these arguments; the last is of kind "end" or "lost"."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -59,7 +60,7 @@ def process(end: float, *arguments: object) -> Iterator[dict]:
     now = entry
     try:
         while entry["kind"] not in ("end", "lost"):
-            patience = max(0.0, min(SILENCE, end + GRACE - time()))
+            patience = max(0.0, min(silence, end + GRACE - time()))
             if receiver.poll(patience):
                 entry = receiver.recv()
                 now = entry if entry["kind"] == "now" else now

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def test_sanitizer_finds_nothing(device, tool):
     if "Device not supported" in output:
         pytest.skip("compute-sanitizer does not support this device")
     assert done.returncode == 0, output[-3000:]
-    assert "ERROR SUMMARY: 0 errors" in output or "RACECHECK SUMMARY: 0 hazards" in output, output[-3000:]
+    assert re.search(r"SUMMARY: .*\b0 errors", output), output[-3000:]
 
 
 @pytest.mark.cuda
