@@ -15,7 +15,7 @@ from typing import Any
 
 from problems import Cell
 
-# Seconds after which a process is given up; peers compile for up to a minute, and a busy CPU does nothing for long.
+# Seconds after which a process is given up; peers compile for up to a minute, and a busy CPU pauses for long.
 SILENCE = {"cuda": 120.0, "cpu": 1200.0}
 MOST_PROCESSES = 20
 GRACE = 20.0  # for the last cell, when the time is used up
