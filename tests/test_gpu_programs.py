@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,17 @@ def test_tests_go_on_after_one_that_ended_the_process(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
     assert len(lines_of(path)) == 3
+
+
+def test_a_session_ends_in_time_with_what_it_has(tmp_path: Path) -> None:
+    start = time.monotonic()
+    options = ("--device", "cpu", "--quick", "--seconds", 12, "--out", tmp_path / "out")
+    done = run("tests/gpu/session.py", *options)
+    assert time.monotonic() - start < 12 + 30
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1].split() == ["tools", "no", "time", "left", "0", "s"]
+    assert "self-test" in done.stdout or "status   -15" in done.stdout
+    assert "== doctor" in (tmp_path / "out/log.txt").read_text()
 
 
 @no_gpu

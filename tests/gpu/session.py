@@ -23,6 +23,8 @@ TESTS = ROOT / "tests/gpu"
 DEVICE_LOST = 70  # exit status of tests after an error that only another process gets rid of
 LAST_SECONDS = 90  # for what comes after the benchmark
 REPORT_SECONDS = 30  # from the end of the benchmark's time to its end
+LEAST_SECONDS = 5  # in which a step can tell anything
+NOT_RUN = 75  # stands for the exit status of a step for which no time was left
 TAIL = 2000  # characters of a step's output that are shown
 
 
@@ -40,6 +42,9 @@ class Session:
     def step(self, name: str, seconds: float, *arguments: object, **environment: str) -> int:
         """Runs Python for at most that long and returns its exit status. Nothing it started outlives it."""
         start, limit = time.monotonic(), min(seconds, self.left())
+        if limit < LEAST_SECONDS:
+            self.done.append((name, NOT_RUN, 0.0))
+            return NOT_RUN
         print(f"== {name}, at most {limit:.0f} s", flush=True)
         folders = filter(None, [str(ROOT / "python"), os.environ.get("PYTHONPATH")])
         variables = {"PYTHONPATH": os.pathsep.join(folders), "PYTHONUNBUFFERED": "1", **environment}
@@ -77,32 +82,22 @@ class Session:
     def tests(self, name: str, seconds: float, *arguments: object, **environment: str) -> None:
         """Runs tests; after one that ends the process or loses the device, the others in a new process."""
         end, record = time.monotonic() + seconds, self.out / "tests.jsonl"
-        pytest = (
-            "-m",
-            "pytest",
-            "-p",
-            "no:cacheprovider",
-            "--capture=sys",
-            "-q",
-            *arguments,
-            "--record",
-            record,
-        )
+        pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", "--record", record)
         status = DEVICE_LOST
-        while status == DEVICE_LOST or (record.exists() and last(record)["kind"] == "start"):
-            seconds = min(end - time.monotonic(), self.left())
-            if seconds < 5:
-                break
-            status = self.step(
-                name, seconds, *pytest, *arguments, *["--go-on"] * record.exists(), **environment
-            )
+        while status == DEVICE_LOST or (status != NOT_RUN and ended_early(record)):
+            go_on = ["--go-on"] * record.exists()
+            status = self.step(name, end - time.monotonic(), *pytest, *arguments, *go_on, **environment)
 
     def summary(self) -> str:
-        return "".join(f"{name:12} status {status:4} {took:6.0f} s\n" for name, status, took in self.done)
+        return "".join(
+            f"{name:12} {'no time left' if status == NOT_RUN else f'status {status:5}'} {took:6.0f} s\n"
+            for name, status, took in self.done
+        )
 
 
-def last(record: Path) -> dict:
-    return json.loads(record.read_text().splitlines()[-1])
+def ended_early(record: Path) -> bool:
+    """Whether the tests ended in one of them."""
+    return record.exists() and json.loads(record.read_text().splitlines()[-1])["kind"] == "start"
 
 
 def main() -> int:
