@@ -82,7 +82,8 @@ class Session:
     def tests(self, name: str, seconds: float, *arguments: object, **environment: str) -> None:
         """Runs tests; after one that ends the process or loses the device, the others in a new process."""
         end, record = time.monotonic() + seconds, self.out / "tests.jsonl"
-        pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", "--record", record)
+        pytest = ("-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", "--capture=sys")
+        pytest += ("--record", record)
         status = DEVICE_LOST
         while status == DEVICE_LOST or (status != NOT_RUN and ended_early(record)):
             go_on = ["--go-on"] * record.exists()
