@@ -26,11 +26,11 @@ class Clock:
             torch.cuda.synchronize()
 
     def seconds(self, run: Run, turn: int) -> tuple[float, float]:
-        """Of the device, which was idle before, and of the host until the call returned."""
+        """Of the device, which was idle before, and of the host of a GPU until the call returned."""
         if not self.cuda:
             begin = time.perf_counter()
             run(turn)
-            return (time.perf_counter() - begin,) * 2
+            return time.perf_counter() - begin, 0.0
         self.other_data.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

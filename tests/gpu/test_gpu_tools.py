@@ -88,6 +88,8 @@ def test_demo_trains(device, tmp_path):
         "--out",
         tmp_path / "out",
     ]
-    done = run(sys.executable, "-m", "fastmoe_rs", "demo", "--device", device, *map(str, options))
+    done = run(
+        sys.executable, "-m", "fastmoe_rs", "demo", "--device", device, *map(str, options), seconds=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "out" / "demo.png").exists()
