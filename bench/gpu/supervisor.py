@@ -67,7 +67,7 @@ def process(end: float, silence: float, *arguments: object) -> Iterator[dict]:
             else:
                 entry = {**now, "kind": "lost", "reason": f"said nothing for {patience:.0f} s"}
             yield entry
-    except EOFError:
+    except (EOFError, OSError):
         child.join()
         yield {**now, "kind": "lost", "reason": f"its process ended with status {child.exitcode}"}
     finally:
