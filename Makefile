@@ -18,7 +18,7 @@ GPU_BUILD := $(TOOLCHAIN) $(KERNELS)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup develop demo test test-emulated emulated emulate emulate-bugs emulate-asan wheel kernels kernel-table toolchain pins bench bench-host bench-gpu test-gpu lint clean
+.PHONY: help setup develop demo test test-emulated emulated emulate emulate-bugs emulate-asan wheel kernels kernel-table toolchain pins bench bench-host bench-gpu test-gpu session-gpu lint clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -39,7 +39,7 @@ EMULATED := $(abspath target/emulated)
 EMULATED_KERNELS := $(abspath target/emulator/plain/libkernels.so)
 
 # Left out: programs that take minutes in an emulator, and what launches no kernel or looks at those of the CPU alone.
-PROGRAMS := bench demo docs examples gpu_programs training_guide
+PROGRAMS := bench demo docs examples gpu_bench gpu_programs training_guide
 NO_KERNELS := cuda_instructions cuda_layouts cuda_machine_code cuda_sources doctor explain isa packaging params reference
 EMULATED_TESTS := $(filter-out $(patsubst %,tests/test_%.py,$(PROGRAMS) $(NO_KERNELS)),$(wildcard tests/test_*.py))
 
@@ -88,6 +88,9 @@ test-gpu: develop ## Run the tests that need a GPU (ARGS="--device cpu --quick" 
 bench-gpu: develop ## Time against torch and other projects on a GPU, for at most 9 minutes
 	$(BIN)/python bench/gpu/run.py $(ARGS)
 
+session-gpu: develop ## All that a GPU can tell in 560 seconds, into out/session (ARGS="--seconds 300" is shorter)
+	$(BIN)/python tests/gpu/session.py $(ARGS)
+
 bench-host: develop ## Time what a call of the CUDA path costs on the host
 	FASTMOE_SKIP_CUDA=1 cargo build --release --locked --package fastmoe-py --features emulator --target-dir target/host
 	$(MAKE) -C cuda/tests -j2 $(abspath target/emulator/plain/libkernels.so)
@@ -121,7 +124,7 @@ $(CUDA)/.setup: $(VENV)/.setup
 	touch $@
 
 # Development builds have the kernels for the GPUs of this machine.
-develop demo test test-gpu bench bench-gpu lint: export FASTMOE_CUDA_ARCHS ?= native
+develop demo test test-gpu bench bench-gpu session-gpu lint: export FASTMOE_CUDA_ARCHS ?= native
 $(VENV)/.develop: $(VENV)/.setup $(RUST) $(GPU_BUILD)
 	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --release --locked --extras demo,bench,dev
 	touch $@

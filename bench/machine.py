@@ -140,7 +140,7 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """Commit of the working tree, with "+" where it has changes; "unknown" outside a repository."""
+    """Commit of the working tree, with "+" where it has changes; outside a repository, FASTMOE_COMMIT."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -152,7 +152,7 @@ def commit() -> str:
             "+" if git("status", "--porcelain", "-uno") else ""
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("FASTMOE_COMMIT", "unknown")
 
 
 def version(package: str) -> str | None:

@@ -2,67 +2,42 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
-from functools import partial
-from itertools import pairwise
 
 import torch
+from clock import Clock, Run, interleaved, state
 from peers import OURS, PATHS, Path, Unavailable
-from problems import Batch, Problem, exact_rows
+from problems import Batch, Problem
 from torch import Tensor
+from truth import EXPERT, checked_tokens, exact
 
 # Largest error of a row, relative to the longest row: bfloat16 operands, sums in float32.
 BOUND = 3e-2
-WARM_UP, LEAST_TURNS, MOST_TURNS = 3, 5, 60
-CHECKED_TOKENS = 4
+# Of others against us. Some add up the gradient of the routing weights in bfloat16, in no order.
+PEER_BOUNDS = {"weights": 0.2}
+Tell = Callable[[str], None]  # what is about to run
 
 
-class Clock:
-    """Times work on a device: by events on a GPU, by the host's clock elsewhere."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device.startswith("cuda")
-
-    def wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def seconds(self, runs: list[Callable[[], object]]) -> list[float]:
-        """Of each run, one after the other."""
-        if not self.cuda:
-            return [self._on_host(run) for run in runs]
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(runs) + 1)]
-        marks[0].record()
-        for run, mark in zip(runs, marks[1:], strict=True):
-            run()
-            mark.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in pairwise(marks)]
-
-    def _on_host(self, run: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
+class DeviceLost(Exception):
+    """An error after which nothing runs on the device in this process."""
 
 
 class Runner:
-    """A path on a problem: eager steps and, on a GPU, one captured graph for each batch."""
+    """A path on a problem: eager steps and, on a GPU, one graph of a step for each batch."""
 
     def __init__(self, path: Path, problem: Problem) -> None:
         self.path, self.problem = path, problem
         self.call, self.parameters = path.make(problem)
-        self.graphs: list[torch.cuda.CUDAGraph] = []
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def answer(self) -> dict[str, Tensor]:
-        """Output and gradients of the first batch; those of w1 and w2 for the first expert."""
+        """Output and gradients of the first batch; those of w1 and w2 for one expert."""
         out, grads = self.step(self.problem.batches[0])
         found = {"out": out.detach()}
         if grads:
             found |= {"x": grads[0], "weights": grads[1]}
             if self.parameters[0] is self.problem.w1:
-                found |= {"w1": grads[2][0].clone(), "w2": grads[3][0].clone()}
+                found |= {"w1": grads[2][EXPERT].clone(), "w2": grads[3][EXPERT].clone()}
         return found
 
     def step(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -77,15 +52,23 @@ class Runner:
         self.step(self.problem.batches[turn % len(self.problem.batches)])
 
     def capture(self, pool: tuple[int, int]) -> None:
-        """Graphs in one pool overwrite each other's results, which nobody reads."""
-        for batch in self.problem.batches:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+        """Graphs in one pool overwrite each other's results, which nobody reads.
+
+        A step that waits is refused beforehand: a capture that fails leaves torch's allocator in disorder.
+        """
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self.eager(0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            for batch in self.problem.batches:
                 self.step(batch)
-            self.graphs.append(graph)
+        self.graph = graph
 
     def replay(self, turn: int) -> None:
-        self.graphs[turn % len(self.graphs)].replay()
+        self.graph.replay()
 
     def peak_bytes(self) -> int:
         """Most memory that one step takes beyond inputs and weights."""
@@ -108,21 +91,28 @@ def row_error(got: Tensor, want: Tensor) -> float:
     return ((got - want).norm(dim=-1).max() / longest).item()
 
 
-def check_ours(problem: Problem, out: Tensor) -> float:
-    """Error of our output against some tokens in float64; raises where it is too large."""
-    tokens = torch.linspace(0, len(out) - 1, min(CHECKED_TOKENS, len(out))).long().tolist()
-    exact = exact_rows(problem, problem.batches[0], tokens)
-    error = max(row_error(out[token][None], want[None]) for token, want in exact)
-    if not error <= BOUND:
-        raise ArithmeticError(f"{OURS} is wrong on {problem.cell.name}: error {error:.2e}, at most {BOUND}")
-    return error
+def check_ours(problem: Problem, got: dict[str, Tensor]) -> dict[str, float]:
+    """Errors of our answer against float64; raises where one is too large."""
+    tokens, want = checked_tokens(problem), exact(problem, problem.batches[0])
+    ours = {name: tensor if name in ("w1", "w2") else tensor[tokens] for name, tensor in got.items()}
+    errors = {name: row_error(ours[name], want[name]) for name in want}
+    for name, error in errors.items():
+        if not error <= BOUND:
+            raise ArithmeticError(
+                f"{OURS} is wrong on {problem.cell.name}: error {error:.2e} of {name}, at most {BOUND}"
+            )
+    return errors
 
 
-def agreeing(problem: Problem, paths: dict[str, dict]) -> list[Runner]:
+def agreeing(problem: Problem, paths: dict[str, dict], given_up: dict[str, str], tell: Tell) -> list[Runner]:
     """The paths that give our answer; what became of all goes into `paths`."""
     runners: list[Runner] = []
     wanted: dict[str, Tensor] = {}
     for path in PATHS:
+        if path.name in given_up:
+            paths[path.name] = {"status": "failed", "reason": given_up[path.name]}
+            continue
+        tell(path.name)
         try:
             runner = Runner(path, problem)
             got = runner.answer()
@@ -133,72 +123,84 @@ def agreeing(problem: Problem, paths: dict[str, dict]) -> list[Runner]:
             if path.name == OURS:
                 raise
             paths[path.name] = failure(error)
+            recover(error)
             continue
         if path.name == OURS:
             wanted = got
-            paths[OURS] = {"status": "ok", "errors": {"float64": check_ours(problem, got["out"])}}
+            paths[OURS] = {"status": "ok", "errors": check_ours(problem, got)}
             runners.append(runner)
             continue
         errors = {key: row_error(got[key], wanted[key]) for key in got}
-        right = all(error <= 2 * BOUND for error in errors.values())
+        right = all(error <= PEER_BOUNDS.get(name, 2 * BOUND) for name, error in errors.items())
         paths[path.name] = {"status": "ok" if right else "wrong", "errors": errors}
         if right:
             runners.append(runner)
     return runners
 
 
-def interleaved(clock: Clock, runs: dict[str, Callable[[int], object]], seconds: float) -> dict[str, dict]:
-    """Medians of each, all of them once a turn."""
-    for turn in range(WARM_UP):
-        for run in runs.values():
-            run(turn)
-    clock.wait()
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    end = time.perf_counter() + seconds
-    for turn in range(MOST_TURNS):
-        steps = [partial(run, turn) for run in runs.values()]
-        for name, sample in zip(runs, clock.seconds(steps), strict=True):
-            samples[name].append(sample)
-        if turn + 1 >= LEAST_TURNS and time.perf_counter() > end:
-            break
-    return {name: summary(taken) for name, taken in samples.items()}
+def recover(error: Exception) -> None:
+    """Goes on after a failure; raises DeviceLost where nothing can run any more."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            raise DeviceLost(failure(error)["reason"]) from error
 
 
-def summary(samples: list[float]) -> dict:
-    return {
-        "median_s": statistics.median(samples),
-        "min_s": min(samples),
-        "max_s": max(samples),
-        "samples": len(samples),
-    }
+def captured(
+    runners: list[Runner], paths: dict[str, dict], given_up: dict[str, str], tell: Tell
+) -> dict[str, Run]:
+    """Replays of the paths that can be captured."""
+    runs: dict[str, Run] = {}
+    torch.cuda.empty_cache()
+    pool = torch.cuda.graph_pool_handle()
+    for runner in runners:
+        name = runner.path.name
+        if graph_of(name) in given_up:
+            paths[name]["graph"] = {"status": "failed", "reason": given_up[graph_of(name)]}
+            continue
+        tell(graph_of(name))
+        try:
+            runner.capture(pool)
+            runs[name] = runner.replay
+        except Exception as error:
+            paths[name]["graph"] = failure(error)
+            recover(error)
+    return runs
 
 
-def measure(problem: Problem, clock: Clock, ceilings: dict[str, float], seconds: float) -> dict:
-    """The record of a cell: every path with its status, errors, times, useful TFLOP/s and peak memory."""
+def graph_of(name: str) -> str:
+    """What `tell` says of a capture, and what is given up where it broke the device."""
+    return f"graph of {name}"
+
+
+def measure(
+    problem: Problem,
+    clock: Clock,
+    ceilings: dict[str, float],
+    seconds: float,
+    given_up: dict[str, str],
+    tell: Tell,
+) -> dict:
+    """The record of a cell: every path with its status, errors, times, useful TFLOP/s and peak memory.
+
+    Paths in `given_up` are left out, for the reason there; `tell` hears what is about to run.
+    """
     cell = problem.cell
     paths: dict[str, dict] = {}
-    runners = agreeing(problem, paths)
-    eager = interleaved(clock, {runner.path.name: runner.eager for runner in runners}, seconds / 2)
-    graphs: dict[str, dict] = {}
+    runners = agreeing(problem, paths, given_up, tell)
+    tell("timing")
+    times = {"eager": interleaved(clock, {runner.path.name: runner.eager for runner in runners}, seconds / 2)}
     if clock.cuda:
         for runner in runners:
             paths[runner.path.name]["peak_bytes"] = runner.peak_bytes()
-        captured: dict[str, Callable[[int], object]] = {}
-        torch.cuda.empty_cache()
-        pool = torch.cuda.graph_pool_handle()
-        for runner in runners:
-            try:
-                runner.capture(pool)
-                captured[runner.path.name] = runner.replay
-            except Exception as error:
-                torch.cuda.synchronize()
-                paths[runner.path.name]["graph"] = failure(error)
-        graphs = interleaved(clock, captured, seconds / 2) if captured else {}
-    for kind, found in (("eager", eager), ("graph", graphs)):
-        for name, times in found.items():
-            tflops = cell.flops / times["median_s"] / 1e12
-            paths[name][kind] = times | {"tflops": tflops}
-    floor = cell.layer.floor(ceilings["flops_per_s"], ceilings["bytes_per_s"], cell.train)
+        runs = captured(runners, paths, given_up, tell)
+        tell("timing of graphs")
+        times["graph"] = interleaved(clock, runs, seconds / 2, steps=len(problem.batches))
+    for kind, found in times.items():
+        for name, taken in found.items():
+            paths[name][kind] = taken | {"tflops": cell.flops / taken["median_s"] / 1e12}
     return {
         "kind": "cell",
         "name": cell.name,
@@ -206,7 +208,8 @@ def measure(problem: Problem, clock: Clock, ceilings: dict[str, float], seconds:
         "tokens": cell.tokens,
         "mode": cell.mode,
         "routing": "skewed" if cell.skewed else "balanced",
-        "floor_s": floor,
+        "floor_s": cell.layer.floor(ceilings["flops_per_s"], ceilings["bytes_per_s"], cell.train),
         "batches": len(problem.batches),
+        "state": state(str(problem.w1.device)),
         "paths": paths,
     }

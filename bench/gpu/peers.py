@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from baselines import transformers_paths
@@ -77,7 +78,7 @@ def gated_only(problem: Problem) -> None:
         raise Unavailable("gated activations only")
 
 
-def library(name: str) -> object:
+def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except Exception as error:  # what a foreign library raises when it does not fit is its own
@@ -104,25 +105,65 @@ def memory(problem: Problem) -> float:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 1 << 30
 
 
+def copied(problem: Problem) -> tuple[Tensor, Tensor]:
+    """The weights, for a peer that wants them in another layout."""
+    w1, w2 = problem.w1.detach(), problem.w2.detach()
+    if w1.is_cuda:
+        torch.cuda.empty_cache()
+        needed = (w1.nbytes + w2.nbytes) * (3 if problem.cell.train else 1)  # with gradients, eager and graph
+        free = torch.cuda.mem_get_info(w1.device)[0]
+        if needed > free:
+            raise Unavailable(
+                f"needs {needed / 2**30:.0f} GiB for its copy of the weights, {free / 2**30:.0f} are free"
+            )
+    return w1, w2
+
+
 def liger(problem: Problem) -> Made:
     gated_only(problem)
     function = library("liger_kernel.ops.fused_moe").LigerFusedMoEFunction
+    few_configurations(library("liger_kernel.ops.fused_moe_kernels"), liger_tile)
 
     def call(batch: Batch) -> Tensor:
-        return function.apply(batch.x, problem.w1, problem.w2, batch.ids.int(), batch.weights)
+        return function.apply(batch.x, problem.w1, problem.w2, batch.ids_int32, batch.weights)
 
     return call, (problem.w1, problem.w2)
 
 
+# Of the hundreds of tiles that Liger would compile and time for each layer, in about two minutes a layer.
+LIGER_TILES = (
+    {"BLOCK_N": 128, "BLOCK_K": 64},
+    {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32},
+    {"BLOCK_H": 512, "BLOCK_K": 4},
+    {"BLOCK_H": 512, "BLOCK_K": 8},
+)
+
+
+def liger_tile(configuration: Any) -> bool:
+    stages = 2 if "BLOCK_M" in configuration.kwargs else 4
+    return configuration.kwargs in LIGER_TILES and configuration.num_stages == stages
+
+
+def few_configurations(module: object, wanted: Callable[[Any], bool]) -> None:
+    """Leaves kernels that tune themselves the wanted configurations; all by FASTMOE_BENCH_TUNE=all."""
+    if os.environ.get("FASTMOE_BENCH_TUNE") == "all":
+        return
+    for kernel in vars(module).values():
+        if isinstance(configurations := getattr(kernel, "configs", None), list):
+            kernel.configs = [*filter(wanted, configurations)] or configurations
+
+
 def scattermoe(problem: Problem) -> Made:
     gated_only(problem)
+    make = library("scattermoe.mlp").GLUMLP
+    w1, w2 = copied(problem)
     shape = problem.cell.shape
     sizes = shape.hidden, shape.intermediate, shape.experts, shape.top_k
     with torch.device("meta"):
-        module = library("scattermoe.mlp").GLUMLP(*sizes, activation=torch.nn.SiLU())
-    gate, up = problem.w1.detach().chunk(2, dim=1)
+        module = make(*sizes, activation=torch.nn.SiLU())
+    gate, up = w1.chunk(2, dim=1)
     module.experts.weight = Parameter(torch.cat((up, gate), 1))  # it has the gate in the second half
-    module.output_experts.weight = Parameter(problem.w2.detach().clone())
+    module.output_experts.weight = Parameter(w2)
     parameters = module.experts.weight, module.output_experts.weight
     return lambda batch: module(batch.x, batch.weights.to(batch.x.dtype), batch.ids), parameters
 
@@ -135,20 +176,31 @@ def sonicmoe(problem: Problem) -> Made:
     if layer is None:
         raise Unavailable("this release of sonicmoe has no function for routing that is given")
     activation = library("sonicmoe.enums").ActivationType.SWIGLU
-    gate, up = problem.w1.detach().chunk(2, dim=1)
+    few_configurations(library("quack.gemm_interface"), hopper_tile)
+    w1, w2 = copied(problem)
+    gate, up = w1.chunk(2, dim=1)
     w1 = Parameter(torch.stack((gate, up), 2).flatten(1, 2))  # rows of gate and up in turn
-    w2 = Parameter(problem.w2.detach().clone())
-    experts, top_k = problem.cell.shape.experts, problem.cell.shape.top_k
+    w2 = Parameter(w2)
+    shape = problem.cell.shape
+    rows = torch.arange(problem.cell.tokens * shape.top_k, device=w1.device, dtype=torch.int32)
+    tokens = rows // shape.top_k
 
     def call(batch: Batch) -> Tensor:
-        tokens = torch.arange(len(batch.x), device=batch.x.device, dtype=torch.int32).repeat_interleave(top_k)
-        routing = batch.weights.reshape(-1), tokens, batch.ids.reshape(-1).int()
+        routing = batch.weights.reshape(-1), tokens, batch.ids_int32.reshape(-1)
         weights = w1.permute(1, 2, 0), None, w2.permute(1, 2, 0), None
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = torch.cuda.current_stream().cuda_stream if batch.x.is_cuda else 0
         inference = not problem.cell.train
-        return layer(batch.x, *routing, *weights, experts, stream, activation, inference)[0]
+        return layer(batch.x, *routing, *weights, shape.experts, stream, activation, inference)[0]
 
     return call, (w1, w2)
+
+
+def hopper_tile(configuration: Any) -> bool:
+    """Of the tiles that SonicMoE's products try on compute capability 9.0, those of its paper."""
+    tile = configuration.kwargs["config"]
+    sizes, cluster = (tile.tile_m, tile.tile_n, tile.pingpong), (tile.cluster_m, tile.cluster_n)
+    best = (128, 256, False), (128, 192, True), (128, 128, True)
+    return tile.device_capacity != 9 or (sizes in best and cluster == (2, 1) and not tile.swap_ab)
 
 
 PATHS = (

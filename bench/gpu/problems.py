@@ -5,7 +5,6 @@ T tokens, H hidden size, I intermediate size, E experts, K experts per token, R 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -94,10 +93,11 @@ def cells(*, quick: bool) -> list[Cell]:
 
 @dataclass
 class Batch:
-    """x [T, H], ids int64 [T, K], routing weights float32 [T, K], gradient of the output [T, H]."""
+    """x [T, H], ids int64 and int32 [T, K], routing weights float32 [T, K], gradient of the output [T, H]."""
 
     x: Tensor
     ids: Tensor
+    ids_int32: Tensor
     weights: Tensor
     grad_out: Tensor
 
@@ -141,7 +141,7 @@ class Problems:
             weights = torch.rand(ids.shape, device=self.device).softmax(-1).requires_grad_(cell.train)
             size = cell.tokens, cell.shape.hidden
             x = torch.randn(size, device=self.device).bfloat16().requires_grad_(cell.train)
-            problem.batches.append(Batch(x, ids, weights, torch.randn_like(x)))
+            problem.batches.append(Batch(x, ids, ids.int(), weights, torch.randn_like(x)))
         return problem
 
     def _turns(self, cell: Cell) -> int:
@@ -160,19 +160,3 @@ class Problems:
             rank = torch.randperm(shape.experts, device=self.device)
             scores = scores.log().neg().log().neg() - (1 + rank).log()  # Gumbel: Zipf's law of popularity
         return scores.topk(shape.top_k).indices
-
-
-def exact_rows(problem: Problem, batch: Batch, tokens: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """Some tokens with their output [H] in float64."""
-    for token in tokens:
-        x = batch.x[token].detach().double()
-        out = torch.zeros_like(x)
-        for expert, weight in zip(batch.ids[token].tolist(), batch.weights[token].tolist(), strict=True):
-            hidden = problem.w1[expert].detach().double() @ x
-            if problem.cell.shape.gated:
-                gate, up = hidden.chunk(2)
-                activated = torch.nn.functional.silu(gate) * up
-            else:
-                activated = hidden.relu()
-            out += weight * (problem.w2[expert].detach().double() @ activated)
-        yield token, out

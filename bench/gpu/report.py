@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 
 OURS = "fastmoe_rs"
 COLORS = ("#d1242f", "#4878d0", "#6acc64", "#ee854a", "#956cb4", "#8c613c", "#82c6e2")
+HOST_BOUND = 0.9  # the share of a time that the host took to launch it
+NOISY = 0.04  # the range of the middle half of the times, as a share of their median, that is worth a word
 LEFT, WIDTH, BAR = 300, 420, 11
 STYLE = "text { font: 11px system-ui, sans-serif } .title { font-weight: 600; font-size: 13px }"
 
@@ -26,9 +29,11 @@ def seconds(path: dict) -> float | None:
 
 def time_text(path: dict, kind: str) -> str:
     found = path.get(kind, {})
-    if "median_s" in found:
-        return f"{1e3 * found['median_s']:.4g} ms, {found['tflops']:.4g} TFLOP/s"
-    return found.get("reason", "-")
+    if "median_s" not in found:
+        return found.get("reason", "-")
+    host = ", host-bound" if kind == "eager" and found["host_s"] > HOST_BOUND * found["median_s"] else ""
+    spread = f" ±{found['noise'] / 2:.0%}" if found["noise"] > NOISY else ""
+    return f"{1e3 * found['median_s']:.4g} ms{spread}, {found['tflops']:.4g} TFLOP/s{host}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -39,30 +44,46 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def page(entries: list[dict]) -> str:
-    machine = next(entry for entry in entries if entry["kind"] == "machine")
-    rates = next(entry for entry in entries if entry["kind"] == "ceilings")
-    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items() if found)
-    text = (
-        f"# The expert layer on {machine['gpu'] or machine['cpu']}\n\n"
-        f"{machine['date'][:10]}, CUDA {machine['cuda']}; {versions}; commit {machine['commit']}. "
-        f"Ceilings measured in this run: {rates['flops_per_s'] / 1e12:.4g} TFLOP/s of a bfloat16 product, "
-        f"{rates['bytes_per_s'] / 1e12:.3g} TB/s of a copy. bfloat16; medians of runs by turns; TFLOP/s "
-        "count the products of the layer alone.\n"
-    )
-    for entry in entries:
-        if entry["kind"] == "cell":
-            text += f"\n## {entry['name']}\n\nfloor {1e3 * entry['floor_s']:.4g} ms\n\n" + cell_table(entry)
-    routing = [entry for entry in entries if entry["kind"] == "routing"]
+    text = head(entries)
+    for entry in of_kind(entries, "cell"):
+        state = ", ".join(f"{value} {unit}" for unit, value in entry["state"].items())
+        text += f"\n## {entry['name']}\n\nfloor {1e3 * entry['floor_s']:.4g} ms"
+        text += (f"; right after the runs {state}" if state else "") + "\n\n" + cell_table(entry)
+    routing = [
+        [f"{entry['tokens']} x {entry['experts']}, K {entry['top_k']}"]
+        + [f"{1e6 * entry['paths'][name]['median_s']:.4g} us" for name in (OURS, "torch")]
+        for entry in of_kind(entries, "routing")
+    ]
     if routing:
-        rows = [
-            [f"{entry['tokens']} x {entry['experts']}, K {entry['top_k']}"]
-            + [f"{1e6 * entry['paths'][name]['median_s']:.4g} us" for name in (OURS, "torch")]
-            for entry in routing
-        ]
-        text += "\n## Routing alone\n\n" + table(["tokens x experts", OURS, "torch"], rows)
-    left = [[entry["name"], entry["reason"]] for entry in entries if entry["kind"] == "left out"]
-    if left:
-        text += "\n## Left out\n\n" + table(["cell", "reason"], left)
+        text += "\n## Routing alone\n\n" + table(["tokens x experts", OURS, "torch"], routing)
+    for kind, title in (("wrong", "Wrong"), ("lost", "Processes lost"), ("left out", "Left out")):
+        rows = [[entry["name"], entry.get("doing", ""), entry["reason"]] for entry in of_kind(entries, kind)]
+        if rows:
+            text += f"\n## {title}\n\n" + table(["cell", "doing", "reason"], rows)
+    return text
+
+
+def of_kind(entries: list[dict], kind: str) -> list[dict]:
+    return [entry for entry in entries if entry["kind"] == kind]
+
+
+def place(entries: list[dict]) -> str:
+    return next((entry["gpu"] or entry["cpu"] for entry in of_kind(entries, "machine")), "an unknown machine")
+
+
+def head(entries: list[dict]) -> str:
+    text = f"# The expert layer on {place(entries)}\n"
+    for machine in of_kind(entries, "machine"):
+        versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items() if found)
+        text += f"\n{machine['date'][:10]}, CUDA {machine['cuda']}; {versions}; commit {machine['commit']}.\n"
+    for rates in of_kind(entries, "ceilings"):
+        text += (
+            f"\nCeilings measured in this run: {rates['flops_per_s'] / 1e12:.4g} TFLOP/s of a bfloat16 "
+            f"product, {rates['bytes_per_s'] / 1e12:.3g} TB/s of a copy. bfloat16; medians of runs by turns, "
+            "each after the level-2 cache was overwritten; a graph holds a step for each of some batches. "
+            "TFLOP/s count the products of the layer alone. Peers that tune themselves had a few "
+            "configurations to choose from.\n"
+        )
     return text
 
 
@@ -98,13 +119,12 @@ def bars(entries: list[dict]) -> Iterator[str]:
 
 
 def svg(entries: list[dict]) -> str:
-    machine = next(entry for entry in entries if entry["kind"] == "machine")
-    cells = [entry for entry in entries if entry["kind"] == "cell"]
+    cells = of_kind(entries, "cell")
     lines = list(bars(cells))
     height = 70 + sum(
         BAR * (1 + sum(seconds(p) is not None for p in cell["paths"].values())) for cell in cells
     )
-    title = f"Speed as a share of the floor, {machine['gpu'] or machine['cpu']}, bfloat16"
+    title = f"Speed as a share of the floor, {place(entries)}, bfloat16"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 240}" height="{height}">'
         f'<style>{STYLE}</style><rect width="100%" height="100%" fill="white"/>'
@@ -113,9 +133,16 @@ def svg(entries: list[dict]) -> str:
     )
 
 
+def read(path: Path) -> Iterator[dict]:
+    """The entries of a record; a last line that was cut off is not one."""
+    for line in path.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            yield json.loads(line)
+
+
 def main(argv: list[str]) -> int:
     path = Path(argv[0])
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    entries = [*read(path)]
     path.with_suffix(".md").write_text(page(entries))
     path.with_suffix(".svg").write_text(svg(entries))
     print(path.with_suffix(".md"))

@@ -1,7 +1,7 @@
 """Holds every instruction of cuda/ptx/device on a GPU against its emulation on the CPU, bit for bit.
 
-python tests/gpu/conformance.py            # both sides here: needs g++, nvcc (make toolchain) and a GPU
-python tests/gpu/conformance.py --build    # compiles into out/conformance, for --built elsewhere
+python tests/gpu/conformance.py            # needs a GPU, and g++ and nvcc where it is not built
+python tests/gpu/conformance.py --build    # compiles into out/conformance, to be taken elsewhere
 python tests/gpu/conformance.py --state    # whether the sources are those that last passed; never fails
 """
 
@@ -12,9 +12,11 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,11 +33,25 @@ PROBES += HOPPER
 APPROXIMATION_ERRORS = (2**-21, 2**-22, 2**-9.987, 2**-21)
 
 
+def digest(paths: Iterable[Path]) -> str:
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        found.update(path.name.encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
+
+
 def device_half() -> str:
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "cuda/ptx/device").glob("*.cuh")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+    return digest((ROOT / "cuda/ptx/device").glob("*.cuh"))
+
+
+def all_sources() -> str:
+    patterns = ("ptx/**/*.*h", "emulator/*.*", "tests/probes.*", "tests/harness.*", "tests/Makefile")
+    return digest(path for pattern in patterns for path in (ROOT / "cuda").glob(pattern))
+
+
+def is_built() -> bool:
+    stamp = BUILT / "sources"
+    return stamp.exists() and stamp.read_text() == all_sources()
 
 
 def state() -> str:
@@ -46,16 +62,26 @@ def state() -> str:
     return f"cuda/ptx/device: passed on {record['gpu']} on {record['date']}{moved}"
 
 
+def nvcc() -> Path | None:
+    """The compiler of FASTMOE_NVCC_ROOT, of `make toolchain`, or of this machine."""
+    roots = [os.environ.get("FASTMOE_NVCC_ROOT"), ROOT / ".venv/cuda/nvidia/cu13", "/usr/local/cuda"]
+    found = (Path(root) / "bin/nvcc" for root in roots if root)
+    on_path = shutil.which("nvcc")
+    return next((path for path in found if path.exists()), on_path and Path(on_path))
+
+
 def build() -> None:
     BUILT.mkdir(parents=True, exist_ok=True)
     tests = ROOT / "cuda/tests"
     subprocess.run(["make", "--silent", "-C", tests, f"OUT={BUILT}", BUILT / "libprobes.so"], check=True)
-    nvcc = Path(os.environ.get("FASTMOE_NVCC_ROOT", ROOT / ".venv/cuda/nvidia/cu13")) / "bin/nvcc"
+    compiler = nvcc()
+    if compiler is None:
+        raise SystemExit("conformance needs nvcc: make toolchain, or FASTMOE_NVCC_ROOT")
     for arch in ARCHS:
         image = BUILT / f"probes.{arch}.cubin"
         command: list[str | Path] = [
-            nvcc,
-            f"-arch=sm_{arch}",
+            compiler,
+            f"-gencode=arch=compute_{arch},code=sm_{arch}",
             "-cubin",
             "-std=c++20",
             "-O3",
@@ -64,6 +90,7 @@ def build() -> None:
             f"-I{ROOT / 'cuda'}",
         ]
         subprocess.run([*command, tests / "probes.cuh", "-o", image], check=True)
+    (BUILT / "sources").write_text(all_sources())
 
 
 def launch_params(maps: bytes, source: int, target: int) -> bytes:
@@ -186,13 +213,12 @@ def main() -> int:
     )
     parser.add_argument("--build", action="store_true", help="compile only")
     parser.add_argument("--state", action="store_true", help="say what the record says")
-    parser.add_argument("--built", action="store_true", help="use what --build has left in out/conformance")
     parser.add_argument("--seeds", type=int, default=50)
     options = parser.parse_args()
     if options.state:
         print(state())
         return 0
-    if not options.built:
+    if not is_built():
         build()
     emulator = Emulator()
     if options.build:

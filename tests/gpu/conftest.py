@@ -1,26 +1,32 @@
 """Tests on a GPU: `pytest tests/gpu`, or with `--device cpu --quick` a check of the tests themselves.
 
 On a GPU every outcome is written to bench/results/DATE-GPU-tests.jsonl (or --record) as soon as it is known.
+An error that leaves the device unusable ends the run with exit status 70; --go-on then does the other tests.
 """
 
 import datetime
+import faulthandler
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import fastmoe_rs
+
 BENCH = Path(__file__).parents[2] / "bench"
-NOW = datetime.datetime.now(datetime.timezone.utc)
+PACKAGES = ("torch", "triton", "transformers", "numpy", "pytest")
+DEVICE_LOST = 70
+TEST_SECONDS = 150  # after which a test is taken to hang, and ends the run
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("gpu")
     group.addoption("--device", default="cuda", help="where the tests run (default: cuda)")
     group.addoption("--record", type=Path, help="where the outcomes are written")
+    group.addoption("--go-on", action="store_true", help="leave out the tests in the --record, and add to it")
     group.addoption("--quick", action="store_true", help="small sizes only")
 
 
@@ -42,56 +48,81 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(skip)
+    if config.option.go_on:
+        lines = map(json.loads, config.option.record.read_text().splitlines())
+        done = {entry.get("name") for entry in lines}
+        items[:] = [item for item in items if item.nodeid not in done]
 
 
 def pytest_configure(config):
+    sys.path += [str(BENCH), str(BENCH / "gpu")]
+    from record import default_path
+
     config.addinivalue_line("markers", "cuda: has a meaning on CUDA devices only")
+    config.addinivalue_line("markers", "programs: starts programs, which have limits of their own")
     # Machines with a GPU bring a torch of their own, with warnings that say nothing about this library.
     config.addinivalue_line("filterwarnings", "default")
     name, path = gpu_name(config.option.device), config.option.record
     if name and path is None:
-        label = re.sub("[^a-z0-9]+", "-", name.lower())
-        path = BENCH / "results" / f"{NOW.date().isoformat()}-{label}-tests.jsonl"
+        path = default_path(name, "-tests")
     if path:
-        config.pluginmanager.register(Record(path, config.option.device))
+        config.pluginmanager.register(Outcomes(path, config.option))
     if config.option.device == "cuda":
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # the reference in float64 has large products
 
 
-class Record:
-    """A file of JSON lines: the machine, then the tests."""
+class Outcomes:
+    """A record of the machine and the tests."""
 
-    def __init__(self, path, device):
-        sys.path.append(str(BENCH))
+    def __init__(self, path, options):
         from machine import commit, version
+        from record import Record
 
-        packages = ("fastmoe_rs", "torch", "triton", "transformers")
-        self.path = path
+        self.record = Record(path, keep=options.go_on)
+        if options.go_on:
+            return
         about = {
             "kind": "machine",
-            "date": NOW.isoformat(timespec="seconds"),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "commit": commit(),
-            "device": device,
+            "device": options.device,
+            "gpu": gpu_name(options.device),
+            "cuda": torch.version.cuda,
         }
-        about |= {"gpu": gpu_name(device), "cuda": torch.version.cuda}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(about | {"versions": {name: version(name) for name in packages}}) + "\n")
+        versions = {"fastmoe_rs": fastmoe_rs.__version__, **{name: version(name) for name in PACKAGES}}
+        self.record.add(about | {"versions": versions})
+
+    def pytest_runtest_logstart(self, nodeid):
+        self.record.add({"kind": "start", "name": nodeid})
 
     def pytest_runtest_logreport(self, report):
-        if report.when == "call" or report.skipped or report.failed:
-            why = (
-                report.longreprtext.splitlines()[-1:]
-                if report.failed
-                else report.longrepr and report.longrepr[2]
-            )
-            entry = {
-                "kind": "test",
-                "name": report.nodeid,
-                "outcome": report.outcome,
-                "seconds": report.duration,
-            }
-            with self.path.open("a") as file:
-                file.write(json.dumps(entry | ({"reason": why} if why else {})) + "\n")
+        if report.when != "call" and report.passed:
+            return
+        entry = {
+            "kind": "test",
+            "name": report.nodeid,
+            "outcome": report.outcome,
+            "seconds": report.duration,
+        }
+        if report.skipped:
+            entry["reason"] = report.longrepr[2]
+        elif report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            entry["reason"] = crash.message if crash else report.longreprtext
+        self.record.add(entry)
+        if report.failed and device_is_lost():
+            pytest.exit(f"nothing runs on the device after {report.nodeid}", returncode=DEVICE_LOST)
+
+
+def device_is_lost():
+    """Also after a capture that failed: torch then never again frees memory."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            return True
+    return False
 
 
 def gpu_name(device):
@@ -106,6 +137,14 @@ def device(request):
 @pytest.fixture
 def quick(request):
     return request.config.option.quick
+
+
+@pytest.fixture(autouse=True)
+def _ends(request):
+    if not request.node.get_closest_marker("programs"):
+        faulthandler.dump_traceback_later(TEST_SECONDS, exit=True, file=sys.__stderr__)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(autouse=True)

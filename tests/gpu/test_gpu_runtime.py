@@ -6,7 +6,7 @@ from layers import assert_same_bits, layer
 
 import fastmoe_rs
 
-pytestmark = pytest.mark.cuda
+on_cuda = pytest.mark.cuda
 
 
 @pytest.fixture
@@ -30,6 +30,7 @@ def captured(function):
     return graph, results
 
 
+@on_cuda
 def test_a_graph_replays_with_other_routing(case):
     graph, results = captured(case.step)
     for seed in range(5):
@@ -39,6 +40,7 @@ def test_a_graph_replays_with_other_routing(case):
         assert_same_bits(replayed, case.step())
 
 
+@on_cuda
 def test_a_graph_of_inference_replays_with_other_routing(case):
     with torch.no_grad():
         graph, out = captured(case.forward)
@@ -48,6 +50,7 @@ def test_a_graph_of_inference_replays_with_other_routing(case):
             assert torch.equal(out, case.forward())
 
 
+@on_cuda
 def test_nothing_waits_for_the_device(case):
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -56,6 +59,7 @@ def test_nothing_waits_for_the_device(case):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@on_cuda
 def test_calls_return_while_the_device_is_busy(case):
     """Neither torch nor our own launches wait: the stream still sleeps when the call returns."""
     done = torch.cuda.Event()
@@ -66,6 +70,7 @@ def test_calls_return_while_the_device_is_busy(case):
     torch.cuda.synchronize()
 
 
+@on_cuda
 def test_a_side_stream_gives_the_same_bits(case):
     want = case.step()
     side = torch.cuda.Stream()
@@ -78,6 +83,7 @@ def test_a_side_stream_gives_the_same_bits(case):
     assert_same_bits(results, want)
 
 
+@on_cuda
 def test_two_streams_do_not_share_scratch_memory(device):
     cases = [layer(device), layer(device, tokens=96)]
     wanted = [case.step() for case in cases]
@@ -106,13 +112,14 @@ def test_compiled_without_graph_breaks(case, quick):
 def test_autocast_and_a_module(device):
     moe = fastmoe_rs.nn.MoE(64, 96, 8, 2).to(device)
     x = torch.randn(4, 16, 64, device=device, requires_grad=True)
-    with torch.autocast("cuda", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         out = moe(x)
     out.float().square().mean().backward()
     assert x.grad.isfinite().all()
     assert all(parameter.grad is not None for parameter in moe.parameters())
 
 
+@on_cuda
 def test_the_process_goes_on_after_running_out_of_memory_in_mid_step(device, quick):
     """With less memory allowed a step fails earlier and earlier; a small one still gives its bits."""
     small = layer(device)
