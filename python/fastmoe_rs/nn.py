@@ -299,10 +299,9 @@ class MoE(nn.Module):
             plan = self._plan(router)
         if self.counters is not None:
             self.counters.add(router.ids, router.logits, _dropped(router.ids, plan))
-        stats = RoutingStats(router, plan)
         if self.kept is not None and not telemetry.recomputing():
             self._warn_without_graph(router)
-            self.kept.append(stats)
+            self.kept.append(RoutingStats(router, plan))
         y_TH = self.experts(x_TH, router.ids, router.weights, plan=plan)
         if self.identity_experts:
             weight_T = identity_weight(router.ids, router.weights, self.num_experts)
@@ -313,7 +312,7 @@ class MoE(nn.Module):
                 weights_TS = self.shared_gate(x_TH).sigmoid()
             y_TH = y_TH + self.shared(x_TH, weights_TS)
         y = y_TH if x.ndim == 2 else y_TH.reshape(x.shape)
-        return (y, stats) if return_stats else y
+        return (y, RoutingStats(router, plan)) if return_stats else y
 
     def stats(self) -> telemetry.Stats:
         """How the layer routed since it is watched, or since the last reset; see `fastmoe_rs.watch`.
@@ -351,6 +350,8 @@ class MoE(nn.Module):
         rows: Any = getattr(self.router, "rows", None)
         if rows is not None:
             plan = plan.trimmed(rows(len(seats)))
+        if router.seats is None:
+            return plan
         # What tokens asked for is what a replay weighs; the plan drops again what it dropped.
         return dataclasses.replace(plan, ids=router.ids)
 
