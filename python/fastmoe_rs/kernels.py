@@ -9,6 +9,7 @@ Legend: T tokens, H hidden size, I intermediate size, E experts, K experts per t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from . import _native
 from ._check import DTYPES
 
 _PLAIN = (Tensor, Parameter)
+# An emulated GPU has torch's allocator, as a real one.
+_POOLED = os.environ.get("FASTMOE_BACKEND") != "emulator"
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -47,7 +50,7 @@ def _recycled(like: Tensor, *shape: int) -> Tensor:
 
     On the CPU, where torch gives freed memory back to the system, it is kept for the next step.
     """
-    if like.is_cpu and _has_memory(like):
+    if _POOLED and like.is_cpu and _has_memory(like):
         return _native.empty(shape, _NAMES[like.dtype]) if shape else _native.empty_like(like)
     return like.new_empty(*shape) if shape else torch.empty_like(like)
 
