@@ -48,6 +48,7 @@ def calls() -> dict[str, Callable[[], object]]:
 
     import fastmoe_rs
     from fastmoe_rs.functional import moe_mlp
+    from fastmoe_rs.nn import MoE
 
     tokens, hidden, intermediate, experts, top_k = 8, 16, 16, 8, 2
     torch.manual_seed(0)
@@ -85,12 +86,46 @@ def calls() -> dict[str, Callable[[], object]]:
     def nothing() -> object:
         return torch.autograd.grad(Nothing.apply(*leaves), leaves, grad_out)
 
+    class SameTensors(torch.autograd.Function):
+        """As many tensors saved and made as moe_mlp has: what Python alone cannot go below."""
+
+        @staticmethod
+        def forward(ctx, x, weights, w1, w2, b1, b2, ids, rest):
+            plan = ids.new_empty(2 * experts + 1 + 2 * ids.numel(), dtype=torch.int32)
+            hidden = x.new_empty(ids.numel(), w1.shape[1])
+            ctx.save_for_backward(x, weights, w1, w2, b1, b2, plan, hidden)
+            ctx.rest = rest
+            return torch.empty_like(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, weights, w1, w2, *_ = ctx.saved_tensors
+            grads = (torch.empty_like(tensor) for tensor in (x, weights, w1, w2))
+            return *grads, None, None, None, None
+
+    def same_tensors() -> object:
+        out = SameTensors.apply(*leaves, None, None, ids, ())
+        return torch.autograd.grad(out, leaves, grad_out)
+
+    layer = MoE(hidden, intermediate, experts, top_k, dtype=torch.bfloat16)
+    parameters = [leaves[0], *layer.parameters()]
+
+    def layer_forward() -> object:
+        with torch.no_grad():
+            return layer(x)
+
+    def layer_step() -> object:
+        return torch.autograd.grad(layer(leaves[0]), parameters, grad_out)
+
     return {
         "forward": forward,
         "forward + backward": step,
         "forward, plan given": forward_of_plan,
         "plan": lambda: fastmoe_rs.RoutingPlan.from_ids(ids, experts),
+        "nn.MoE, forward": layer_forward,
+        "nn.MoE, forward + backward": layer_step,
         "torch: empty autograd.Function, forward + backward": nothing,
+        "torch: autograd.Function with the tensors of moe_mlp": same_tensors,
         "torch: empty_like": lambda: torch.empty_like(x),
     }
 

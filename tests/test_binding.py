@@ -571,6 +571,16 @@ class TestPool:
         assert not tensor.requires_grad
         assert torch.equal(tensor.fill_(2), torch.full(shape, 2, dtype=tensor.dtype))
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_like_another(self, dtype):
+        like = torch.ones(3, 1, 5, dtype=dtype, requires_grad=True)
+        tensor = _native.empty_like(like)
+        assert (tensor.shape, tensor.stride(), tensor.dtype) == (like.shape, like.stride(), dtype)
+        assert not tensor.requires_grad
+        assert tensor.data_ptr() != like.data_ptr()
+        with pytest.raises(TypeError, match="float"):
+            _native.empty_like(torch.ones(3, dtype=torch.int32))
+
     def test_memory_comes_back(self):
         tensor = _native.empty((123, 457), "float32")
         used = _native.memory_stats()["used_bytes"]

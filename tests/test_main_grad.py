@@ -295,6 +295,7 @@ def test_autograd_notices_that_it_has_changed():
         out.backward()
 
 
+@pytest.mark.cpu_only(reason="about the memory pool of the CPU backend")
 def test_no_memory_is_taken_for_the_gradients():
     experts = nn.Experts(64, 64, 512)
     gradients = sum(w.numel() * 4 for w in (experts.w1, experts.w2))

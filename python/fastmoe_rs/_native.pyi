@@ -292,6 +292,9 @@ def empty(shape: Sequence[int], dtype: _DType) -> torch.Tensor:
     Without a DLPack exchange table in torch it is a plain torch.empty. ImportError without torch.
     """
 
+def empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    """The same, of the shape and the float dtype of another tensor."""
+
 def empty_cache() -> None:
     """Gives the pool's waiting memory back to the system."""
 

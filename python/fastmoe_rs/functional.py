@@ -235,9 +235,9 @@ def moe_mlp(
     refused = None
     if ops.is_direct((*layer, ids, *rows)):
         try:
-            *dense, flipped = _dense(*layer, transposed)
+            dense, flipped = _dense(*layer, transposed)
             ids = None if ids is None else ids.contiguous()
-            return ops.direct_mlp(*dense, ids, *rows, activation, flipped, interleaved)
+            return ops.direct_mlp(dense, ids, rows, (activation, flipped, interleaved))
         except Exception as error:
             refused = error
     # For the others, and to say in the words of this function what the kernel refused.
@@ -253,7 +253,7 @@ def moe_mlp(
     _check_weights(weights_TK, "x", x_TH, plan)
     if refused is not None:
         raise refused
-    *dense, transposed = _dense(*layer, transposed)
+    dense, transposed = _dense(*layer, transposed)
     # A trace is also checked, and run, in other modes than that in which it was made.
     learns = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None
     save_hidden = learns and any(t is not None and t.requires_grad for t in dense)
@@ -448,19 +448,19 @@ def _dense(
     b1: Tensor | None,
     b2: Tensor | None,
     transposed: bool,
-) -> tuple[Any, ...]:
-    """The arguments as the kernels read them."""
+) -> tuple[tuple[Any, ...], bool]:
+    """The arguments as the kernels read them, and whether the weights are transposed now."""
     if _is_transposed(w1) and _is_transposed(w2):
         transposed, w1, w2 = not transposed, w1.transpose(1, 2), w2.transpose(1, 2)
-    return (
+    dense = (
         x.contiguous(),
         _wide(weights, x),
         w1.contiguous(),
         w2.contiguous(),
         None if b1 is None else b1.contiguous(),
         None if b2 is None else b2.contiguous(),
-        transposed,
     )
+    return dense, transposed
 
 
 def _is_transposed(w: Tensor) -> bool:

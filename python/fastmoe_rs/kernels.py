@@ -9,6 +9,7 @@ Legend: T tokens, H hidden size, I intermediate size, E experts, K experts per t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from . import _native
 from ._check import DTYPES
 
 _PLAIN = (Tensor, Parameter)
+# An emulated GPU has torch's allocator, as a real one.
+_POOLED = os.environ.get("FASTMOE_BACKEND") != "emulator"
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -42,14 +45,14 @@ def _run(name: str, first: Tensor, *args: Tensor | None, **options: object) -> N
         getattr(_native, name)(first, *args, **options, threads=torch.get_num_threads())
 
 
-def _recycled(like: Tensor, shape: Sequence[int]) -> Tensor:
+def _recycled(like: Tensor, *shape: int) -> Tensor:
     """Memory for what is large and comes every step: gradients of weights, the saved pre-activation.
 
     On the CPU, where torch gives freed memory back to the system, it is kept for the next step.
     """
-    if like.is_cpu and _has_memory(like):
-        return _native.empty(shape, _NAMES[like.dtype])
-    return like.new_empty(shape)
+    if _POOLED and like.is_cpu and _has_memory(like):
+        return _native.empty(shape, _NAMES[like.dtype]) if shape else _native.empty_like(like)
+    return like.new_empty(*shape) if shape else torch.empty_like(like)
 
 
 def route(
@@ -69,9 +72,9 @@ def route(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, experts = logits.shape
-    ids = logits.new_empty((tokens, top_k), dtype=torch.int64)
-    weights = logits.new_empty((tokens, top_k), dtype=wide(logits.dtype))
-    scores = logits.new_empty((tokens, experts), dtype=wide(logits.dtype))
+    ids = logits.new_empty(tokens, top_k, dtype=torch.int64)
+    weights = logits.new_empty(tokens, top_k, dtype=wide(logits.dtype))
+    scores = logits.new_empty(tokens, experts, dtype=wide(logits.dtype))
     _run(
         "route",
         logits,
@@ -145,7 +148,7 @@ def plan(
     counts = ids.new_empty(num_experts, dtype=torch.int32)
     offsets = ids.new_empty(num_experts + 1, dtype=torch.int32)
     gather = ids.new_empty(rows, dtype=torch.int32)
-    inverse = ids.new_empty(ids.shape, dtype=torch.int32)
+    inverse = torch.empty_like(ids, dtype=torch.int32)
     sorted_weights = None if weights is None else weights.new_empty(rows)
     _run(
         "plan",
@@ -194,7 +197,7 @@ def mlp(
     hidden = None
     if save_hidden:
         rows = weights.numel() if gather is None else gather.shape[0]
-        hidden = _recycled(x, (rows, w1.shape[2 if transposed else 1]))
+        hidden = _recycled(x, rows, w1.shape[2 if transposed else 1])
     if _has_memory(x):
         _native.mlp_forward(
             x,
@@ -245,8 +248,8 @@ def mlp_backward(
     grad_x = torch.empty_like(x) if x_need else None
     grad_weights = torch.empty_like(weights) if weights_need else None
     sum_w1, sum_w2 = sums
-    grad_w1 = _recycled(w1, w1.shape) if w1_need and sum_w1 is None else None
-    grad_w2 = _recycled(w2, w2.shape) if w2_need and sum_w2 is None else None
+    grad_w1 = _recycled(w1) if w1_need and sum_w1 is None else None
+    grad_w2 = _recycled(w2) if w2_need and sum_w2 is None else None
     grad_b1 = torch.empty_like(b1) if b1 is not None and b1_need else None
     grad_b2 = torch.empty_like(b2) if b2 is not None and b2_need else None
     if _has_memory(x):
@@ -300,7 +303,7 @@ def grouped_mm_grad_weight(
     sum_w: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of w, added to sum_w where that is given, and, if asked for, of the bias."""
-    grad_w = _recycled(x, weight_shape(grad_out, x, offsets, transposed)) if sum_w is None else sum_w
+    grad_w = _recycled(x, *weight_shape(grad_out, x, offsets, transposed)) if sum_w is None else sum_w
     grad_bias = x.new_empty(offsets.shape[0] - 1, grad_out.shape[1]) if with_bias else None
     add_w = sum_w is not None
     _run(

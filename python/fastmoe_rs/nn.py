@@ -201,10 +201,9 @@ class MoE(nn.Module):
             plan = self._plan(router)
         if self.counters is not None:
             self.counters.add(router.ids, router.logits, _dropped(router.ids, plan))
-        stats = RoutingStats(router, plan)
         if self.kept is not None and not telemetry.recomputing():
             self._warn_without_graph(router)
-            self.kept.append(stats)
+            self.kept.append(RoutingStats(router, plan))
         y_TH = self.experts(x_TH, router.ids, router.weights, plan=plan)
         if self.identity_experts:
             weight_T = identity_weight(router.ids, router.weights, self.num_experts)
@@ -216,7 +215,7 @@ class MoE(nn.Module):
             y_TH = y_TH + self.shared(x_TH, weights_TS)
         # No view for autograd: one that is changed in place loses the hooks of FSDP2.
         y = y_TH if x.ndim == 2 else torch.ops.aten._unsafe_view(y_TH, x.shape)
-        return (y, stats) if return_stats else y
+        return (y, RoutingStats(router, plan)) if return_stats else y
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are not watched, and nobody collects from them."""
@@ -258,6 +257,8 @@ class MoE(nn.Module):
         rows: Any = getattr(self.router, "rows", None)
         if rows is not None:
             plan = plan.trimmed(rows(len(seats)))
+        if router.seats is None:
+            return plan
         # What tokens asked for is what a replay weighs; the plan drops again what it dropped.
         return dataclasses.replace(plan, ids=router.ids)
 

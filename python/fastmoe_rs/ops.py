@@ -217,9 +217,7 @@ def _mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor |
         ctx.owners = main_grad.owner(tensors[2]), main_grad.owner(tensors[3])
 
 
-def _mlp_backward(
-    ctx: Any, grad_out: Tensor | None, _: None, backward: Callable[..., Any] | None = None
-) -> tuple[Any, ...]:
+def _mlp_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad
     if grad_out is None:
         return (None,) * len(needs)
@@ -228,16 +226,24 @@ def _mlp_backward(
             "fastmoe_rs.moe_mlp: cannot be differentiated, as it was traced or exported without gradients "
             "(torch.no_grad); trace or export it with them"
         )
-    arguments = grad_out.contiguous(), *ctx.saved_tensors, *ctx.options, needs[:6]
+    return _only(needs, _mlp_grads(ctx, grad_out, mlp_backward))
+
+
+def _mlp_grads(ctx: Any, grad_out: Tensor, backward: Callable[..., Any]) -> tuple[Any, ...]:
+    """The gradients of x, weights, w1, w2, b1 and b2, but for what is added to a main_grad."""
+    needs = ctx.needs_input_grad[:6]
+    arguments = grad_out.contiguous(), *ctx.saved_tensors, *ctx.options, needs
     sums = _main_grads(ctx, arguments, w1=needs[2], w2=needs[3])
     if sums is None:
-        return _only(needs, (backward or mlp_backward)(*arguments))
+        return backward(*arguments)
     grads = kernels.mlp_backward(*arguments, sums=sums)
-    return _only(needs, (*grads[:2], *_added(ctx, sums, grads[2:4]), *grads[4:]))
+    return *grads[:2], *_added(ctx, sums, grads[2:4]), *grads[4:]
 
 
 def _main_grads(ctx: Any, arguments: tuple[Any, ...], **needs: bool) -> list[Tensor | None] | None:
     """What the gradients of the weights are added to; None where none is, or something must see gradients."""
+    if not any(hasattr(leaf, "main_grad") for leaf in ctx.owners):
+        return None
     sums = [
         main_grad.target(name, leaf) if need else None
         for (name, need), leaf in zip(needs.items(), ctx.owners, strict=True)
@@ -268,11 +274,10 @@ class _Mlp(torch.autograd.Function):
         b1: Tensor | None,
         b2: Tensor | None,
         ids: Tensor | None,
-        offsets: Tensor | None,
-        gather: Tensor | None,
-        inverse: Tensor | None,
-        *options: Any,
+        rows: tuple[Any, ...],
+        options: tuple[Any, ...],
     ) -> Tensor:
+        offsets, gather, inverse = rows
         if ids is not None:
             offsets = kernels.packed_plan(ids, w1.shape[0])
         saved = x, weights, w1, w2, b1, b2, offsets, gather, inverse
@@ -285,20 +290,30 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-        direct = is_direct((grad_out,)) and not torch.is_grad_enabled()
-        return _mlp_backward(ctx, grad_out, None, kernels.mlp_backward if direct else mlp_backward)
+        if torch.is_grad_enabled() or not is_direct((grad_out,)):
+            return _mlp_backward(ctx, grad_out, None)
+        return *_mlp_grads(ctx, grad_out, kernels.mlp_backward), None, None, None
 
     jvp = staticmethod(_no_jvp("moe_mlp"))
 
 
-def direct_mlp(*args: Any) -> Tensor:
-    """`mlp` of direct tensors: x, weights, w1, w2, b1, b2, ids or a plan's three rows, and the options."""
+def direct_mlp(
+    dense: tuple[Any, ...], ids: Tensor | None, rows: tuple[Any, ...], options: tuple[Any, ...]
+) -> Tensor:
+    """`mlp` of direct tensors.
+
+    Args:
+        dense: x, weights, w1, w2, b1 and b2.
+        ids: None where a plan is followed.
+        rows: offsets, gather and inverse of the plan, or three times None.
+        options: activation, transposed and interleaved.
+    """
     if torch.is_grad_enabled():
-        for tensor in args[:6]:
+        for tensor in dense:
             if tensor is not None and tensor.requires_grad:
-                return _Mlp.apply(*args)
+                return _Mlp.apply(*dense, ids, rows, options)
     kernel: Callable[..., Any] = kernels.mlp
-    out, _ = kernel(*args[:6], *args[7:], False, args[6])
+    out, _ = kernel(*dense, *rows, *options, False, ids)
     return out
 
 

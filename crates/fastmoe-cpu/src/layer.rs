@@ -12,6 +12,8 @@ use std::ops::Range;
 /// Fewest and most columns of a product that a task computes at a time.
 pub const BLOCK_COLS: usize = 128;
 pub const WIDE_COLS: usize = 512;
+/// Weights times rows of a product that take less time than other threads to wake up.
+const ALONE: usize = 1 << 14;
 /// Sums of a task, so that they stay in the cache.
 const CHUNK_SUMS: usize = 128 << 10;
 
@@ -161,7 +163,9 @@ impl<'a, M: Machine, E: Element<Acc = M::Acc>> Layer<'a, M, E> {
                 scales[row] = unsafe { *p.weights.cast::<M::Acc>().add(i) };
             }
         }
-        let (work, threads) = (work(p.rows.offsets), p.threads);
+        let work = work(p.rows.offsets);
+        let alone = p.rows.gather.len() * p.hidden * p.intermediate < ALONE;
+        let threads = if alone { Threads(1) } else { p.threads };
         let mut layer =
             Self { p, work, scales, threads, block_cols: BLOCK_COLS, elements: std::marker::PhantomData };
         let factor = if backward { layer.w2(0).t() } else { layer.w1(0) };

@@ -31,6 +31,8 @@ impl Math {
 /// A tile of the output that a block computes at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Tile {
+    /// What kernel names call it.
+    pub name: &'static str,
     /// Rows.
     pub rows: usize,
     /// Columns.
@@ -39,10 +41,10 @@ pub(crate) struct Tile {
     pub resident: usize,
 }
 
-const WIDE: Tile = Tile { rows: 128, columns: 256, resident: 1 };
-const SQUARE: Tile = Tile { rows: 128, columns: 128, resident: 2 };
-const FLAT: Tile = Tile { rows: 32, columns: 128, resident: 2 };
-const ANY: Tile = Tile { rows: 64, columns: 128, resident: 3 };
+const WIDE: Tile = Tile { name: "128x256", rows: 128, columns: 256, resident: 1 };
+const SQUARE: Tile = Tile { name: "128x128", rows: 128, columns: 128, resident: 2 };
+const FLAT: Tile = Tile { name: "32x128", rows: 32, columns: 128, resident: 2 };
+const ANY: Tile = Tile { name: "64x128", rows: 64, columns: 128, resident: 3 };
 
 /// The tile of a product over rows, `rows_per_expert` of them on average.
 pub(crate) fn row_tile(gpu: &Gpu, math: Math, aligned: bool, rows_per_expert: usize) -> Tile {
@@ -87,5 +89,5 @@ pub(crate) fn row_tiles(tile: Tile, rows: usize, experts: usize, columns: usize)
 
 pub(crate) fn name(kernel: &str, math: Math, tile: Tile, variant: &str) -> String {
     let variant = if tile == ANY { "any" } else { variant };
-    format!("{kernel}_{}_{}x{}_{variant}", math.name(), tile.rows, tile.columns)
+    [kernel, math.name(), tile.name, variant].join("_")
 }

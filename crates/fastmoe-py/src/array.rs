@@ -95,9 +95,14 @@ impl Array {
     /// Whether the elements lie one after the other in row-major order.
     pub fn contiguous(&self) -> bool {
         let Ok(element) = &self.element else { return false };
-        let dense = dense_strides(&self.shape, element.bytes() as i64);
-        let axes = self.shape.iter().zip(self.strides.iter().zip(&dense));
-        self.shape.contains(&0) || axes.into_iter().all(|(&n, (given, dense))| n == 1 || given == dense)
+        let mut dense = element.bytes() as i64;
+        let mut axes = self.shape.iter().zip(&self.strides).rev();
+        let fits = axes.all(|(&n, &stride)| {
+            let fits = n == 1 || stride == dense;
+            dense = dense.wrapping_mul(n);
+            fits
+        });
+        fits || self.shape.contains(&0)
     }
 }
 

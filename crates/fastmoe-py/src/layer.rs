@@ -9,7 +9,7 @@ use crate::backend::{buffer, check_indices, math};
 use crate::call::{optional_input, required_input};
 use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::plan::Plan;
+use crate::plan::NewPlan;
 use crate::tensor::{Tensor, disjoint};
 
 /// How the expert weights are laid out, and the activation between them.
@@ -141,6 +141,34 @@ impl Layer {
         let Self { x, w1, b1, w2, b2, weights, .. } = self;
         [Some(x), Some(w1), b1.as_ref(), Some(w2), b2.as_ref(), Some(weights)]
     }
+
+    /// Elements of a plan that lies whole in one tensor.
+    pub fn packed_length(&self) -> usize {
+        let Sizes { tokens, experts, top_k, .. } = self.sizes;
+        2 * experts + 1 + 2 * tokens * top_k
+    }
+
+    /// Its counts, offsets, gather and inverse.
+    fn unpack(&self, plan: &Tensor) -> Result<[Tensor; 4]> {
+        let Sizes { tokens, experts, top_k, .. } = self.sizes;
+        plan.expect_element(Element::I32)?;
+        plan.split([
+            ("counts", &[experts]),
+            ("offsets", &[experts + 1]),
+            ("gather", &[tokens * top_k]),
+            ("inverse", &[tokens, top_k]),
+        ])
+    }
+
+    /// The plan of `ids`, to be made into one tensor.
+    pub fn plan(&self, ids: Tensor, plan: &Tensor) -> Result<NewPlan> {
+        let Sizes { tokens, experts, top_k, .. } = self.sizes;
+        ids.expect_shape(&[tokens, top_k], "T, K")?;
+        disjoint([Some(plan)], self.inputs().into_iter().chain([Some(&ids)]))?;
+        let [counts, offsets, gather, inverse] = self.unpack(plan)?;
+        let spec = PlanSpec { tokens, top_k, experts, capacity: None, out_of_range: OutOfRange::Error };
+        Ok(NewPlan { spec, ids, weights: None, counts, offsets, gather, inverse, sorted_weights: None })
+    }
 }
 
 impl Rows {
@@ -163,37 +191,16 @@ impl Rows {
         Ok(rows)
     }
 
-    pub fn packed_length(layer: &Layer) -> usize {
-        let Sizes { tokens, experts, top_k, .. } = layer.sizes;
-        2 * experts + 1 + 2 * tokens * top_k
-    }
-
     /// The rows of a plan that lies whole in one tensor.
     pub fn packed(layer: &Layer, plan: &Tensor) -> Result<Self> {
-        let Plan { offsets, gather, inverse, .. } = Self::unpack(layer, plan)?;
+        let [_, offsets, gather, inverse] = layer.unpack(plan)?;
         Ok(Self { offsets, gather, inverse })
     }
 
-    /// Those of the plan of `ids`, which is made into one tensor.
-    pub fn made(py: Python<'_>, layer: &Layer, threads: Threads, ids: &Tensor, plan: Tensor) -> Result<Self> {
-        let Sizes { tokens, experts, top_k, .. } = layer.sizes;
-        ids.expect_shape(&[tokens, top_k], "T, K")?;
-        let spec = PlanSpec { tokens, top_k, experts, capacity: None, out_of_range: OutOfRange::Error };
-        disjoint([Some(&plan)], layer.inputs().into_iter().chain([Some(ids)]))?;
-        Self::unpack(layer, &plan)?.fill(py, &spec, threads, ids, &None)?;
-        Self::packed(layer, &plan)
-    }
-
-    fn unpack(layer: &Layer, plan: &Tensor) -> Result<Plan> {
-        let Sizes { tokens, experts, top_k, .. } = layer.sizes;
-        plan.expect_element(Element::I32)?;
-        let [counts, offsets, gather, inverse] = plan.split([
-            ("counts", &[experts]),
-            ("offsets", &[experts + 1]),
-            ("gather", &[tokens * top_k]),
-            ("inverse", &[tokens, top_k]),
-        ])?;
-        Ok(Plan { counts, offsets, gather, inverse, sorted_weights: None })
+    /// Those of a plan that the call makes.
+    pub fn of(plan: &NewPlan) -> Self {
+        let NewPlan { offsets, gather, inverse, .. } = plan;
+        Self { offsets: offsets.clone(), gather: gather.clone(), inverse: inverse.clone() }
     }
 }
 

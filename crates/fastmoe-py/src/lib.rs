@@ -31,7 +31,7 @@ mod _native {
     #[pymodule_export]
     use super::info::cpu_info;
     #[pymodule_export]
-    use super::memory::{empty, empty_cache, memory_stats};
+    use super::memory::{empty, empty_cache, empty_like, memory_stats};
     #[pymodule_export]
     use super::mlp::{mlp_backward, mlp_forward};
     #[pymodule_export]

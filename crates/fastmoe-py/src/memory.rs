@@ -1,4 +1,4 @@
-//! `empty`: torch tensors in memory of the backend's recycling pool.
+//! `empty` and `empty_like`: torch tensors in memory of the backend's recycling pool.
 
 use std::ptr::NonNull;
 
@@ -11,6 +11,7 @@ use pyo3::types::{IntoPyDict, PyDict, PyTuple, PyType};
 use crate::dlpack::{self, DLDevice, DLManagedTensorVersioned, DLPackVersion, DLTensor, Exchange};
 use crate::element::Element;
 use crate::error::{Error, Result};
+use crate::tensor::Tensor;
 
 /// The tensor that DLPack hands over, first, with what it points to; the deleter drops it all.
 #[repr(C)]
@@ -26,6 +27,17 @@ pub fn empty<'py>(py: Python<'py>, shape: Vec<i64>, dtype: &str) -> Result<Bound
     let element = Element::from_name(dtype).filter(|e| e.float().is_some()).ok_or_else(|| {
         Error::Value(format!("dtype: expected 'float32', 'float64', 'bfloat16' or 'float16', got '{dtype}'"))
     })?;
+    pooled(py, shape, element)
+}
+
+#[pyfunction]
+pub fn empty_like<'py>(py: Python<'py>, tensor: &Bound<'py, PyAny>) -> Result<Bound<'py, PyAny>> {
+    let like = Tensor::input("tensor", tensor)?;
+    like.float()?;
+    pooled(py, like.shape().iter().map(|&n| n as i64).collect(), like.element())
+}
+
+fn pooled(py: Python<'_>, shape: Vec<i64>, element: Element) -> Result<Bound<'_, PyAny>> {
     // A size of 0 counts as 1, as it does for strides.
     let bytes = shape
         .iter()
@@ -43,7 +55,7 @@ pub fn empty<'py>(py: Python<'py>, shape: Vec<i64>, dtype: &str) -> Result<Bound
         }
         None => {
             let torch = py.import("torch")?;
-            let dtype = [("dtype", torch.getattr(dtype)?)].into_py_dict(py)?;
+            let dtype = [("dtype", torch.getattr(element.name())?)].into_py_dict(py)?;
             Ok(torch.call_method("empty", (PyTuple::new(py, shape)?,), Some(&dtype))?)
         }
     }

@@ -37,18 +37,21 @@ pub fn mlp_forward(
 ) -> Result<()> {
     let threads = self::threads(threads)?;
     let layer = Layer::new(Layout::new(activation, transposed, interleaved)?, x, w1, b1, w2, b2, weights)?;
-    let ids = optional_input("ids", ids)?;
     let scratch;
-    let rows = match (&ids, offsets) {
-        (None, _) => Rows::given(&layer, offsets, gather, inverse)?,
-        (Some(ids), Some(plan)) => Rows::made(py, &layer, threads, ids, Tensor::output("offsets", plan)?)?,
+    let mut plan = match (optional_input("ids", ids)?, offsets) {
+        (None, _) => None,
+        (Some(ids), Some(plan)) => Some(layer.plan(ids, &Tensor::output("offsets", plan)?)?),
         (Some(ids), None) => {
-            let length = Rows::packed_length(&layer);
-            scratch = layer.x.place().scratch(py, 4 * length)?;
+            let (length, place) = (layer.packed_length(), layer.x.place());
+            scratch = place.scratch(py, 4 * length)?;
             // SAFETY: the scratch memory is of this size, and dropped after the plan.
-            let plan = unsafe { Tensor::int32("offsets", scratch.start(), length, layer.x.place()) };
-            Rows::made(py, &layer, threads, ids, plan)?
+            let offsets = unsafe { Tensor::int32("offsets", scratch.start(), length, place) };
+            Some(layer.plan(ids, &offsets)?)
         }
+    };
+    let rows = match &plan {
+        None => Rows::given(&layer, offsets, gather, inverse)?,
+        Some(plan) => Rows::of(plan),
     };
     let problem = Problem { layer, rows };
     let sizes = problem.layer.sizes;
@@ -59,18 +62,27 @@ pub fn mlp_forward(
         hidden.expect(sizes.dtype, &problem.hidden_shape(), problem.layer.layout.hidden_legend())?;
     }
     let outputs = [Some(&out), hidden.as_ref()];
-    let inputs = problem.inputs().chain([ids.as_ref()]);
+    let of_plan = plan.as_ref().map_or([None; 2], |plan| [Some(&plan.ids), Some(&plan.counts)]);
+    let inputs = problem.inputs().chain(of_plan);
     disjoint(outputs, inputs.clone())?;
     if let Backend::Cuda(device) = Backend::of(inputs.chain(outputs))? {
         let mlp = problem.on_device(py)?;
+        let plan = plan.as_ref().map(|plan| plan.on_device().map(|sort| (plan, sort))).transpose()?;
         let (out, hidden) = (out.buffer(), buffer(&hidden));
-        return device.run(py, mlp.forward_scratch(), |queue| {
+        let scratch = plan.as_ref().map_or(0, |(_, sort)| sort.scratch()) + mlp.forward_scratch();
+        return device.run(py, scratch, |queue| {
+            if let Some((plan, sort)) = &plan {
+                plan.launch(sort, queue)?;
+            }
             problem.check_plan(queue)?;
             // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
             unsafe { mlp.forward(queue, out, hidden) }.map_err(Into::into)
         });
     }
     compute(py, || {
+        if let Some(plan) = &mut plan {
+            plan.build(threads)?;
+        }
         let mlp = problem.on_cpu(threads)?;
         // SAFETY: dtypes, shapes, separate memory and the plan were checked.
         Ok(unsafe { fastmoe_cpu::mlp_forward(&mlp, out.ptr_mut(), hidden.as_ref().map(Tensor::ptr_mut)) }?)

@@ -2,9 +2,10 @@
 
 use fastmoe_core::{Capacity, ExpertId, Float, OutOfRange, PlanOut, PlanSpec};
 use fastmoe_cpu::Threads;
+use fastmoe_cuda::Queue;
 use pyo3::prelude::*;
 
-use crate::backend::{Backend, Device, buffer};
+use crate::backend::{Backend, buffer};
 use crate::call::{at_least, compute, optional_input, optional_output, threads};
 use crate::element::{Element, Scalar};
 use crate::error::{Error, Result};
@@ -47,22 +48,29 @@ pub fn plan(
         capacity: capacity.map(|rows| Capacity { rows, drop, pad }),
         out_of_range: out_of_range.parse()?,
     };
-    let weights = optional_input("weights", weights)?;
-    if let Some(weights) = &weights {
-        weights.expect_shape(&[tokens, top_k], "T, K")?;
-    }
-    let plan = Plan {
+    let mut plan = NewPlan {
+        spec,
+        ids,
+        weights: optional_input("weights", weights)?,
         counts: Tensor::output("counts", counts)?,
         offsets: Tensor::output("offsets", offsets)?,
         gather: Tensor::output("gather", gather)?,
         inverse: Tensor::output("inverse", inverse)?,
         sorted_weights: optional_output("sorted_weights", sorted_weights)?,
     };
-    plan.fill(py, &spec, threads, &ids, &weights)
+    plan.check()?;
+    if let Backend::Cuda(device) = Backend::of(plan.inputs().into_iter().chain(plan.outputs()))? {
+        let sort = plan.on_device()?;
+        return device.run(py, sort.scratch(), |queue| plan.launch(&sort, queue));
+    }
+    compute(py, || plan.build(threads))
 }
 
-/// Where a plan goes.
-pub struct Plan {
+/// A plan to make of ids, and where it goes.
+pub struct NewPlan {
+    pub spec: PlanSpec,
+    pub ids: Tensor,
+    pub weights: Option<Tensor>,
     pub counts: Tensor,
     pub offsets: Tensor,
     pub gather: Tensor,
@@ -70,55 +78,39 @@ pub struct Plan {
     pub sorted_weights: Option<Tensor>,
 }
 
-impl Plan {
-    /// Sorts the routed rows of `ids` into it.
-    pub fn fill(
-        mut self,
-        py: Python<'_>,
-        spec: &PlanSpec,
-        threads: Threads,
-        ids: &Tensor,
-        weights: &Option<Tensor>,
-    ) -> Result<()> {
-        let padded = spec.capacity.is_some_and(|capacity| capacity.pad);
-        self.counts.expect(Element::I32, &[spec.experts], "E")?;
-        self.offsets.expect(Element::I32, &[spec.experts + 1], "E+1")?;
-        self.gather.expect(Element::I32, &[spec.rows()], if padded { "E*C" } else { "T*K" })?;
-        self.inverse.expect(Element::I32, &[spec.tokens, spec.top_k], "T, K")?;
-        if let Some(sorted) = &self.sorted_weights {
-            sorted.expect_shape(&[spec.rows()], "rows of gather")?;
-        }
-        let outputs = [&self.counts, &self.offsets, &self.gather, &self.inverse].map(Some);
-        let outputs = outputs.into_iter().chain([self.sorted_weights.as_ref()]);
-        let inputs = [Some(ids), weights.as_ref()];
-        disjoint(outputs.clone(), inputs)?;
-        if let Backend::Cuda(device) = Backend::of(inputs.into_iter().chain(outputs))? {
-            return self.fill_on(py, device, spec, ids, weights);
-        }
-        let build = match (ids.element(), weights.as_ref().map(Tensor::element)) {
-            (Element::I64, None | Some(Element::F32)) => Self::build::<i64, f32>,
-            (Element::I32, None | Some(Element::F32)) => Self::build::<i32, f32>,
-            (Element::I64, Some(Element::F64)) => Self::build::<i64, f64>,
-            (Element::I32, Some(Element::F64)) => Self::build::<i32, f64>,
-            (Element::I64 | Element::I32, Some(given)) => {
-                let given = given.name();
-                return Err(Error::Type(format!("weights: expected dtype float32 or float64, got {given}")));
-            }
-            (given, _) => return Err(not_ids(given)),
-        };
-        compute(py, || build(&mut self, spec, threads, ids, weights))
+impl NewPlan {
+    fn inputs(&self) -> [Option<&Tensor>; 2] {
+        [Some(&self.ids), self.weights.as_ref()]
     }
 
-    /// On a device ids out of range are dropped, and reported where the process checks for them.
-    fn fill_on(
-        &self,
-        py: Python<'_>,
-        device: Device,
-        spec: &PlanSpec,
-        ids: &Tensor,
-        weights: &Option<Tensor>,
-    ) -> Result<()> {
-        for weights in weights.iter().chain(&self.sorted_weights) {
+    fn outputs(&self) -> [Option<&Tensor>; 5] {
+        let Self { counts, offsets, gather, inverse, sorted_weights, .. } = self;
+        [Some(counts), Some(offsets), Some(gather), Some(inverse), sorted_weights.as_ref()]
+    }
+
+    /// Fails unless shapes and dtypes are those of the spec, and the memory of every output is its own.
+    fn check(&self) -> Result<()> {
+        let Self { spec, ids, weights, counts, offsets, gather, inverse, sorted_weights } = self;
+        let padded = spec.capacity.is_some_and(|capacity| capacity.pad);
+        let slots = [spec.tokens, spec.top_k];
+        ids.expect_shape(&slots, "T, K")?;
+        if let Some(weights) = weights {
+            weights.expect_shape(&slots, "T, K")?;
+        }
+        counts.expect(Element::I32, &[spec.experts], "E")?;
+        offsets.expect(Element::I32, &[spec.experts + 1], "E+1")?;
+        gather.expect(Element::I32, &[spec.rows()], if padded { "E*C" } else { "T*K" })?;
+        inverse.expect(Element::I32, &slots, "T, K")?;
+        if let Some(sorted) = sorted_weights {
+            sorted.expect_shape(&[spec.rows()], "rows of gather")?;
+        }
+        disjoint(self.outputs(), self.inputs())
+    }
+
+    /// The problem of the CUDA backend, of a checked plan.
+    pub fn on_device(&self) -> Result<fastmoe_cuda::Plan<'_>> {
+        let Self { spec, ids, weights, sorted_weights, .. } = self;
+        for weights in weights.iter().chain(sorted_weights) {
             weights.expect_element(Element::F32)?;
         }
         let wide_ids = match ids.element() {
@@ -126,8 +118,8 @@ impl Plan {
             Element::I32 => false,
             given => return Err(not_ids(given)),
         };
-        spec.check_request(weights.is_some(), self.sorted_weights.is_some())?;
-        let problem = fastmoe_cuda::Plan {
+        spec.check_request(weights.is_some(), sorted_weights.is_some())?;
+        Ok(fastmoe_cuda::Plan {
             spec,
             wide_ids,
             ids: ids.buffer(),
@@ -136,26 +128,41 @@ impl Plan {
             offsets: self.offsets.buffer(),
             gather: self.gather.buffer(),
             inverse: self.inverse.buffer(),
-            sorted_weights: buffer(&self.sorted_weights),
+            sorted_weights: buffer(sorted_weights),
             check: fastmoe_cuda::checks() && spec.out_of_range == OutOfRange::Error,
-        };
+        })
+    }
+
+    /// Queues it. On a device ids out of range are dropped, and reported where the process checks for them.
+    pub fn launch(&self, sort: &fastmoe_cuda::Plan<'_>, queue: &mut Queue<'_>) -> Result<()> {
         // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
-        match device.run(py, problem.scratch(), |queue| Ok(unsafe { problem.launch(queue)? }))? {
+        match unsafe { sort.launch(queue)? } {
             None => Ok(()),
             Some((row, given)) => {
-                let (token, slot, experts) = (row / spec.top_k, row % spec.top_k, spec.experts);
+                let PlanSpec { top_k, experts, .. } = self.spec;
+                let (token, slot) = (row / top_k, row % top_k);
                 Err(fastmoe_core::Error::ExpertId { token, slot, given, experts }.into())
             }
         }
     }
 
-    fn build<I: ExpertId + Scalar, F: Float + Scalar>(
-        &mut self,
-        spec: &PlanSpec,
-        threads: Threads,
-        ids: &Tensor,
-        weights: &Option<Tensor>,
-    ) -> Result<()> {
+    /// Sorts on the CPU.
+    pub fn build(&mut self, threads: Threads) -> Result<()> {
+        let build = match (self.ids.element(), self.weights.as_ref().map(Tensor::element)) {
+            (Element::I64, None | Some(Element::F32)) => Self::build_of::<i64, f32>,
+            (Element::I32, None | Some(Element::F32)) => Self::build_of::<i32, f32>,
+            (Element::I64, Some(Element::F64)) => Self::build_of::<i64, f64>,
+            (Element::I32, Some(Element::F64)) => Self::build_of::<i32, f64>,
+            (Element::I64 | Element::I32, Some(given)) => {
+                let given = given.name();
+                return Err(Error::Type(format!("weights: expected dtype float32 or float64, got {given}")));
+            }
+            (given, _) => return Err(not_ids(given)),
+        };
+        build(self, threads)
+    }
+
+    fn build_of<I: ExpertId + Scalar, F: Float + Scalar>(&mut self, threads: Threads) -> Result<()> {
         let out = PlanOut {
             counts: self.counts.slice_mut()?,
             offsets: self.offsets.slice_mut()?,
@@ -163,8 +170,8 @@ impl Plan {
             inverse: self.inverse.slice_mut()?,
             sorted_weights: self.sorted_weights.as_mut().map(Tensor::slice_mut::<F>).transpose()?,
         };
-        let weights = weights.as_ref().map(Tensor::slice::<F>).transpose()?;
-        Ok(spec.build::<I, F>(&threads, ids.slice()?, weights, out)?)
+        let weights = self.weights.as_ref().map(Tensor::slice::<F>).transpose()?;
+        Ok(self.spec.build::<I, F>(&threads, self.ids.slice()?, weights, out)?)
     }
 }
 

@@ -83,6 +83,7 @@ class Router(nn.Module):
     """
 
     selection_bias: Tensor | None
+    rows: Any = None  # a method of routers whose ids have room for more than they use
 
     def __init__(
         self,
