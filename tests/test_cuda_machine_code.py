@@ -92,8 +92,8 @@ def test_main_loops_are_lean(cuda_images):
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 def test_blocks_of_a_grid_fit_at_once(cuda_images, gpu):
-    """They share out the work between them, so that those of a second wave would have the device for themselves.
-    Blocks of a plan do not count on it."""
+    """They share out the work, and those of a second wave would have the device for themselves; the
+    blocks of a plan have so little to do that it does not matter."""
     device = find(gpu.name)
     compiled = {kernel.name: kernel for kernel in images.kernels(gpu.code)}
     too_many = set()

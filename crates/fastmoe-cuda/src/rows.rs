@@ -441,7 +441,8 @@ mod tests {
 
     #[test]
     fn multiprocessors_hold_the_blocks_that_grids_count_on() {
-        let families = ["combine_", "grad_bias_", "grad_route_", "grad_score_", "permute_", "route_", "sort_weights"];
+        let families =
+            ["combine_", "grad_bias_", "grad_route_", "grad_score_", "permute_", "route_", "sort_weights"];
         for kernel in compiled().filter(|kernel| families.iter().any(|family| kernel.name.contains(family))) {
             assert_eq!(kernel.threads as usize, 32 * WARPS, "{}", kernel.name);
             let of_bias = kernel.name.starts_with("grad_bias_") && !kernel.name.contains("sum");
