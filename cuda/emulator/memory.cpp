@@ -1,8 +1,10 @@
 #include "emulator/memory.h"
 
 #include <algorithm>
-#include <mutex>
 #include <vector>
+
+#include "emulator/global_races.h"
+#include "emulator/settings.h"
 
 namespace emulator {
 namespace {
@@ -28,9 +30,12 @@ struct Range {
   std::string name;
   Use use;
   Bits written, read_only;
+  GlobalShadow shadow;
   Range(const void* base, size_t bytes, const char* name, Use use)
       : low(reinterpret_cast<uintptr_t>(base)), high(low + bytes), origin(low & ~uintptr_t{63}), name(name), use(use),
-        written(use == Use::read_only ? 0 : bytes + 64), read_only(use == Use::read_write ? bytes + 64 : 0) {}
+        written(use == Use::read_only ? 0 : bytes + 64), read_only(use == Use::read_write ? bytes + 64 : 0),
+        shadow(use == Use::read_write ? bytes : 0) {}
+  bool watched() const { return use == Use::read_write && settings.races; }
 };
 
 std::vector<std::unique_ptr<Range>> ranges;  // in the order of their addresses
@@ -94,13 +99,15 @@ void start_ranges() {
   for (auto& r : ranges) {
     r->written.clear();
     r->read_only.clear();
+    r->shadow.start();
   }
 }
 
 void check_load(const void* from, size_t bytes, const char* what, const Where& where) {
-  const Range* r = find(from, bytes, what, where);
+  Range* r = find(from, bytes, what, where);
   if (r && r->use == Use::write_once && !r->written.all(bit(*r, from), bytes))
     fail(where, "%s of %s at byte %zu, which is an output and not yet written", what, r->name.c_str(), offset(*r, from));
+  if (r && r->watched()) r->shadow.read(offset(*r, from), bytes, r->name.c_str(), where);
 }
 
 void check_load_readonly(const void* from, size_t bytes, const char* what, const Where& where) {
@@ -121,6 +128,7 @@ void check_store(const void* to, size_t bytes, const char* what, const Where& wh
     fail(where, "%s to %s at byte %zu, which was written before", what, r->name.c_str(), offset(*r, to));
   if (r->use == Use::read_write && r->read_only.any(bit(*r, to), bytes))
     fail(where, "%s to %s at byte %zu, which this kernel read through the read-only cache", what, r->name.c_str(), offset(*r, to));
+  if (r->watched()) r->shadow.write(offset(*r, to), bytes, false, r->name.c_str(), where);
 }
 
 void check_atomic(const void* at, size_t bytes, const char* what, const Where& where) {
@@ -129,6 +137,7 @@ void check_atomic(const void* at, size_t bytes, const char* what, const Where& w
   if (r->use != Use::read_write)
     fail(where, "%s on %s, which is %s", what, r->name.c_str(), r->use == Use::read_only ? "read-only" : "write-once");
   r->written.set(bit(*r, at), bytes);
+  if (r->watched()) r->shadow.write(offset(*r, at), bytes, true, r->name.c_str(), where);
 }
 
 }  // namespace emulator

@@ -37,6 +37,6 @@ template <class T> PTX_D void combine(const CombineParams<T>& p) {
 
 }  // namespace moe
 
-PTX_KERNEL(combine_f32, 128, 6, 0, moe::combine, moe::CombineParams<float>)
-PTX_KERNEL(combine_bf16, 128, 6, 0, moe::combine, moe::CombineParams<ptx::bf16>)
-PTX_KERNEL(combine_f16, 128, 6, 0, moe::combine, moe::CombineParams<ptx::f16>)
+PTX_KERNEL(combine_f32, 128, 8, 0, moe::combine, moe::CombineParams<float>)
+PTX_KERNEL(combine_bf16, 128, 8, 0, moe::combine, moe::CombineParams<ptx::bf16>)
+PTX_KERNEL(combine_f16, 128, 8, 0, moe::combine, moe::CombineParams<ptx::f16>)

@@ -65,9 +65,9 @@ template <class T> PTX_D void grad_bias_sum(const GradBiasParams<T>& p) {
 
 }  // namespace moe
 
-PTX_KERNEL(grad_bias_f32, 128, 6, 0, moe::grad_bias, moe::GradBiasParams<float>)
-PTX_KERNEL(grad_bias_bf16, 128, 6, 0, moe::grad_bias, moe::GradBiasParams<ptx::bf16>)
-PTX_KERNEL(grad_bias_f16, 128, 6, 0, moe::grad_bias, moe::GradBiasParams<ptx::f16>)
+PTX_KERNEL(grad_bias_f32, 128, 7, 0, moe::grad_bias, moe::GradBiasParams<float>)
+PTX_KERNEL(grad_bias_bf16, 128, 7, 0, moe::grad_bias, moe::GradBiasParams<ptx::bf16>)
+PTX_KERNEL(grad_bias_f16, 128, 7, 0, moe::grad_bias, moe::GradBiasParams<ptx::f16>)
 PTX_KERNEL(grad_bias_sum_f32, 128, 8, 0, moe::grad_bias_sum, moe::GradBiasParams<float>)
 PTX_KERNEL(grad_bias_sum_bf16, 128, 8, 0, moe::grad_bias_sum, moe::GradBiasParams<ptx::bf16>)
 PTX_KERNEL(grad_bias_sum_f16, 128, 8, 0, moe::grad_bias_sum, moe::GradBiasParams<ptx::f16>)

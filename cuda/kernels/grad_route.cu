@@ -173,6 +173,6 @@ PTX_D void grad_expert_scale(const GradExpertScaleParams& p) {
 
 // A block for every expert, or fewer.
 PTX_KERNEL(grad_expert_scale, moe::SCALE_THREADS, 4, moe::SCALE_THREADS / 32 * 4, moe::grad_expert_scale, moe::GradExpertScaleParams)
-PTX_KERNEL(grad_route_f32, 128, 6, 0, moe::grad_route, moe::GradRouteParams<float>)
-PTX_KERNEL(grad_route_bf16, 128, 6, 0, moe::grad_route, moe::GradRouteParams<ptx::bf16>)
-PTX_KERNEL(grad_route_f16, 128, 6, 0, moe::grad_route, moe::GradRouteParams<ptx::f16>)
+PTX_KERNEL(grad_route_f32, 128, 8, 0, moe::grad_route, moe::GradRouteParams<float>)
+PTX_KERNEL(grad_route_bf16, 128, 8, 0, moe::grad_route, moe::GradRouteParams<ptx::bf16>)
+PTX_KERNEL(grad_route_f16, 128, 8, 0, moe::grad_route, moe::GradRouteParams<ptx::f16>)

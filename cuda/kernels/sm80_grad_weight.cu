@@ -65,6 +65,7 @@ template <class S, Major MAJOR> struct GradWeight {
     if (adds) {
       add_run<ALIGNED>(left, row, at, p.n, exists);
       add_run<ALIGNED>(right, row, at + S::BN / 2, p.n, exists);
+      if (!BUG(weight_stores_early)) sync_warp();  // lanes trade columns: what one stores others have read
     }
     store_run<ALIGNED>(row, at, p.n, left, exists);
     store_run<ALIGNED>(row, at + S::BN / 2, p.n, right, exists);

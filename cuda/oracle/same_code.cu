@@ -8,6 +8,7 @@
 
 #include <cuda/ptx>
 #include <cute/arch/copy_sm75.hpp>
+#include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/mma_sm80.hpp>
 #include <cute/arch/mma_sm90.hpp>
@@ -93,7 +94,8 @@ PAIR(ldmatrix_x4_trans, (uint32_t* out, uint32_t row), matrices(out, [&](auto& r
        ptx::cp_async<bytes>({to}, ptx::Global<const void>{from}, false), __pipeline_memcpy_async(at<void>(to), from, bytes, bytes))
 COPY(4)
 COPY(8)
-COPY(16)
+PAIR(cp_async_16, (uint32_t to, const cute::uint128_t* from, bool wanted), ptx::cp_async<16>({to}, ptx::Global<const void>{from}, wanted),
+     cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(*from, *at<cute::uint128_t>(to), wanted))
 PAIR(cp_async_commit, (), ptx::cp_async_commit(), __pipeline_commit())
 PAIR(cp_async_wait, (), ptx::cp_async_wait<2>(), __pipeline_wait_prior(2))
 

@@ -155,7 +155,7 @@ void expect_failure(const std::string& part, const std::function<void()>& body, 
 Memory::Memory(const char* name, size_t bytes, emulator::Use use) : name_(name) {
   const size_t rounded = (std::max<size_t>(bytes, 1) + 15) / 16 * 16;  // allocations are aligned, so the last bytes may be padding
   pages_ = (rounded + page - 1) / page * page + 2 * page;
-  map_ = static_cast<char*>(mmap(nullptr, pages_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  map_ = static_cast<char*>(mmap(nullptr, pages_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   if (map_ == MAP_FAILED) throw std::bad_alloc();
   mprotect(map_ + page, pages_ - 2 * page, PROT_READ | PROT_WRITE);
   data_ = map_ + pages_ - page - rounded;

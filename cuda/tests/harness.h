@@ -98,6 +98,14 @@ template <class T, class F> Buffer<T> input(const char* name, int64_t count, F&&
   for (int64_t i = 0; i < count; i++) b[i] = make<T>(value(i));
   return b;
 }
+// Read-only zeros but for the last ones, value(i) being number i of those: large enough that 32 bits do not count the
+// elements, of which only what is touched takes memory.
+template <class T, class F> Buffer<T> vast(const char* name, int64_t count, int64_t last, F&& value) {
+  if (count >> 32 == 0) failed(std::string(name) + " is not that large", Where::current());
+  Buffer<T> b(name, count, emulator::Use::read_only);
+  for (int64_t i = 0; i < last; i++) b[count - last + i] = make<T>(value(i));
+  return b;
+}
 // Poisoned: NaN, or -1 in integers.
 template <class T> Buffer<T> output(const char* name, int64_t count, int64_t skip = 0) {
   Buffer<T> b(name, count, emulator::Use::write_once, skip);
@@ -163,3 +171,4 @@ using test::output;
 using test::scratch;
 using test::sum_bound;
 using test::uniform;
+using test::vast;

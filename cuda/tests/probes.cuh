@@ -16,7 +16,8 @@ enum { in_words = 4096, out_words = 8192 };
 PTX_D uint32_t word(const Params& p, int i) { return load_readonly(p.in + i); }
 // Result number `i` of this thread.
 PTX_D void put(const Params& p, int i, uint32_t value) { store(p.out + (i * block_threads() + thread_id()), value); }
-PTX_D void put(const Params& p, int i, float value) { put(p, i, float_bits(value)); }
+// All NaN alike: which one an operation gives is the machine's own affair.
+PTX_D void put(const Params& p, int i, float value) { put(p, i, value != value ? 0x7fffffffu : float_bits(value)); }
 // A whole number from -8 to 8, so that products and their sums are exact in any order.
 PTX_D float whole(uint32_t x) { return static_cast<float>(static_cast<int>(x % 17) - 8); }
 
@@ -55,6 +56,7 @@ PTX_D void arithmetic(const Params& p) {
   put(p, 1, mul_rn(x, y));
   put(p, 2, div_rn(x, y));
   put(p, 3, fma_rn(x, y, z));
+  put(p, 4, sqrt_rn(x));
 }
 PTX_KERNEL(probe_arithmetic, 128, 1, 16, arithmetic, Params)
 

@@ -15,7 +15,8 @@ namespace test {
 struct Entry {
   std::string name, math, variant;
   int BM, BN;
-  int index = 0;  // among those of its family
+  int index = 0;   // among those of its family
+  int stages = 2;  // of its ring
 
   bool any() const { return variant == "any"; }
   bool tf32() const { return math == "tf32"; }
@@ -30,7 +31,7 @@ struct Entry {
   // Up to more than two rounds of the ring.
   template <class T> int depth() const {
     const int slice = 64 / static_cast<int>(sizeof(T));
-    return size<T>(any_of({1, slice - 1, slice, 2 * slice + 9, 4 * slice, 9 * slice + 13}));
+    return size<T>(any_of({1, slice - 1, slice, 2 * slice + 9, stages * slice, (2 * stages + 1) * slice + 13}));
   }
   template <class T> int width() const { return size<T>(any_of({1, 37, BN / 2, BN - 3, BN + 20, 2 * BN + 9})); }
 };
@@ -42,6 +43,7 @@ template <class Check> bool test_entries(const std::string& family, Check check)
     char math[8], variant[8];
     Entry entry{kernel->name, "", "", 0, 0, index++};
     if (sscanf(kernel->name, (family + "_%7[a-z0-9]_%dx%d_%7s").c_str(), math, &entry.BM, &entry.BN, variant) != 4) continue;
+    entry.stages = static_cast<int>(kernel->shared_bytes) / (64 * (entry.BM + entry.BN));
     entry.math = math, entry.variant = variant;
     Test(kernel->name, [=] {
       if (entry.math == "bf16") check.template operator()<bf16>(entry);
@@ -53,11 +55,12 @@ template <class Check> bool test_entries(const std::string& family, Check check)
   return true;
 }
 
-template <class T> std::vector<double> reals(const Buffer<T>& buffer) {
-  std::vector<double> values;
-  for (T value : buffer.values()) values.push_back(real(value));
-  return values;
+template <class T> std::vector<double> reals(std::span<T> values) {
+  std::vector<double> all;
+  for (T value : values) all.push_back(real(value));
+  return all;
 }
+template <class T> std::vector<double> reals(const Buffer<T>& buffer) { return reals(buffer.values()); }
 
 // A matrix [rows, columns] that may be gathered; a row that `gather` does not name is one of zeros.
 struct Operand {

@@ -33,6 +33,32 @@ TEST(scan) {
   expect_equal(y, [&](int64_t i) { return sum = (i % 128 ? sum : 0) + x[i]; });
 }
 
+// ---- Words that go from thread to thread through global memory.
+struct ExchangeParams {
+  Global<int> work, sum;
+  Global<int> y;
+};
+PTX_D void exchange(const ExchangeParams& p) {
+  const int t = thread_id(), first = block_id() * block_threads();
+  store(p.work + (first + t), t);
+  if (!BUG(exchange_no_sync_warp)) sync_warp();
+  const int of_warp = load(p.work + (first + (t ^ 1)));
+  if (!BUG(exchange_no_barrier)) sync_block();
+  const int of_block = load(p.work + (first + (t ^ 33)));
+  if (BUG(exchange_other_block) && block_id() > 0) load(p.work + t);
+  store(p.y + (first + t), of_warp * 1000 + of_block);
+  if (t == 0) atomic_add(p.sum, first);
+}
+PTX_KERNEL(test_exchange, 64, 1, 16, exchange, ExchangeParams)
+
+TEST(exchange) {
+  auto work = scratch("work", 192, 0), sum = scratch("sum", 1, 0);
+  auto y = output<int>("y", 192);
+  for (int launches = 0; launches < 2; launches++) launch("test_exchange", 3, ExchangeParams{work, sum, y});
+  expect_equal(y, [](int64_t i) { return static_cast<int>((i % 64 ^ 1) * 1000 + (i % 64 ^ 33)); });
+  expect(sum[0] == 2 * (64 + 128), "sum");
+}
+
 // ---- y [16, 8] = a [16, K] b [8, K]^T by one warp, through a ring of two stages.
 template <class T> struct ProductParams {
   Global<const T> a, b;

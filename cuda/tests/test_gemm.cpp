@@ -27,6 +27,20 @@ template <class Math> void check_gemm(const Entry& entry, const SortedRows& rows
   });
 }
 
+// Weights that lie more than 2^32 elements behind the first.
+void check_last_expert(const char* name, bool transposed) {
+  constexpr int rows = 3, N = 128, K = 4096, E = (1 << 13) + 3;
+  constexpr int64_t size = int64_t{N} * K;
+  const auto a = input<bf16>("a", rows * K, [](int64_t) { return normal(); });
+  const auto offsets = input<int>("offsets", E + 1, [](int64_t e) { return e < E ? 0 : rows; });
+  const auto w = vast<bf16>("w", E * size, size, [](int64_t) { return normal(); });
+  const auto y = output<bf16>("y", rows * N);
+  launch(name, 1, GemmParams<bf16>{a, offsets, w, nullptr, y, rows, K, N, E, transposed});
+  const auto left = operand(a, K, {});
+  const Weights right{reals(w.values().last(size)), N, K, transposed};
+  expect_near(y, [&](int64_t i) { return right.product(left[static_cast<int>(i / N)], 0, static_cast<int>(i % N), 0, false); });
+}
+
 const bool entries = test_entries("gemm", []<class Math>(const Entry& entry) {
   using T = ElementOf<Math>;
   const int N = entry.width<T>(), K = entry.depth<T>();
@@ -48,4 +62,9 @@ TEST(gemm_offsets_beyond_the_rows) {
   rows.offsets = {0, 40, 1000, 2000};
   rows.rows = 70;
   check_gemm<bf16>({"gemm_bf16_128x128_nt", "bf16", "nt", 128, 128}, rows, 136, 72);
+}
+TEST(gemm_last_expert_beyond_32_bits) {
+  check_last_expert("gemm_bf16_32x128_nt", false);
+  check_last_expert("gemm_bf16_32x128_nn", true);
+  check_last_expert("gemm_bf16_64x128_any", chance(2));
 }

@@ -69,3 +69,20 @@ template <class Math> void check_grad_weight(const Entry& entry) {
 const bool entries = test_entries("grad_weight", []<class Math>(const Entry& entry) { check_grad_weight<Math>(entry); });
 
 }  // namespace
+
+// Tokens that lie more than 2^32 elements behind the first.
+TEST(grad_weight_last_tokens_beyond_32_bits) {
+  constexpr int rows = 3, tokens = (1 << 20) + rows, M = 8, N = 4096;
+  const auto a = input<bf16>("a", rows * M, [](int64_t) { return normal(); });
+  const auto b = vast<bf16>("b", int64_t{tokens} * N, rows * N, [](int64_t) { return normal(); });
+  const auto gather = input<int>("gather", rows, [](int64_t i) { return tokens - rows + i; });
+  const auto offsets = input<int>("offsets", 2, [](int64_t e) { return e * rows; });
+  const auto out = output<bf16>("out", M * N);
+  launch("grad_weight_bf16_128x128_b", 2, GradWeightParams<bf16>{a, b, nullptr, gather, offsets, out, nullptr, 0, tokens, rows, M, N, 1});
+  const auto left = reals(a), right = reals(b.values().last(rows * N));
+  expect_near(out, [&](int64_t i) {
+    Sum sum;
+    for (int row = 0; row < rows; row++) sum.add(left[row * M + i / N] * right[row * N + i % N]);
+    return sum.near();
+  });
+}

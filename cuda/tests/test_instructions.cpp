@@ -83,9 +83,12 @@ TEST(arithmetic) {
   Probe p("probe_arithmetic");
   for (int t = 0; t < 128; t++) {
     const double x = bits_float(p.in[t]), y = bits_float(p.in[t + 128]);
-    const float want[] = {static_cast<float>(x + y), static_cast<float>(x * y), static_cast<float>(x / y)};
-    for (int i = 0; i < 3; i++)
-      if (!std::isnan(want[i])) same(p.out[i * 128 + t], static_cast<double>(want[i]), "arithmetic");
+    const float fused = std::fma(bits_float(p.in[t]), bits_float(p.in[t + 128]), bits_float(p.in[t + 256]));
+    const double want[] = {x + y, x * y, x / y, fused, std::sqrt(x)};
+    for (int i = 0; i < 5; i++) {
+      const float rounded = static_cast<float>(want[i]);
+      same(p.out[i * 128 + t], std::isnan(rounded) ? 0x7fffffffu : float_bits(rounded), "arithmetic");
+    }
   }
 }
 
@@ -223,6 +226,11 @@ PTX_D void faulty(const Faulty& p) {
     case 16: if (t == 0) { bar_arrive(1, 64); bar_arrive(1, 32); } break;
     case 17: load_readonly(Global<const int>(nullptr)); break;
     case 18: atomic_add(p.out, 1); break;
+    case 19: store(p.work + t, t); load(p.work + (t ^ 32)); break;
+    case 20: store(p.work + t, t); load(p.work + (t ^ 1)); break;
+    case 21: load(p.work + t); sync_warp(); store(p.work + (t ^ 32), t); break;
+    case 22: if (t == 0) store(p.work, block_id()); break;
+    case 23: if (t == 0) atomic_add(p.work, 1); else if (t == 32) load(p.work); break;
   }
 }
 PTX_KERNEL(test_faulty, 64, 1, 256, faulty, Faulty)
@@ -230,12 +238,13 @@ PTX_KERNEL(test_faulty, 64, 1, 256, faulty, Faulty)
 TEST(faults) {
   static const char* const messages[] = {"written before", "read-only", "not yet written", "out of bounds", "misaligned",
       "but this kernel wrote it", "out of bounds", "not aligned", "race", "lanes of the warp differ", "deadlock", "return",
-      "cp_async in flight", "not initialised", "more arrivals", "overwritten", "others arrived at it for", "null pointer", "write-once"};
+      "cp_async in flight", "not initialised", "more arrivals", "overwritten", "others arrived at it for", "null pointer", "write-once",
+      "of work at byte", "of work at byte", "of work at byte", "of work at byte", "of work at byte"};
   for (int fault = 0; fault < static_cast<int>(std::size(messages)); fault++) {
     auto in = input<int>("in", 64, [](int64_t i) { return i; });
     auto out = output<int>("out", 64);
     auto work = scratch("work", 64, 0);
-    expect_failure(messages[fault], [&] { launch("test_faulty", 1, Faulty{in, out, work, {in.values().data()}, fault}); });
+    expect_failure(messages[fault], [&] { launch("test_faulty", 2, Faulty{in, out, work, {in.values().data()}, fault}); });
   }
 }
 

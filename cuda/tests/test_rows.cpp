@@ -97,3 +97,23 @@ TEST(permute_f16) { for (int i = 0; i < 3; i++) check_permute<f16>("permute_f16"
 TEST(unpermute_grad_f32) { for (int i = 0; i < 5; i++) check_unpermute_grad<float>("unpermute_grad_f32"); }
 TEST(unpermute_grad_bf16) { for (int i = 0; i < 5; i++) check_unpermute_grad<bf16>("unpermute_grad_bf16"); }
 TEST(unpermute_grad_f16) { for (int i = 0; i < 3; i++) check_unpermute_grad<f16>("unpermute_grad_f16"); }
+
+// Rows that lie more than 2^32 elements behind the first: the last ones, and a zero in front of them.
+TEST(rows_beyond_32_bits) {
+  constexpr int count = 2, rows = (1 << 20) + count, H = 4096;
+  const auto far = vast<bf16>("rows", int64_t{rows} * H, count * H, [](int64_t) { return normal(); });
+  const auto last = far.values().last(count * H);
+  const auto index = input<int>("index", count, [](int64_t i) { return rows - count + i; });
+  const auto out = output<bf16>("out", count * H), copies = output<bf16>("copies", count * H);
+  launch("combine_bf16", 2, CombineParams<bf16>{far, index, nullptr, out, count, 1, rows, H});
+  launch("permute_bf16", 2, PermuteParams<bf16>{far, index, copies, rows, count, H});
+  for (const auto& got : {std::cref(out), std::cref(copies)}) expect_equal(got.get(), [&](int64_t i) { return last[i]; });
+  const auto ones = input<bf16>("grad_out", count * H, [](int64_t) { return 1; });
+  const auto dots = output<float>("grad_weights", count);
+  launch("unpermute_grad_bf16", 2, UnpermuteGradParams<bf16>{ones, far, nullptr, index, nullptr, nullptr, dots, count, 1, rows, H});
+  expect_close(dots, [&](int64_t i) {
+    double sum = 0;
+    for (int h = 0; h < H; h++) sum += real(last[i * H + h]);
+    return sum;
+  }, [](int64_t) { return 1e-2; });
+}

@@ -42,6 +42,26 @@ template <class Math> void check_up(const Entry& entry) {
   });
 }
 
+// Tokens that lie more than 2^32 elements behind the first.
+void check_last_tokens(const char* name) {
+  constexpr int rows = 3, tokens = (1 << 20) + rows, H = 4096, I = 64;
+  const Reference act(tile::Kind::RELU);
+  const auto x = vast<bf16>("x", int64_t{tokens} * H, rows * H, [](int64_t) { return normal(); });
+  const auto gather = input<int>("gather", rows, [](int64_t i) { return tokens - rows + i; });
+  const auto offsets = input<int>("offsets", 2, [](int64_t e) { return e * rows; });
+  const auto w1 = input<bf16>("w1", I * H, [](int64_t) { return normal(); });
+  const auto out = output<bf16>("act", rows * I);
+  launch(name, 1, UpParams<bf16>{x, gather, offsets, w1, nullptr, nullptr, out, tokens, rows, H, I, 1, static_cast<int>(act.kind()), 0, 0});
+  const Weights w{reals(w1), I, H, false};
+  const auto last = reals(x.values().last(rows * H));
+  expect_near(out, [&](int64_t i) { return act(w.product(&last[i / I * H], 0, static_cast<int>(i % I), 0, false), {}); });
+}
+
 const bool entries = test_entries("up", []<class Math>(const Entry& entry) { check_up<Math>(entry); });
 
 }  // namespace
+
+TEST(up_last_tokens_beyond_32_bits) {
+  check_last_tokens("up_bf16_32x128_nt");
+  check_last_tokens("up_bf16_64x128_any");
+}

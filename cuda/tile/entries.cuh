@@ -21,7 +21,7 @@
 #define ROW_TILES_16(kernel, Params, math, Math)            \
   ROW_TILE(kernel, Params, math, Math, 128, 256, 64, 4, 1)  \
   ROW_TILE(kernel, Params, math, Math, 128, 128, 64, 3, 2)  \
-  ROW_TILE(kernel, Params, math, Math, 32, 128, 16, 4, 2)   \
+  ROW_TILE(kernel, Params, math, Math, 32, 128, 16, 8, 2)   \
   ROW_ANY(kernel, Params, math, Math)
 #define ROW_ENTRIES(kernel, Params)                               \
   ROW_TILES_16(kernel, Params, bf16, ptx::bf16)                   \

@@ -18,7 +18,9 @@ template <class Element> struct Rows {
     const int at = load_readonly(gather + row);
     return static_cast<uint32_t>(at) < static_cast<uint32_t>(count) || BUG(operand_any_token) ? at : -1;
   }
-  PTX_D Global<const Element> at(int index) const { return base + index * pitch; }
+  PTX_D Global<const Element> at(int index) const {
+    return base + (BUG(operand_narrow_rows) ? static_cast<uint32_t>(index * pitch) : index * pitch);
+  }
   // The rows from `first` on.
   PTX_D Rows from(int first) const {
     if (gather) return {base, gather + first, pitch, count};
@@ -29,7 +31,8 @@ template <class Element> struct Rows {
 // An expert's matrix as an operand along N: `all` is [E, columns, k], transposed [E, k, columns].
 template <class Element>
 PTX_D Rows<Element> expert_matrix(Global<const Element> all, int expert, int columns, int k, bool transposed) {
-  return {all + static_cast<int64_t>(BUG(operand_first_expert) ? 0 : expert) * columns * k, {nullptr}, transposed ? columns : k, 0};
+  const int64_t first = static_cast<int64_t>(BUG(operand_first_expert) ? 0 : expert) * columns * k;
+  return {all + (BUG(operand_narrow_weights) ? static_cast<uint32_t>(first) : first), {nullptr}, transposed ? columns : k, 0};
 }
 
 // The copies of a thread of an operand that extends SIZE along m or n, all with the same swizzle.

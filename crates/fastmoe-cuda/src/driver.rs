@@ -55,6 +55,17 @@ pub struct Device {
     pub shared_per_block: u32,
 }
 
+impl Device {
+    /// Blocks that a multiprocessor holds at a time, each with so many bytes of shared memory; `most` is what else limits
+    /// them.
+    pub(crate) fn resident(&self, most: usize, shared: u32) -> usize {
+        /// What the hardware takes of each block (CUDA C++ Programming Guide, "Compute Capabilities"); beside it one block
+        /// can be given all that a multiprocessor has.
+        const RESERVED: u32 = 1 << 10;
+        most.min((self.shared_per_block.saturating_add(RESERVED) / (shared + RESERVED)) as usize).max(1)
+    }
+}
+
 /// A driver. Every method may be called from any thread.
 pub trait Driver: Send + Sync {
     /// The CUDA version that it supports: `1000 * major + 10 * minor`.

@@ -1,7 +1,7 @@
 //! The grouped products: the launches of the `sm80_*.cu` kernels, whose parameter structs are mirrored here.
 
 use crate::limits;
-use crate::tiles::{Math, aligned, blocks, name, row_tile, row_tiles, rows_per_expert, weight_tile};
+use crate::tiles::{Math, aligned, blocks, name, row_tile, row_tiles, weight_tile};
 use crate::{Buffer, Queue, Result};
 use fastmoe_core::Update;
 
@@ -34,10 +34,6 @@ impl Sizes {
     /// Columns of the up projection.
     pub fn up(&self) -> usize {
         if self.activation.1 { 2 * self.intermediate } else { self.intermediate }
-    }
-
-    fn rows_per_expert(&self) -> usize {
-        rows_per_expert(self.rows, self.experts)
     }
 }
 
@@ -82,7 +78,7 @@ impl Up {
         let Self { sizes, x, gather, offsets, w1, b1, hidden, act } = *self;
         let aligned =
             aligned(sizes.math.dtype, &[sizes.hidden, sizes.intermediate], &[x, w1, b1, hidden, act]);
-        let tile = row_tile(queue.gpu, sizes.math, aligned, sizes.rows_per_expert());
+        let tile = row_tile(queue.gpu, sizes.math, aligned, [sizes.rows, sizes.up()], sizes.experts);
         let params = Params {
             x: x.address,
             gather: gather.address,
@@ -164,7 +160,7 @@ impl Product {
         }
         let Self { math, rows, inner, columns, experts, transposed, a, offsets, w, bias, y } = *self;
         let aligned = aligned(math.dtype, &[inner, columns], &[a, w, bias, y]);
-        let tile = row_tile(queue.gpu, math, aligned, rows_per_expert(rows, experts));
+        let tile = row_tile(queue.gpu, math, aligned, [rows, columns], experts);
         let params = Params {
             a: a.address,
             offsets: offsets.address,
@@ -236,7 +232,7 @@ impl GradHidden {
             &[sizes.hidden, sizes.intermediate],
             &[self.grad_out, self.w2, self.hidden, self.grad_hidden, self.scaled_act],
         );
-        let tile = row_tile(queue.gpu, sizes.math, aligned, sizes.rows_per_expert());
+        let tile = row_tile(queue.gpu, sizes.math, aligned, [sizes.rows, sizes.intermediate], sizes.experts);
         let params = Params {
             grad_out: self.grad_out.address,
             gather: self.gather.address,
@@ -341,7 +337,7 @@ impl GradWeight {
         }
         let Self { math, tokens, rows, experts, offsets, a, b, out: (out, update) } = *self;
         let aligned = aligned(math.dtype, &[a.columns, b.columns], &[a.rows, b.rows, out]);
-        let tile = weight_tile(queue.gpu, math, aligned, b.columns);
+        let tile = weight_tile(queue.gpu, math, aligned, [a.columns, b.columns], experts);
         let params = Params {
             a: a.rows.address,
             b: b.rows.address,

@@ -105,7 +105,8 @@ thread_local! {
     static LAUNCHES: RefCell<Vec<Launch>> = const { RefCell::new(Vec::new()) };
 }
 
-struct Recorder;
+/// Runs nothing.
+pub(crate) struct Recorder;
 
 impl Driver for Recorder {
     fn version(&self) -> Result<i32> {

@@ -2,7 +2,7 @@
 //! and `grad_route.cu`.
 
 use crate::limits;
-use crate::rows::blocks;
+use crate::rows::{RESIDENT, blocks};
 use crate::{Buffer, DType, Queue, Result, scratch_size};
 use fastmoe_core::{GroupLosers, GroupScore, Order, Router, Score};
 
@@ -33,6 +33,8 @@ pub struct Route<'a> {
 
 /// Experts whose keys the kernel keeps in shared memory, which groups of experts need.
 const KEPT: usize = 1024;
+/// Its shared memory: two words for each of those, and four warps.
+pub(crate) const SHARED: u32 = 4 * 2 * 4 * KEPT as u32;
 
 fn score(score: Score) -> i32 {
     match score {
@@ -117,7 +119,8 @@ impl Route<'_> {
             self.weights.write(),
             self.scores.write(),
         ];
-        let blocks = blocks(queue.gpu, self.tokens);
+        let resident = queue.gpu.device.resident(RESIDENT, SHARED);
+        let blocks = blocks(queue.gpu, resident, self.tokens);
         // SAFETY: this is the kernel's struct, and as promised by the caller.
         unsafe { queue.launch(&format!("route_{}", self.dtype.suffix()), blocks, &params, &memory) }
     }
@@ -236,7 +239,7 @@ impl RouteGrad<'_> {
             self.grad_logits.write(),
             by_choice.write(),
         ];
-        let blocks = blocks(queue.gpu, self.tokens);
+        let blocks = blocks(queue.gpu, RESIDENT, self.tokens);
         // SAFETY: these are the structs of the kernels, and as promised by the caller.
         unsafe {
             queue.launch(&format!("grad_route_{}", self.dtype.suffix()), blocks, &params, &memory)?;

@@ -7,9 +7,14 @@ use crate::{Buffer, DType, Gpu, Queue, Result, scratch_size};
 /// Warps of a block of these kernels.
 const WARPS: usize = 4;
 
-/// Blocks for so many pieces of work of a warp: all at once, or as many as are resident.
-pub(crate) fn blocks(gpu: &Gpu, warps: usize) -> usize {
-    warps.div_ceil(WARPS).min(8 * gpu.device.multiprocessors as usize)
+/// Blocks of a multiprocessor that these kernels are compiled for, and those that sum gradients of biases.
+pub(crate) const RESIDENT: usize = 8;
+const RESIDENT_BIAS: usize = 7;
+
+/// Blocks for so many pieces of work of a warp: one for each, or as many as are resident, since those of a second wave would
+/// have the device for themselves.
+pub(crate) fn blocks(gpu: &Gpu, resident: usize, warps: usize) -> usize {
+    warps.div_ceil(WARPS).min(resident * gpu.device.multiprocessors as usize)
 }
 
 /// Pieces of a row that one warp covers at once.
@@ -68,7 +73,7 @@ impl Combine {
             columns: limits::columns("H (hidden size)", columns)?,
         };
         let memory = [y.read(), inverse.read(), weights.read(), out.write()];
-        let blocks = blocks(queue.gpu, tokens * parts(dtype, columns));
+        let blocks = blocks(queue.gpu, RESIDENT, tokens * parts(dtype, columns));
         // SAFETY: this is the kernel's struct, and as promised by the caller.
         unsafe { queue.launch(&format!("combine_{}", dtype.suffix()), blocks, &params, &memory) }
     }
@@ -117,7 +122,7 @@ impl Permute {
             columns: limits::columns("H (hidden size)", columns)?,
         };
         let memory = [x.read(), gather.read(), out.write()];
-        let blocks = blocks(queue.gpu, rows * parts(dtype, columns));
+        let blocks = blocks(queue.gpu, RESIDENT, rows * parts(dtype, columns));
         // SAFETY: this is the kernel's struct, and as promised by the caller.
         unsafe { queue.launch(&format!("permute_{}", dtype.suffix()), blocks, &params, &memory) }
     }
@@ -164,7 +169,7 @@ impl SortWeights {
             rows: limits::rows("sorted rows", rows)?,
         };
         let memory = [weights.read(), gather.read(), inverse.read(), sorted.write()];
-        let blocks = blocks(queue.gpu, slots.max(rows).div_ceil(32));
+        let blocks = blocks(queue.gpu, RESIDENT, slots.max(rows).div_ceil(32));
         // SAFETY: this is the kernel's struct, and as promised by the caller.
         unsafe { queue.launch("sort_weights", blocks, &params, &memory) }
     }
@@ -241,7 +246,7 @@ impl UnpermuteGrad {
             self.grad_y.write(),
             self.grad_weights.write(),
         ];
-        let blocks = blocks(queue.gpu, (self.tokens * self.top_k).max(self.rows));
+        let blocks = blocks(queue.gpu, RESIDENT, (self.tokens * self.top_k).max(self.rows));
         // SAFETY: this is the kernel's struct, and as promised by the caller.
         unsafe { queue.launch(&format!("unpermute_grad_{}", self.dtype.suffix()), blocks, &params, &memory) }
     }
@@ -326,7 +331,7 @@ impl GradScore {
         unsafe {
             queue.launch(
                 &format!("grad_score_{}", self.dtype.suffix()),
-                blocks(queue.gpu, warps),
+                blocks(queue.gpu, RESIDENT, warps),
                 &params,
                 &memory,
             )
@@ -417,14 +422,34 @@ impl GradBias {
         let warps = self.experts * splits * parts(self.dtype, self.columns);
         // SAFETY: this is the struct of both kernels, and as promised by the caller.
         unsafe {
-            let part = blocks(queue.gpu, warps);
+            let part = blocks(queue.gpu, RESIDENT_BIAS, warps);
             queue.launch(&format!("grad_bias_{suffix}"), part, &params, &memory)?;
             if splits > 1 {
-                let sum = blocks(queue.gpu, (self.experts * self.columns).div_ceil(32));
+                let sum = blocks(queue.gpu, RESIDENT, (self.experts * self.columns).div_ceil(32));
                 let memory = [partial.read(), self.out.write()];
                 queue.launch(&format!("grad_bias_sum_{suffix}"), sum, &params, &memory)?;
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tiles::tests::{by_registers, compiled};
+
+    #[test]
+    fn multiprocessors_hold_the_blocks_that_grids_count_on() {
+        let families =
+            ["combine_", "grad_bias_", "grad_route_", "grad_score_", "permute_", "route_", "sort_weights"];
+        for kernel in compiled().filter(|kernel| families.iter().any(|family| kernel.name.contains(family))) {
+            assert_eq!(kernel.threads as usize, 32 * WARPS, "{}", kernel.name);
+            let of_bias = kernel.name.starts_with("grad_bias_") && !kernel.name.contains("sum");
+            let resident = if of_bias { RESIDENT_BIAS } else { RESIDENT };
+            assert!(resident <= by_registers(kernel), "{}", kernel.name);
+            let shared = if kernel.name.starts_with("route_") { crate::route::SHARED } else { 0 };
+            assert_eq!(kernel.shared_bytes, shared, "{}", kernel.name);
+        }
     }
 }

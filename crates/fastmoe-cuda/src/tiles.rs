@@ -37,34 +37,72 @@ pub(crate) struct Tile {
     pub rows: usize,
     /// Columns.
     pub columns: usize,
-    /// Blocks that share a multiprocessor.
+    /// Slices of its operands in shared memory, each of 64 bytes along K.
+    pub stages: usize,
+    /// Blocks that share a multiprocessor, where its shared memory allows it.
     pub resident: usize,
 }
 
-const WIDE: Tile = Tile { name: "128x256", rows: 128, columns: 256, resident: 1 };
-const SQUARE: Tile = Tile { name: "128x128", rows: 128, columns: 128, resident: 2 };
-const FLAT: Tile = Tile { name: "32x128", rows: 32, columns: 128, resident: 2 };
-const ANY: Tile = Tile { name: "64x128", rows: 64, columns: 128, resident: 3 };
+impl Tile {
+    /// Bytes of shared memory of a block.
+    fn shared(self) -> u32 {
+        (64 * self.stages * (self.rows + self.columns)) as u32
+    }
 
-/// The tile of a product over rows, `rows_per_expert` of them on average.
-pub(crate) fn row_tile(gpu: &Gpu, math: Math, aligned: bool, rows_per_expert: usize) -> Tile {
+    /// The tiles of a result whose rows fill them.
+    fn of(self, rows: usize, columns: usize) -> usize {
+        rows.div_ceil(self.rows) * columns.div_ceil(self.columns)
+    }
+}
+
+// As in cuda/tile/entries.cuh.
+const WIDE: Tile = Tile { name: "128x256", rows: 128, columns: 256, stages: 4, resident: 1 };
+const SQUARE: Tile = Tile { name: "128x128", rows: 128, columns: 128, stages: 3, resident: 2 };
+// With few rows the weights have to come as fast as memory gives them, to as few blocks as there are tiles: of 8 stages
+// 64 blocks have the 4 MB under way that 4.8 TB/s take at 0.8 us.
+const FLAT: Tile = Tile { name: "32x128", rows: 32, columns: 128, stages: 8, resident: 2 };
+const ANY: Tile = Tile { name: "64x128", rows: 64, columns: 128, stages: 2, resident: 2 };
+const ANY_WEIGHT: Tile = Tile { resident: 3, ..ANY };
+
+/// The tile of a product over rows `[rows, columns]`.
+pub(crate) fn row_tile(
+    gpu: &Gpu,
+    math: Math,
+    aligned: bool,
+    [rows, columns]: [usize; 2],
+    experts: usize,
+) -> Tile {
+    let rows_per_expert = rows / experts.max(1);
     match math.dtype {
         _ if !aligned => ANY,
         DType::F32 => SQUARE,
         _ if rows_per_expert <= 32 => FLAT,
-        _ if rows_per_expert < 256 || gpu.device.shared_per_block < WIDE_TILE_SHARED => SQUARE,
-        _ => WIDE,
+        _ if rows_per_expert < 256 => SQUARE,
+        _ => wide(gpu, WIDE.of(rows, columns)),
     }
 }
 
 /// The tile of a gradient of weights `[rows, columns]` an expert.
-pub(crate) fn weight_tile(gpu: &Gpu, math: Math, aligned: bool, columns: usize) -> Tile {
+pub(crate) fn weight_tile(
+    gpu: &Gpu,
+    math: Math,
+    aligned: bool,
+    [rows, columns]: [usize; 2],
+    experts: usize,
+) -> Tile {
     match math.dtype {
-        _ if !aligned => ANY,
+        _ if !aligned => ANY_WEIGHT,
         DType::F32 => SQUARE,
-        _ if columns < 256 || gpu.device.shared_per_block < WIDE_TILE_SHARED => SQUARE,
-        _ => WIDE,
+        _ if columns < 256 => SQUARE,
+        _ => wide(gpu, experts * WIDE.of(rows, columns)),
     }
+}
+
+/// The widest tile for a result of so many of them, unless they leave half of the multiprocessors idle: twice as many
+/// squares then keep all of them busy, and each takes half as long.
+fn wide(gpu: &Gpu, tiles: usize) -> Tile {
+    let idle = 2 * tiles <= gpu.device.multiprocessors as usize;
+    if idle || gpu.device.shared_per_block < WIDE_TILE_SHARED { SQUARE } else { WIDE }
 }
 
 /// Whether rows of these lengths, in tensors at these places, start at multiples of 16 bytes.
@@ -75,11 +113,8 @@ pub(crate) fn aligned(dtype: DType, columns: &[usize], tensors: &[Buffer]) -> bo
 
 pub(crate) fn blocks(gpu: &Gpu, tile: Tile, tiles: usize) -> Result<usize> {
     limits::rows("tiles of the result", tiles)?;
-    Ok(tiles.min(gpu.device.multiprocessors as usize * tile.resident))
-}
-
-pub(crate) fn rows_per_expert(rows: usize, experts: usize) -> usize {
-    rows / experts.max(1)
+    let resident = gpu.device.resident(tile.resident, tile.shared());
+    Ok(tiles.min(gpu.device.multiprocessors as usize * resident))
 }
 
 /// Tiles over the sorted rows at most: every expert may end in a part of one, and so may the unused rows.
@@ -88,6 +123,61 @@ pub(crate) fn row_tiles(tile: Tile, rows: usize, experts: usize, columns: usize)
 }
 
 pub(crate) fn name(kernel: &str, math: Math, tile: Tile, variant: &str) -> String {
-    let variant = if tile == ANY { "any" } else { variant };
+    let variant = if tile == ANY || tile == ANY_WEIGHT { "any" } else { variant };
     [kernel, math.name(), tile.name, variant].join("_")
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::driver::Device;
+    use fastmoe_kernels::Kernel;
+
+    /// The kernels of this build, on every target: none in a build without kernels.
+    pub fn compiled() -> impl Iterator<Item = &'static Kernel> {
+        crate::images().iter().flat_map(|image| image.kernels)
+    }
+
+    /// Blocks for which a multiprocessor has registers: 65536, given to warps in units of 256.
+    pub fn by_registers(kernel: &Kernel) -> usize {
+        (65536 / (kernel.threads / 32 * (32 * kernel.registers).next_multiple_of(256))) as usize
+    }
+
+    const BF16: Math = Math { dtype: DType::Bf16, tf32: false };
+
+    fn gpu(multiprocessors: u32, shared_per_block: u32) -> Gpu {
+        let device = Device { name: String::new(), capability: (9, 0), multiprocessors, shared_per_block };
+        Gpu::without_kernels(&crate::record::Recorder, device)
+    }
+
+    #[test]
+    fn tiles_are_those_of_the_images() {
+        for kernel in compiled() {
+            let of = |tile: &Tile| kernel.name.contains(&format!("_{}_", tile.name));
+            let any = if kernel.name.starts_with("grad_weight") { ANY_WEIGHT } else { ANY };
+            let Some(tile) = [WIDE, SQUARE, FLAT, any].into_iter().find(of) else { continue };
+            assert_eq!(kernel.shared_bytes, tile.shared(), "{}", kernel.name);
+            assert!(tile.resident <= by_registers(kernel), "{}", kernel.name);
+        }
+    }
+
+    #[test]
+    fn few_wide_tiles_become_squares() {
+        let h100 = gpu(132, 227 << 10);
+        let tile = |rows, columns| row_tile(&h100, BF16, true, [rows, columns], 8);
+        assert_eq!(tile(2048, 4096), WIDE);
+        assert_eq!(tile(2048, 1024), SQUARE, "64 wide tiles");
+        assert_eq!(tile(2048, 1280), WIDE, "80 wide tiles");
+        let weight = |experts| weight_tile(&h100, BF16, true, [1024, 1024], experts);
+        assert_eq!([weight(2), weight(3)], [SQUARE, WIDE]);
+    }
+
+    #[test]
+    fn grids_are_as_large_as_what_is_resident() {
+        let blocks = |gpu, tile| super::blocks(&gpu, tile, 1 << 20).unwrap();
+        assert_eq!(blocks(gpu(132, 227 << 10), FLAT), 264);
+        assert_eq!(blocks(gpu(108, 163 << 10), FLAT), 216);
+        assert_eq!(blocks(gpu(142, 99 << 10), FLAT), 142);
+        assert_eq!(blocks(gpu(142, 99 << 10), SQUARE), 284);
+    }
 }
