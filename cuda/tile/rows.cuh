@@ -104,8 +104,7 @@ PTX_D void add_rows(Sums<N>& total, Global<const T> rows, int columns, int colum
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
       const int r = shfl(row, k + i);
-      const int64_t at = static_cast<int64_t>(r) * columns + column;
-      if (r >= 0 && k + i < count && inside) cells[i] = Cells<T, N>::load(rows + (BUG(rows_narrow) ? static_cast<uint32_t>(at) : at));
+      if (r >= 0 && k + i < count && inside) cells[i] = Cells<T, N>::load(rows + (static_cast<int64_t>(r) * columns + column));
     }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
