@@ -123,8 +123,10 @@ pub(crate) fn row_tiles(tile: Tile, rows: usize, experts: usize, columns: usize)
 }
 
 pub(crate) fn name(kernel: &str, math: Math, tile: Tile, variant: &str) -> String {
-    let variant = if tile == ANY || tile == ANY_WEIGHT { "any" } else { variant };
-    [kernel, math.name(), tile.name, variant].join("_")
+    // Without alignment float32 is multiplied in full.
+    let any = tile == ANY || tile == ANY_WEIGHT;
+    let (math, variant) = if any { (math.dtype.suffix(), "any") } else { (math.name(), variant) };
+    [kernel, math, tile.name, variant].join("_")
 }
 
 #[cfg(test)]
@@ -159,6 +161,13 @@ pub(crate) mod tests {
             assert_eq!(kernel.shared_bytes, tile.shared(), "{}", kernel.name);
             assert!(tile.resident <= by_registers(kernel), "{}", kernel.name);
         }
+    }
+
+    #[test]
+    fn rows_that_are_not_aligned_are_never_tf32() {
+        let tf32 = Math { dtype: DType::F32, tf32: true };
+        assert_eq!(name("up", tf32, SQUARE, "nt"), "up_tf32_128x128_nt");
+        assert_eq!(name("up", tf32, ANY, "nt"), "up_f32_64x128_any");
     }
 
     #[test]
