@@ -40,16 +40,34 @@ for dtype in DTYPES:
         assert_near(ours.scores, wanted.scores.double())
 """
 
+# Gradients that go past the caches, of experts without rows, with few and with many.
+LARGE_GRADIENTS = """
+import torch
+from moe_cases import DTYPES, assert_near
+from fastmoe_rs import functional
 
-def run(isa):
+offsets = [0, 0, 5, 5, 5, 205, 205, 206, 206]
+for dtype in DTYPES:
+    for columns in (1024, 1000):
+        x, grad = torch.randn(206, columns).to(dtype), torch.randn(206, 2176).to(dtype)
+        w = torch.zeros(8, 2176, columns, dtype=dtype, requires_grad=True)
+        functional.grouped_mm(x, w, torch.tensor(offsets)).backward(grad)
+        for expert, rows in enumerate(map(slice, offsets, offsets[1:])):
+            expected = grad[rows].double().T @ x[rows].double()
+            assert_near(w.grad[expert], expected, what=f"{dtype}, {columns} columns, expert {expert}")
+"""
+
+
+def run(isa, script=PARITY):
     environment = os.environ | {"FASTMOE_CPU_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-c", PARITY, isa]
+    command = [sys.executable, "-c", script, isa]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.parametrize("script", [PARITY, LARGE_GRADIENTS], ids=["parity", "large gradients"])
 @pytest.mark.parametrize("isa", _native.cpu_info()["available"])
-def test_matches_the_reference(isa):
-    result = run(isa)
+def test_matches_the_reference(isa, script):
+    result = run(isa, script)
     assert result.returncode == 0, result.stderr
 
 

@@ -232,6 +232,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
                             c: self.c.add(start * self.c_stride() + block.c + panel * M::COLS),
                             c_stride: self.c_stride(),
                             accumulate: block.from + k > 0,
+                            streams: false,
                             ahead,
                         });
                     }

@@ -282,8 +282,16 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
         let first = (expert * m + row) * n + col;
         // SAFETY: the rows lie in this task's part of dW, which has this type unless sums are added to it.
         let out_row = |r: usize| unsafe { row_mut::<E>(job.out, first + r * n, cols) };
+        let streams = job.streams && job.update == Update::Write;
+        let mut rounded = [E::default(); TASK_COLS];
         if job.of.rows(expert).is_empty() {
-            if job.update == Update::Write {
+            if streams {
+                for r in 0..rows {
+                    // SAFETY: the row is this task's.
+                    unsafe { copy_past_caches::<M::V, E>(&rounded[..cols], out_row(r)) };
+                }
+                fence();
+            } else if job.update == Update::Write {
                 (0..rows).for_each(|r| out_row(r).fill(E::default()));
             }
             return;
@@ -294,7 +302,6 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
         let (a, a_stride) = job.a(expert, row);
         let all = job.of.rows(expert).len().div_ceil(M::UNIT);
         let mut wide = [M::Acc::ZERO; TASK_COLS];
-        let mut rounded = [E::default(); TASK_COLS];
         let mut old = match job.update {
             Update::Write => Prefetch::NONE,
             update => {
@@ -304,7 +311,20 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
             }
         };
         let mut nothing = Prefetch::NONE;
+        // Sums that are complete at once and of dW's type need not pass through the cache.
+        let size = size_of::<M::V>();
+        let direct = streams
+            && E::WIDE
+            && all <= M::DEPTH
+            && cols.is_multiple_of(M::COLS)
+            && job.out.addr().is_multiple_of(size)
+            && (n * size_of::<E>()).is_multiple_of(size);
         for (start, end) in row_groups::<M>(rows) {
+            let (c, c_stride) = if direct {
+                (job.out.cast::<M::Acc>().wrapping_add(first + start * n), n)
+            } else {
+                (sums.ptr(), stride)
+            };
             for k in (0..all).step_by(M::DEPTH) {
                 for panel in (0..stride).step_by(M::COLS) {
                     old.step();
@@ -316,18 +336,22 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
                             rows: end - start,
                             b: job.b(expert, col + panel).add(k * M::COLS),
                             units: M::DEPTH.min(all - k),
-                            c: sums.ptr().add(panel),
-                            c_stride: stride,
+                            c: c.add(panel),
+                            c_stride,
                             accumulate: k > 0,
+                            streams: direct,
                             ahead: &mut nothing,
                         });
                     }
                 }
             }
+            if direct {
+                continue;
+            }
             for r in start..end {
                 let sums = &sums[(r - start) * stride..][..cols];
                 match job.update {
-                    Update::Write if job.streams => {
+                    Update::Write if streams => {
                         E::narrow(sums, &mut rounded[..cols]);
                         // SAFETY: the row is this task's.
                         unsafe { copy_past_caches::<M::V, E>(&rounded[..cols], out_row(r)) };

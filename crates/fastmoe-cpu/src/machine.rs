@@ -44,7 +44,7 @@ pub trait Machine: Copy + Send + Sync + 'static {
     const FEW_ROWS: usize = if Self::WHOLE_TILES {
         8
     } else if Self::MANY_REGISTERS {
-        48
+        160
     } else {
         24
     };
@@ -93,6 +93,8 @@ pub struct Tile<'a, F> {
     pub c_stride: usize,
     /// Adds to C instead of writing it.
     pub accumulate: bool,
+    /// Writes C past the caches, see `Vector::store_past_caches`.
+    pub streams: bool,
     /// Memory that will be wanted soon.
     pub ahead: &'a mut Prefetch,
 }
@@ -159,7 +161,7 @@ unsafe fn fma_tile_across<M: Machine, const R: usize, const N: usize>(t: Tile<'_
             for n in 0..N {
                 let c = t.c.add(r * t.c_stride + n * M::V::LANES);
                 let sum = if t.accumulate { M::V::load(c).add(sums[r][n]) } else { sums[r][n] };
-                sum.store(c);
+                if t.streams { sum.store_past_caches(c) } else { sum.store(c) }
             }
         }
     }
