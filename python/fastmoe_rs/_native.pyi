@@ -77,6 +77,7 @@ __all__ = [
     "cuda_info",
     "empty",
     "empty_cache",
+    "empty_like",
     "grouped_mm",
     "grouped_mm_grad_weight",
     "images",
