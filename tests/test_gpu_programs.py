@@ -78,6 +78,6 @@ def test_host_overhead_of_every_call_is_timed() -> None:
     done = run("bench/host_overhead.py", "--smoke", "--package", found)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 9
     assert lines[0].startswith("forward ")
     assert lines[0].endswith("us  goal 25")
