@@ -445,6 +445,7 @@ WEIGHING = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:MoE. with top_k=1")
 @pytest.mark.parametrize("name", ROUTERS)
 def test_options_are_followed_by_the_choice_and_its_replay_or_refused(name):
     x, refused = torch.randn(T, H, dtype=WIDEST), {}

@@ -55,7 +55,11 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.moe_norm = nn.LayerNorm(config.hidden_size, bias=False)
         self.moe = MoE(
-            config.hidden_size, config.intermediate_size, config.experts, config.top_k, renormalize=True
+            config.hidden_size,
+            config.intermediate_size,
+            config.experts,
+            config.top_k,
+            renormalize=config.top_k > 1,  # the weight of a single expert would always be 1
         )
 
     def forward(self, x_BSH: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, RoutingStats]:
