@@ -17,6 +17,7 @@ from test_binding import CASES, H, K, R, T, arguments, call, function, int32, py
 
 HUGE = 2**62
 PAGE = os.sysconf("SC_PAGE_SIZE")
+a_gpu_counts_less = pytest.mark.cpu_only(reason="sizes that a GPU's kernels cannot count are refused there")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -36,6 +37,7 @@ def test_no_number_of_threads(threads):
         call("permute", threads=threads)
 
 
+@a_gpu_counts_less
 def test_sizes_that_only_fit_because_there_is_nothing():
     call("permute", x=torch.zeros(0, HUGE), gather=int32(0), out=torch.zeros(0, HUGE))
     nothing = {"inverse": int32(0, K), "weights": torch.zeros(0, K)}
@@ -44,6 +46,7 @@ def test_sizes_that_only_fit_because_there_is_nothing():
     call("unpermute_backward", gather=int32(0), grad_weights=torch.zeros(0, K), **rows, **nothing)
 
 
+@a_gpu_counts_less
 @pytest.mark.parametrize("top_k", [HUGE, 2**31])
 def test_slots_that_only_fit_because_there_is_nothing(top_k):
     ids = torch.zeros(0, top_k, dtype=torch.int64)
