@@ -1,4 +1,4 @@
-// Entry points of the grouped products: <kernel>_<math>_<BM>x<BN>_<variant>.
+// Entry points of the grouped products: <kernel>_<math>_<BM>x<BN>_<variant>, <kernel>_wgmma_... of warpgroups.
 //
 //   math      bf16, f16, f32 (fused multiply-add), tf32 (float tensors)
 //   BM x BN   the tile; 128x256 for GPUs with 164 KB of shared memory an SM, 32x128 for few rows an expert
@@ -45,3 +45,21 @@
   WEIGHT_TILE(kernel, Params, f32, float, 128, 128, 64, 3, 2)        \
   WEIGHT_TILE(kernel, Params, tf32, tile::tf32, 128, 128, 64, 3, 2)  \
   WEIGHT_ANY(kernel, Params, f32, float)
+
+// By warpgroups.
+#define WARPGROUP_ENTRY(kernel, Params, math, Math, variant, ...)                                              \
+  PTX_KERNEL(kernel##_wgmma_##math##_128x256_##variant, (tile::Warpgroups<Math, 128, 256, 4>::THREADS), 1,          \
+             (tile::Warpgroups<Math, 128, 256, 4>::SHARED_BYTES), (kernel##_wgmma<tile::Warpgroups<Math, 128, 256, 4>, __VA_ARGS__>), \
+             Params<Math>)
+#define WARPGROUP_ROWS(kernel, Params, math, Math)                        \
+  WARPGROUP_ENTRY(kernel, Params, math, Math, nt, tile::Major::K)  \
+  WARPGROUP_ENTRY(kernel, Params, math, Math, nn, tile::Major::MN)
+#define WARPGROUP_ROW_ENTRIES(kernel, Params)           \
+  WARPGROUP_ROWS(kernel, Params, bf16, ptx::bf16) \
+  WARPGROUP_ROWS(kernel, Params, f16, ptx::f16)
+#define WARPGROUP_WEIGHTS(kernel, Params, math, Math)             \
+  WARPGROUP_ENTRY(kernel, Params, math, Math, a, true, false) \
+  WARPGROUP_ENTRY(kernel, Params, math, Math, b, false, true)
+#define WARPGROUP_WEIGHT_ENTRIES(kernel, Params)           \
+  WARPGROUP_WEIGHTS(kernel, Params, bf16, ptx::bf16) \
+  WARPGROUP_WEIGHTS(kernel, Params, f16, ptx::f16)

@@ -1,0 +1,106 @@
+// The life of a block of warpgroups (sm_90a): the first one copies slices of tile after tile into a ring in shared memory,
+// the others multiply them and store the sums. Two barriers for each place of the ring say when it is full and when empty.
+#pragma once
+#include "tile/boxes.cuh"
+
+namespace tile {
+
+// A place in the ring, and the parity of the round.
+template <class S> struct Stage {
+  int index = 0;
+  uint32_t parity = 0;
+
+  PTX_D Shared slice() const { return shared_memory() + index * S::STAGE_BYTES; }
+  PTX_D Shared full() const { return shared_memory() + (S::STAGES * S::STAGE_BYTES + index * 8); }
+  PTX_D Shared empty() const { return full() + S::STAGES * 8; }
+  PTX_D void advance() {
+    if (++index < S::STAGES) return;
+    index = 0;
+    parity ^= 1;
+  }
+};
+
+template <class S, class Kernel, class A, class B> PTX_D void copy_tiles(const Kernel& kernel, A a, B b) {
+  Stage<S> stage;
+  auto walk = kernel.walk();
+  typename decltype(walk)::Tile tile;
+  while (walk.next(tile)) {
+    const int slices = kernel.start(tile, a, b);
+    for (int s = 0; s < slices; s++, stage.advance()) {
+      if (!BUG(pipeline_no_empty_wait)) mbarrier_wait(stage.empty(), stage.parity ^ 1);
+      a.copy(stage.slice());
+      b.copy(stage.slice() + S::A_BYTES);
+      cp_async_mbarrier_arrive(stage.full());
+    }
+  }
+}
+
+// c += A B^T of a slice, as far as the warpgroup's rows are concerned; does not wait for it.
+template <class S, Major MA, Major MB> PTX_D void multiply(typename S::Sums& c, Shared slice) {
+  constexpr bool TA = MA == Major::MN, TB = MB == Major::MN;
+  const auto operand = [](bool transposed, Shared at, int step) {
+    constexpr int BOX_BYTES = S::SLICE * BOX_ROW_BYTES;
+    return transposed ? descriptor_transposed(at + step * 16 * BOX_ROW_BYTES, BOX_BYTES) : descriptor(at + step * 32);
+  };
+  const Shared a = slice + S::group() * GROUP_ROWS * BOX_ROW_BYTES, b = slice + S::A_BYTES;
+  if (!BUG(pipeline_no_fence)) fence_proxy_async();  // cp.async writes as threads do
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < S::SLICE / 16; step++)
+    wgmma<typename S::Element, TA, TB>(c, operand(TA, a, step), operand(TB, b, BUG(pipeline_step) ? 0 : step), true);
+  wgmma_commit();
+}
+
+// A warpgroup that has no rows of a tile only says that it is done with the slices.
+template <class S, Major MA, Major MB, class Kernel> PTX_D void multiply_tiles(const Kernel& kernel) {
+  Stage<S> stage;
+  auto walk = kernel.walk();
+  typename decltype(walk)::Tile tile;
+  NoBoxes none;
+  const auto release = [](const Stage<S>& last) {
+    if (thread_id() % 32 == 0) mbarrier_arrive(last.empty());
+  };
+  while (walk.next(tile)) {
+    const int slices = kernel.start(tile, none, none);
+    const bool has_rows = S::group() * GROUP_ROWS < kernel.height(tile);
+    typename S::Sums sums;
+    kernel.begin(tile, sums);
+    Stage<S> last;
+    for (int s = 0; s < slices; s++, stage.advance()) {
+      if (!BUG(pipeline_no_full_wait)) mbarrier_wait(stage.full(), stage.parity);
+      if (has_rows) {
+        multiply<S, MA, MB>(sums, stage.slice());
+        if (BUG(pipeline_early_release)) release(stage);
+        wgmma_wait<1>();
+      }
+      if (s > 0 && !BUG(pipeline_early_release)) release(last);
+      last = stage;
+    }
+    if (!BUG(pipeline_no_last_wait)) wgmma_wait<0>();
+    if (slices > 0 && !BUG(pipeline_early_release)) release(last);
+    if (has_rows) kernel.finish(tile, sums);
+  }
+}
+
+// `kernel` as in persistent.cuh, and
+//   int height(tile)              rows of C from the tile's first on
+template <class S, Major MA, Major MB, class Kernel, class A, class B> PTX_D void run_pipeline(const Kernel& kernel, A a, B b) {
+  if (thread_id() == 0) {
+    Stage<S> stage;
+    for (int i = 0; i < S::STAGES; i++, stage.advance()) {
+      mbarrier_init(stage.full(), WARPGROUP);
+      mbarrier_init(stage.empty(), 4 * S::GROUPS);
+    }
+    fence_mbarrier_init();
+  }
+  sync_block();
+  if (thread_id() < WARPGROUP) {
+    setmaxnreg_dec<72>();
+    copy_tiles<S>(kernel, a, b);
+  } else {
+    setmaxnreg_inc<216>();
+    multiply_tiles<S, MA, MB>(kernel);
+  }
+}
+
+}  // namespace tile
