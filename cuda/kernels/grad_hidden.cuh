@@ -10,8 +10,8 @@
 #pragma once
 #include "tile/activation.cuh"
 #include "tile/operand.cuh"
+#include "tile/runs.cuh"
 #include "tile/walk.cuh"
-#include "tile/warpgroups.cuh"
 
 using namespace tile;
 

@@ -7,8 +7,8 @@
 // added, to `sum` in float or to `out`, leave it as it is.
 #pragma once
 #include "tile/operand.cuh"
+#include "tile/runs.cuh"
 #include "tile/walk.cuh"
-#include "tile/warpgroups.cuh"
 
 using namespace tile;
 

@@ -7,8 +7,8 @@
 // the last expert's become zeros.
 #pragma once
 #include "tile/operand.cuh"
+#include "tile/runs.cuh"
 #include "tile/walk.cuh"
-#include "tile/warpgroups.cuh"
 
 using namespace tile;
 

@@ -3,8 +3,49 @@
 #include "tile/entries.cuh"
 #include "tile/pipeline.cuh"
 
+template <class S> struct GradWeightByWarpgroups : GradWeight<S, Major::MN> {
+  using T = typename S::Element;
+
+  PTX_D void finish(const MatrixWalk::Tile& tile, typename S::Sums& c) const {
+    const GradWeightParams<T>& p = this->p;
+    if ((p.sum || p.adds) && this->rows_of(tile.expert) <= 0) return;  // as GradWeight::finish
+    const int first_row = tile.m * S::BM + S::warp_row(), first_column = tile.n * S::BN;
+    const int64_t matrix = static_cast<int64_t>(tile.expert) * p.m * p.n;
+    if (p.sum || p.adds) {
+#pragma unroll
+      for (int i = 0; i < S::BN / 2; i += 2) {
+        const int row = S::lane_row(i / 2 % 2), column = S::lane_column(i / 4);
+        if (first_row + row >= p.m || first_column + column >= p.n) continue;
+        const int64_t at = matrix + static_cast<int64_t>(first_row + row) * p.n + first_column + column;
+        if (p.sum) add(p.sum + at, c[i], c[i + 1]);
+        else add_rounded(p.out + at, c[i], c[i + 1]);
+      }
+      return;
+    }
+    const Staged<S> staged;
+    const Lines<T> lines(p.out + matrix, first_row, p.m, p.n);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      put_half(staged, c, half);
+      const int first = first_column + half * STAGED;
+      staged.drain(lines, [&](int i) { return first + i < p.n ? first + i : -1; });
+    }
+  }
+
+  PTX_D static void add(Global<float> to, float first, float second) {
+    const Global<float2> pair = to.template as<float2>();
+    const float2 old = load(pair);
+    store(pair, float2{old.x + first, old.y + second});
+  }
+  PTX_D static void add_rounded(Global<T> to, float first, float second) {
+    const Global<uint32_t> pair = to.template as<uint32_t>();
+    const uint32_t old = load(pair);
+    store(pair, pack<T>(low_half<T>(old) + first, high_half<T>(old) + second));
+  }
+};
+
 template <class S, bool GATHER_A, bool GATHER_B> PTX_D void grad_weight_wgmma(const GradWeightParams<typename S::Element>& p) {
-  run_pipeline<S, Major::MN, Major::MN>(GradWeight<S, Major::MN>{p}, Boxes<S, S::BM, Major::MN, GATHER_A>(), Boxes<S, S::BN, Major::MN, GATHER_B>());
+  run_pipeline<S, Major::MN, Major::MN>(GradWeightByWarpgroups<S>{{p}}, Boxes<S, S::BM, Major::MN, GATHER_A>(), Boxes<S, S::BN, Major::MN, GATHER_B>());
 }
 
 WARPGROUP_WEIGHT_ENTRIES(grad_weight, GradWeightParams)

@@ -11,7 +11,7 @@
 
 namespace test {
 
-// An entry point, <family>_<math>_<BM>x<BN>_<variant>, and sizes that it takes: any, or whole 16 bytes.
+// An entry point, <family>_<math>_<BM>x<BN>_<variant> or <family>_wgmma_..., and sizes that it takes: any, or whole 16 bytes.
 struct Entry {
   std::string name, math, variant;
   int BM, BN;
@@ -42,7 +42,10 @@ template <class Check> bool test_entries(const std::string& family, Check check)
   for (const emulator::Kernel* kernel : emulator::kernels()) {
     char math[8], variant[8];
     Entry entry{kernel->name, "", "", 0, 0, index++};
-    if (sscanf(kernel->name, (family + "_%7[a-z0-9]_%dx%d_%7s").c_str(), math, &entry.BM, &entry.BN, variant) != 4) continue;
+    const auto is_of = [&](const std::string& prefix) {
+      return sscanf(kernel->name, (prefix + "_%7[a-z0-9]_%dx%d_%7s").c_str(), math, &entry.BM, &entry.BN, variant) == 4;
+    };
+    if (!is_of(family) && !is_of(family + "_wgmma")) continue;
     entry.stages = static_cast<int>(kernel->shared_bytes) / (64 * (entry.BM + entry.BN));
     entry.math = math, entry.variant = variant;
     Test(kernel->name, [=] {

@@ -1,5 +1,6 @@
 // The grouped product over sorted rows against float64.
 #include "kernels/sm80_grouped_gemm.cu"
+#include "kernels/sm90_grouped_gemm.cu"
 #include "tests/products.h"
 
 using namespace test;

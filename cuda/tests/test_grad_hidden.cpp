@@ -1,5 +1,6 @@
 // The gradient of the hidden states, and what it leaves for the other gradients, against float64.
 #include "kernels/sm80_grad_hidden.cu"
+#include "kernels/sm90_grad_hidden.cu"
 #include "tests/products.h"
 
 using namespace test;

@@ -1,5 +1,6 @@
 // The gradients of weights against float64.
 #include "kernels/sm80_grad_weight.cu"
+#include "kernels/sm90_grad_weight.cu"
 #include "tests/products.h"
 
 using namespace test;

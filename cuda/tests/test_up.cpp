@@ -1,5 +1,6 @@
 // The up projection with its activation against float64.
 #include "kernels/sm80_up.cu"
+#include "kernels/sm90_up.cu"
 #include "tests/products.h"
 
 using namespace test;

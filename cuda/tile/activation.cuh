@@ -1,7 +1,7 @@
 // The activations between the projections, and their derivatives, chosen at run time.
 //
-// SiLU, the tanh form of GELU and gpt-oss's swiglu_oai are x sigmoid(x (a + b x^2)); the last also clamps and adds one to
-// the up column. Beside them the exact (erf) GELU, and ReLU with its square. Gated ones multiply by the up column.
+// The tanh form of GELU and gpt-oss's swiglu_oai are x sigmoid(x (a + b x^2)); the latter also clamps and adds one to the
+// up column. Beside them SiLU, the exact (erf) GELU, and ReLU with its square. Gated ones multiply by the up column.
 #pragma once
 #include "ptx/ptx.cuh"
 
@@ -28,6 +28,10 @@ class Activation {
     const float slope = s + g * s * (1 - s) * (a + 3 * b * square);
     return {g * s, x > limit && !BUG(activation_slope_of_limit) ? 0 : slope};
   }
+  PTX_D static Value silu(float x) {
+    const float s = rcp_approx(1 + exp2_approx(-1.4426950408889634f * x)), value = x * s;
+    return {value, s + value * (1 - s)};
+  }
   PTX_D static Value gelu(float x) {
     const float phi = 0.5f * (1 + ptx::erf(x * 0.70710678118654752f));
     const float density = 0.39894228040143268f * exp2_approx(-0.72134752044448170f * x * x);
@@ -40,7 +44,8 @@ class Activation {
 
   // One branch, the same for all threads, around the work on many values.
   template <class Body> PTX_D void with_function(Body body) const {
-    if (kind == Kind::GEGLU || kind == Kind::GELU) body([](float x) { return gelu(x); });
+    if (kind == Kind::SWIGLU || kind == Kind::SILU) body([](float x) { return silu(x); });
+    else if (kind == Kind::GEGLU || kind == Kind::GELU) body([](float x) { return gelu(x); });
     else if (kind == Kind::REGLU || kind >= Kind::RELU) body([this](float x) { return relu(x, kind == Kind::RELU2); });
     else body([this](float x) { return sigmoid_form(x); });
   }

@@ -24,48 +24,49 @@ template <class S, int SIZE, Major MAJOR, bool GATHER> class Boxes;
 template <class S, int SIZE> class Boxes<S, SIZE, Major::K, false> : BoxChunk {
   using Element = typename S::Element;
   static constexpr int COPIES = SIZE / APART;
-  Global<const Element> from[2];  // the thread's first row of either half
-  int64_t step;                   // elements between its rows
+  Global<const uint8_t> from[2];  // the thread's first row of either half, at k
+  int64_t step;                   // bytes between its rows
   uint32_t exists;
-  int k, end;
+  int left;                       // elements from k on
 
  public:
   template <class Place> PTX_D void start(const Rows<Element>& rows, int k_end, Place place) {
-    k = column<S>();
-    end = k_end;
-    step = APART * rows.pitch;
+    left = k_end - column<S>();
+    step = APART * rows.pitch * sizeof(Element);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int at = place(half * (SIZE / 2) + row());
-      from[half] = rows.at(at < 0 ? 0 : at);
+      from[half] = (rows.at(at < 0 ? 0 : at) + column<S>()).template as<const uint8_t>();
     }
     exists = 0;
 #pragma unroll 1
     for (int i = 0; i < COPIES; i++) exists |= static_cast<uint32_t>(place(row() + i * APART) >= 0 || BUG(box_missing_row)) << i;
   }
   PTX_D void copy(Shared slice) {
-    const uint32_t now = k < end + BUG(box_k_tail) * S::CHUNK ? exists : 0;
+    const uint32_t now = left + BUG(box_k_tail) * S::CHUNK > 0 ? exists : 0;
 #pragma unroll
     for (int i = 0; i < COPIES; i++) {
-      const Global<const Element> row = from[2 * i / COPIES] + (i % (COPIES / 2) * step + k);
+      const Global<const uint8_t> row = from[2 * i / COPIES] + i % (COPIES / 2) * step;
       cp_async<CHUNK_BYTES>(to(slice) + i * APART * BOX_ROW_BYTES, row.template as<const void>(), now >> i & 1);
     }
-    k += S::SLICE;
+    from[0] = from[0] + BOX_ROW_BYTES, from[1] = from[1] + BOX_ROW_BYTES;
+    left -= S::SLICE;
   }
 };
 
 template <class S, int SIZE> class Boxes<S, SIZE, Major::K, true> : BoxChunk {
   using Element = typename S::Element;
   static constexpr int COPIES = SIZE / APART;
-  Rows<Element> rows;
-  int found[COPIES];  // the rows, -1 where there is none
-  int k, end;
+  Global<const uint8_t> from;  // row 0, at k
+  int pitch;                   // bytes between rows
+  int found[COPIES];           // the rows, -1 where there is none
+  int left;                    // elements from k on
 
  public:
-  template <class Place> PTX_D void start(const Rows<Element>& all, int k_end, Place place) {
-    k = column<S>();
-    end = k_end;
-    rows = all;
+  template <class Place> PTX_D void start(const Rows<Element>& rows, int k_end, Place place) {
+    left = k_end - column<S>();
+    from = (rows.base + column<S>()).template as<const uint8_t>();
+    pitch = rows.pitch * sizeof(Element);
 #pragma unroll
     for (int i = 0; i < COPIES; i++) {
       const int at = place(row() + i * APART);
@@ -75,32 +76,35 @@ template <class S, int SIZE> class Boxes<S, SIZE, Major::K, true> : BoxChunk {
   PTX_D void copy(Shared slice) {
 #pragma unroll
     for (int i = 0; i < COPIES; i++) {
-      const Global<const Element> from = rows.at(found[i] < 0 ? 0 : found[i]) + k;
-      cp_async<CHUNK_BYTES>(to(slice) + i * APART * BOX_ROW_BYTES, from.template as<const void>(), found[i] >= 0 && k < end);
+      const Global<const uint8_t> row = from + static_cast<int64_t>(found[i]) * pitch;
+      cp_async<CHUNK_BYTES>(to(slice) + i * APART * BOX_ROW_BYTES, row.template as<const void>(), found[i] >= 0 && left > 0);
     }
-    k += S::SLICE;
+    from = from + BOX_ROW_BYTES;
+    left -= S::SLICE;
   }
 };
 
-// The boxes of an MN-major operand that exist, and where the columns of a thread's chunks begin in a row.
+// The boxes of an MN-major operand that exist, and where a thread's chunks are in a row.
 template <class S, int SIZE> struct BoxColumns : BoxChunk {
   static constexpr int BOXES = SIZE / BOX, ROWS = S::SLICE / APART;
-  int first[2];
+  int first, right;  // bytes to the first chunk of the left half, and from there to that of the right one
   uint32_t exists;
 
   template <class Place> PTX_D void start(Place place) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) first[half] = place(half * (SIZE / 2) + column<S>());
+    const int left = place(column<S>()), other = place(SIZE / 2 + column<S>());
+    first = (left < 0 ? 0 : left) * sizeof(typename S::Element);
+    right = other < 0 ? 0 : (other - left) * sizeof(typename S::Element);
     exists = 0;
 #pragma unroll 1
     for (int box = 0; box < BOXES; box++)
       exists |= static_cast<uint32_t>(place(box * BOX + column<S>()) >= 0 || BUG(box_missing_column)) << box;
   }
-  // Copies the thread's chunks of its i-th row, which exists or not.
-  template <class Element> PTX_D void copy_row(Shared slice, int i, Global<const Element> row, bool there) const {
+  // Copies the thread's chunks of its i-th row, which exists or not; the first is at `row`.
+  PTX_D void copy_row(Shared slice, int i, Global<const uint8_t> row, bool there) const {
+    const Global<const uint8_t> half[2] = {row, row + right};
 #pragma unroll
     for (int box = 0; box < BOXES; box++) {
-      const Global<const Element> from = row + (first[2 * box / BOXES] + box % (BOXES / 2) * BOX);
+      const Global<const uint8_t> from = half[2 * box / BOXES] + box % (BOXES / 2) * BOX_ROW_BYTES;
       cp_async<CHUNK_BYTES>(to(slice) + (box * S::SLICE + i * APART) * BOX_ROW_BYTES, from.template as<const void>(), there && (exists >> box & 1));
     }
   }
@@ -110,15 +114,15 @@ template <class S, int SIZE> class Boxes<S, SIZE, Major::MN, false> {
   using Element = typename S::Element;
   using Columns = BoxColumns<S, SIZE>;
   Columns columns;
-  Global<const Element> from;  // the thread's first row of the slice
-  int64_t pitch;
+  Global<const uint8_t> from;  // the thread's first chunk of the slice
+  int64_t pitch;               // bytes between rows
   int left;                    // rows from there to the end
 
  public:
   template <class Place> PTX_D void start(const Rows<Element>& rows, int k, Place place) {
     columns.start(place);
-    pitch = rows.pitch;
-    from = rows.at(Columns::row());
+    pitch = rows.pitch * sizeof(Element);
+    from = rows.at(Columns::row()).template as<const uint8_t>() + columns.first;
     left = k - Columns::row();
   }
   PTX_D void copy(Shared slice) {
@@ -136,8 +140,10 @@ template <class S, int SIZE> class Boxes<S, SIZE, Major::MN, true> {
   using Columns = BoxColumns<S, SIZE>;
   Columns columns;
   Rows<Element> rows;
-  int row, end;             // of the thread's first row of the slice that is asked for
-  int next[Columns::ROWS];  // rows of the next slice, -1 where there is none
+  Global<const uint8_t> from;  // the thread's first chunk of row 0
+  int pitch;                   // bytes between rows
+  int row, end;                // of the thread's first row of the slice that is asked for
+  int next[Columns::ROWS];     // rows of the next slice, -1 where there is none
 
   PTX_D void look_ahead() {
 #pragma unroll
@@ -152,13 +158,15 @@ template <class S, int SIZE> class Boxes<S, SIZE, Major::MN, true> {
   template <class Place> PTX_D void start(const Rows<Element>& all, int k, Place place) {
     columns.start(place);
     rows = all;
+    from = rows.base.template as<const uint8_t>() + columns.first;
+    pitch = rows.pitch * sizeof(Element);
     row = Columns::row();
     end = k;
     look_ahead();
   }
   PTX_D void copy(Shared slice) {
 #pragma unroll
-    for (int i = 0; i < Columns::ROWS; i++) columns.copy_row(slice, i, rows.at(next[i] < 0 ? 0 : next[i]), next[i] >= 0);
+    for (int i = 0; i < Columns::ROWS; i++) columns.copy_row(slice, i, from + static_cast<int64_t>(next[i]) * pitch, next[i] >= 0);
     look_ahead();
   }
 };

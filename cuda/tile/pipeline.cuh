@@ -11,7 +11,7 @@ template <class S> struct Stage {
   uint32_t parity = 0;
 
   PTX_D Shared slice() const { return shared_memory() + index * S::STAGE_BYTES; }
-  PTX_D Shared full() const { return shared_memory() + (S::STAGES * S::STAGE_BYTES + index * 8); }
+  PTX_D Shared full() const { return shared_memory() + (S::BARRIERS_AT + index * 8); }
   PTX_D Shared empty() const { return full() + S::STAGES * 8; }
   PTX_D void advance() {
     if (++index < S::STAGES) return;
@@ -35,19 +35,24 @@ template <class S, class Kernel, class A, class B> PTX_D void copy_tiles(const K
   }
 }
 
+// The descriptors of an operand in the ring: of its first 16 elements along K, and what to add for those further on.
+template <class S, Major MAJOR> struct RingOperand {
+  static constexpr bool TRANSPOSED = MAJOR == Major::MN;
+  static constexpr int STEP_BYTES = TRANSPOSED ? 16 * BOX_ROW_BYTES : 32;
+  uint64_t first;
+
+  explicit PTX_D RingOperand(Shared at) : first(TRANSPOSED ? descriptor_transposed(at, S::SLICE * BOX_ROW_BYTES) : descriptor(at)) {}
+  PTX_D uint64_t at(int stage, int step) const { return first + ((stage * S::STAGE_BYTES + step * STEP_BYTES) >> 4); }
+};
+
 // c += A B^T of a slice, as far as the warpgroup's rows are concerned; does not wait for it.
-template <class S, Major MA, Major MB> PTX_D void multiply(typename S::Sums& c, Shared slice) {
-  constexpr bool TA = MA == Major::MN, TB = MB == Major::MN;
-  const auto operand = [](bool transposed, Shared at, int step) {
-    constexpr int BOX_BYTES = S::SLICE * BOX_ROW_BYTES;
-    return transposed ? descriptor_transposed(at + step * 16 * BOX_ROW_BYTES, BOX_BYTES) : descriptor(at + step * 32);
-  };
-  const Shared a = slice + S::group() * GROUP_ROWS * BOX_ROW_BYTES, b = slice + S::A_BYTES;
+template <class S, Major MA, Major MB>
+PTX_D void multiply(typename S::Sums& c, const RingOperand<S, MA>& a, const RingOperand<S, MB>& b, int stage) {
   if (!BUG(pipeline_no_fence)) fence_proxy_async();  // cp.async writes as threads do
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < S::SLICE / 16; step++)
-    wgmma<typename S::Element, TA, TB>(c, operand(TA, a, step), operand(TB, b, BUG(pipeline_step) ? 0 : step), true);
+    wgmma<typename S::Element, a.TRANSPOSED, b.TRANSPOSED>(c, a.at(stage, step), b.at(stage, BUG(pipeline_step) ? 0 : step), true);
   wgmma_commit();
 }
 
@@ -57,6 +62,8 @@ template <class S, Major MA, Major MB, class Kernel> PTX_D void multiply_tiles(c
   auto walk = kernel.walk();
   typename decltype(walk)::Tile tile;
   NoBoxes none;
+  const RingOperand<S, MA> a(shared_memory() + S::group() * GROUP_ROWS * BOX_ROW_BYTES);
+  const RingOperand<S, MB> b(shared_memory() + S::A_BYTES);
   const auto release = [](const Stage<S>& last) {
     if (thread_id() % 32 == 0) mbarrier_arrive(last.empty());
   };
@@ -64,12 +71,13 @@ template <class S, Major MA, Major MB, class Kernel> PTX_D void multiply_tiles(c
     const int slices = kernel.start(tile, none, none);
     const bool has_rows = S::group() * GROUP_ROWS < kernel.height(tile);
     typename S::Sums sums;
-    kernel.begin(tile, sums);
+#pragma unroll
+    for (float& sum : sums) sum = 0;
     Stage<S> last;
     for (int s = 0; s < slices; s++, stage.advance()) {
       if (!BUG(pipeline_no_full_wait)) mbarrier_wait(stage.full(), stage.parity);
       if (has_rows) {
-        multiply<S, MA, MB>(sums, stage.slice());
+        multiply<S>(sums, a, b, stage.index);
         if (BUG(pipeline_early_release)) release(stage);
         wgmma_wait<1>();
       }
@@ -82,7 +90,7 @@ template <class S, Major MA, Major MB, class Kernel> PTX_D void multiply_tiles(c
   }
 }
 
-// `kernel` as in persistent.cuh, and
+// `kernel` as in persistent.cuh, without `begin`, and
 //   int height(tile)              rows of C from the tile's first on
 template <class S, Major MA, Major MB, class Kernel, class A, class B> PTX_D void run_pipeline(const Kernel& kernel, A a, B b) {
   if (thread_id() == 0) {

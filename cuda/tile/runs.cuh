@@ -140,7 +140,7 @@ PTX_D void load_pairs(Run& gate, Run& up, Global<const T> row, int unit, int uni
 // Calls f(row, column, left, right) for each row of the tile that a thread has a part in, with a run from `column` on and
 // the one half a tile to the right of it. The loop is not unrolled, since its body is long: the sums move down to where it
 // reads them.
-template <class S, class F> PTX_D void for_each_row(float (&c)[S::MI][NI][4], F f) {
+template <class S, class F> PTX_D void for_each_row(typename S::Sums& c, F f) {
 #pragma unroll 1
   for (int i = 0; i < 2 * S::MI; i++) {
     Run left, right;
@@ -163,7 +163,7 @@ template <class S, class F> PTX_D void for_each_row(float (&c)[S::MI][NI][4], F 
   }
 }
 
-template <class S> PTX_D void begin_with_zeros(float (&c)[S::MI][NI][4]) {
+template <class S> PTX_D void begin_with_zeros(typename S::Sums& c) {
 #pragma unroll
   for (int i = 0; i < S::MI; i++)
 #pragma unroll
@@ -172,21 +172,19 @@ template <class S> PTX_D void begin_with_zeros(float (&c)[S::MI][NI][4]) {
       for (int q = 0; q < 4; q++) c[i][j][q] = 0;
 }
 
-// The bias [E, columns] of a column of an expert; 0 where there is none, and where the column is negative.
-template <class T> PTX_D float bias_of(Global<const T> bias, int expert, int columns, int column) {
-  if (!bias || column < 0) return 0;
-  return to_float(load_readonly(bias + (static_cast<int64_t>(BUG(bias_first_expert) ? 0 : expert) * columns + column)));
-}
-
 // Sums begin with the bias [E, columns] of their column, where there is one: column i of a half of the tile is column
 // place(half, i), none where that is negative.
 template <class S, class T, class Place>
-PTX_D void begin_with_bias(float (&c)[S::MI][NI][4], Global<const T> bias, int expert, int columns, Place place) {
+PTX_D void begin_with_bias(typename S::Sums& c, Global<const T> bias, int expert, int columns, Place place) {
 #pragma unroll
   for (int j = 0; j < NI; j++)
 #pragma unroll
     for (int b = 0; b < 2; b++) {
-      const float value = bias ? bias_of(bias, expert, columns, place(j / 4, S::run_column(0) + j % 4 * 8 + 2 * quad_lane() + b)) : 0;
+      float value = 0;
+      if (bias) {
+        const int at = place(j / 4, S::run_column(0) + j % 4 * 8 + 2 * quad_lane() + b);
+        if (at >= 0) value = to_float(load_readonly(bias + (static_cast<int64_t>(BUG(bias_first_expert) ? 0 : expert) * columns + at)));
+      }
 #pragma unroll
       for (int i = 0; i < S::MI; i++) c[i][j][b] = c[i][j][b + 2] = value;
     }

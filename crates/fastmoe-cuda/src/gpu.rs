@@ -62,6 +62,12 @@ impl Gpu {
         Ok(Self { driver, index, device: driver.device(index)?, kernels: driver.load(index)? })
     }
 
+    /// Whether its kernels multiply by warpgroups.
+    pub(crate) fn warpgroups(&self) -> bool {
+        let loaded = || self.kernels.is_empty() || self.kernels.contains_key("gemm_wgmma_bf16_128x256_nt");
+        self.device.capability == (9, 0) && loaded()
+    }
+
     /// A device whose driver makes up its kernels.
     pub(crate) fn without_kernels(driver: &'static dyn Driver, device: Device) -> Self {
         Self { driver, index: 0, device, kernels: HashMap::new() }

@@ -37,16 +37,20 @@ pub(crate) struct Tile {
     pub rows: usize,
     /// Columns.
     pub columns: usize,
-    /// Slices of its operands in shared memory, each of 64 bytes along K.
+    /// Slices of its operands in shared memory.
     pub stages: usize,
     /// Blocks that share a multiprocessor, where its shared memory allows it.
     pub resident: usize,
+    /// Whether warpgroups compute it, by wgmma.
+    pub warpgroups: bool,
 }
 
 impl Tile {
     /// Bytes of shared memory of a block.
     fn shared(self) -> u32 {
-        (64 * self.stages * (self.rows + self.columns)) as u32
+        // Of a row along K, and of the barriers of a stage.
+        let (slice, barriers) = if self.warpgroups { (128, 16) } else { (64, 0) };
+        (self.stages * (slice * (self.rows + self.columns) + barriers)) as u32
     }
 
     /// The tiles of a result whose rows fill them.
@@ -56,13 +60,16 @@ impl Tile {
 }
 
 // As in cuda/tile/entries.cuh.
-const WIDE: Tile = Tile { name: "128x256", rows: 128, columns: 256, stages: 4, resident: 1 };
-const SQUARE: Tile = Tile { name: "128x128", rows: 128, columns: 128, stages: 3, resident: 2 };
+const WIDE: Tile =
+    Tile { name: "128x256", rows: 128, columns: 256, stages: 4, resident: 1, warpgroups: false };
+const SQUARE: Tile = Tile { name: "128x128", rows: 128, columns: 128, stages: 3, resident: 2, ..WIDE };
 // With few rows the weights have to come as fast as memory gives them, to as few blocks as there are tiles: of 8 stages
 // 64 blocks have the 4 MB under way that 4.8 TB/s take at 0.8 us.
-const FLAT: Tile = Tile { name: "32x128", rows: 32, columns: 128, stages: 8, resident: 2 };
-const ANY: Tile = Tile { name: "64x128", rows: 64, columns: 128, stages: 2, resident: 2 };
+const FLAT: Tile = Tile { name: "32x128", rows: 32, columns: 128, stages: 8, resident: 2, ..WIDE };
+const ANY: Tile = Tile { name: "64x128", rows: 64, columns: 128, stages: 2, resident: 2, ..WIDE };
 const ANY_WEIGHT: Tile = Tile { resident: 3, ..ANY };
+// A warpgroup without rows does nothing, so that half a tile of rows costs half.
+const WARPGROUPS: Tile = Tile { warpgroups: true, ..WIDE };
 
 /// The tile of a product over rows `[rows, columns]`.
 pub(crate) fn row_tile(
@@ -77,8 +84,9 @@ pub(crate) fn row_tile(
         _ if !aligned => ANY,
         DType::F32 => SQUARE,
         _ if rows_per_expert <= 32 => FLAT,
+        _ if gpu.warpgroups() => wide(gpu, WARPGROUPS, WIDE.of(rows, columns)),
         _ if rows_per_expert < 256 => SQUARE,
-        _ => wide(gpu, WIDE.of(rows, columns)),
+        _ => wide(gpu, WIDE, WIDE.of(rows, columns)),
     }
 }
 
@@ -94,15 +102,18 @@ pub(crate) fn weight_tile(
         _ if !aligned => ANY_WEIGHT,
         DType::F32 => SQUARE,
         _ if columns < 256 => SQUARE,
-        _ => wide(gpu, experts * WIDE.of(rows, columns)),
+        _ => {
+            let wide_tile = if gpu.warpgroups() { WARPGROUPS } else { WIDE };
+            wide(gpu, wide_tile, experts * WIDE.of(rows, columns))
+        }
     }
 }
 
 /// The widest tile for a result of so many of them, unless they leave half of the multiprocessors idle: twice as many
 /// squares then keep all of them busy, and each takes half as long.
-fn wide(gpu: &Gpu, tiles: usize) -> Tile {
+fn wide(gpu: &Gpu, tile: Tile, tiles: usize) -> Tile {
     let idle = 2 * tiles <= gpu.device.multiprocessors as usize;
-    if idle || gpu.device.shared_per_block < WIDE_TILE_SHARED { SQUARE } else { WIDE }
+    if idle || gpu.device.shared_per_block < WIDE_TILE_SHARED { SQUARE } else { tile }
 }
 
 /// Whether rows of these lengths, in tensors at these places, start at multiples of 16 bytes.
@@ -126,7 +137,8 @@ pub(crate) fn name(kernel: &str, math: Math, tile: Tile, variant: &str) -> Strin
     // Without alignment float32 is multiplied in full.
     let any = tile == ANY || tile == ANY_WEIGHT;
     let (math, variant) = if any { (math.dtype.suffix(), "any") } else { (math.name(), variant) };
-    [kernel, math, tile.name, variant].join("_")
+    let kernel = if tile.warpgroups { format!("{kernel}_wgmma") } else { kernel.to_owned() };
+    [&kernel, math, tile.name, variant].join("_")
 }
 
 #[cfg(test)]
@@ -155,9 +167,12 @@ pub(crate) mod tests {
     #[test]
     fn tiles_are_those_of_the_images() {
         for kernel in compiled() {
-            let of = |tile: &Tile| kernel.name.contains(&format!("_{}_", tile.name));
+            let of = |tile: &Tile| {
+                kernel.name.contains(&format!("_{}_", tile.name))
+                    && kernel.name.contains("_wgmma_") == tile.warpgroups
+            };
             let any = if kernel.name.starts_with("grad_weight") { ANY_WEIGHT } else { ANY };
-            let Some(tile) = [WIDE, SQUARE, FLAT, any].into_iter().find(of) else { continue };
+            let Some(tile) = [WIDE, WARPGROUPS, SQUARE, FLAT, any].into_iter().find(of) else { continue };
             assert_eq!(kernel.shared_bytes, tile.shared(), "{}", kernel.name);
             assert!(tile.resident <= by_registers(kernel), "{}", kernel.name);
         }
