@@ -134,30 +134,32 @@ template <class S, int SIZE> class Boxes<S, SIZE, Major::MN, false> {
   }
 };
 
-// Rows that may be gathered, by indices that are asked for one slice ahead.
+// Rows that may be gathered, by indices that are asked for one slice ahead and not looked at before that slice's turn.
 template <class S, int SIZE> class Boxes<S, SIZE, Major::MN, true> {
   using Element = typename S::Element;
   using Columns = BoxColumns<S, SIZE>;
   Columns columns;
-  Rows<Element> rows;
   Global<const uint8_t> from;  // the thread's first chunk of row 0
-  int pitch;                   // bytes between rows
+  int pitch, count;            // bytes between rows, and how many there are
+  Global<const int> gather;    // the rows in turn, or null
   int row, end;                // of the thread's first row of the slice that is asked for
-  int next[Columns::ROWS];     // rows of the next slice, -1 where there is none
+  int next[Columns::ROWS];     // rows of the next slice; others than those that are there are zeros
 
   PTX_D void look_ahead() {
 #pragma unroll
     for (int i = 0; i < Columns::ROWS; i++) {
       const int at = row + i * Columns::APART;
-      next[i] = at < end + BUG(box_gathered_tail) ? rows.index(at) : -1;
+      next[i] = gather ? -1 : at;
+      if (gather && at < end + BUG(box_gathered_tail)) next[i] = load_readonly(gather + at);
     }
     row += S::SLICE;
   }
 
  public:
-  template <class Place> PTX_D void start(const Rows<Element>& all, int k, Place place) {
+  template <class Place> PTX_D void start(const Rows<Element>& rows, int k, Place place) {
     columns.start(place);
-    rows = all;
+    gather = rows.gather;
+    count = gather ? rows.count : k;
     from = rows.base.template as<const uint8_t>() + columns.first;
     pitch = rows.pitch * sizeof(Element);
     row = Columns::row();
@@ -166,7 +168,10 @@ template <class S, int SIZE> class Boxes<S, SIZE, Major::MN, true> {
   }
   PTX_D void copy(Shared slice) {
 #pragma unroll
-    for (int i = 0; i < Columns::ROWS; i++) columns.copy_row(slice, i, from + static_cast<int64_t>(next[i]) * pitch, next[i] >= 0);
+    for (int i = 0; i < Columns::ROWS; i++) {
+      const bool exists = static_cast<uint32_t>(next[i]) < static_cast<uint32_t>(count);
+      columns.copy_row(slice, i, from + static_cast<int64_t>(next[i]) * pitch, exists);
+    }
     look_ahead();
   }
 };
