@@ -16,7 +16,6 @@ class Activation {
   struct Value { float value, slope; };
 
   Kind kind;
-  bool oai;
   float a, b, limit;  // values above the limit are clamped
 
   PTX_D float clamp_above(float x) const { return x > limit && !BUG(activation_no_limit) ? limit : x; }
@@ -42,17 +41,20 @@ class Activation {
     return squared ? Value{r * r, r + r} : Value{r, x > 0 ? 1.0f : 0.0f};
   }
 
-  // One branch, the same for all threads, around the work on many values.
+  // One branch, the same for all threads, around the work on many values: body(function, whether it is swiglu_oai).
   template <class Body> PTX_D void with_function(Body body) const {
-    if (kind == Kind::SWIGLU || kind == Kind::SILU) body([](float x) { return silu(x); });
-    else if (kind == Kind::GEGLU || kind == Kind::GELU) body([](float x) { return gelu(x); });
-    else if (kind == Kind::REGLU || kind >= Kind::RELU) body([this](float x) { return relu(x, kind == Kind::RELU2); });
-    else body([this](float x) { return sigmoid_form(x); });
+    using Plain = std::false_type;
+    const auto sigmoid = [this](float x) { return sigmoid_form(x); };
+    if (kind == Kind::SWIGLU || kind == Kind::SILU) body([](float x) { return silu(x); }, Plain());
+    else if (kind == Kind::GEGLU || kind == Kind::GELU) body([](float x) { return gelu(x); }, Plain());
+    else if (kind == Kind::REGLU || kind >= Kind::RELU) body([this](float x) { return relu(x, kind == Kind::RELU2); }, Plain());
+    else if (kind == Kind::SWIGLU_OAI) body(sigmoid, std::true_type());
+    else body(sigmoid, Plain());
   }
 
  public:
-  explicit PTX_D Activation(Kind kind) : kind(kind), oai(kind == Kind::SWIGLU_OAI) {
-    const bool tanh = kind == Kind::GEGLU_TANH || kind == Kind::GELU_TANH;
+  explicit PTX_D Activation(Kind kind) : kind(kind) {
+    const bool oai = kind == Kind::SWIGLU_OAI, tanh = kind == Kind::GEGLU_TANH || kind == Kind::GELU_TANH;
     a = tanh ? 1.5957691216057308f : oai ? 1.702f : 1;  // 2 sqrt(2 / pi), for (1 + tanh(z)) / 2 = sigmoid(2 z)
     b = tanh ? 0.07135481282553254f : 0;                // 0.044715 a
     limit = oai ? 7 : bits_float(0x7f800000);
@@ -63,7 +65,8 @@ class Activation {
 
   // `up` is not used where ungated.
   template <int N> PTX_D void forward(const float (&gate)[N][2], const float (&up)[N][2], float (&out)[N][2]) const {
-    with_function([&](auto function) {
+    with_function([&](auto function, auto of_gpt_oss) {
+      constexpr bool oai = decltype(of_gpt_oss)::value;
 #pragma unroll
       for (int i = 0; i < 2 * N; i++) {
         const float value = function(gate[i / 2][i % 2]).value, u = gated() ? up[i / 2][i % 2] : 1;
@@ -75,7 +78,8 @@ class Activation {
   // From `grad` = dL/d act: `gate` and `up` become their own gradients, `out` the activation.
   template <int N>
   PTX_D void backward(const float (&grad)[N][2], float (&gate)[N][2], float (&up)[N][2], float (&out)[N][2]) const {
-    with_function([&](auto function) {
+    with_function([&](auto function, auto of_gpt_oss) {
+      constexpr bool oai = decltype(of_gpt_oss)::value;
 #pragma unroll
       for (int i = 0; i < 2 * N; i++) {
         const float d = grad[i / 2][i % 2], u = gated() ? up[i / 2][i % 2] : 1;

@@ -35,14 +35,21 @@ template <class S, class Kernel, class A, class B> PTX_D void copy_tiles(const K
   }
 }
 
-// The descriptors of an operand in the ring: of its first 16 elements along K, and what to add for those further on.
+// The descriptors of an operand in the ring, that of its first 16 elements along K and those further on: they differ in
+// their lower words alone, by an address in units of 16 bytes. A warp knows them to be the same in all its lanes.
 template <class S, Major MAJOR> struct RingOperand {
   static constexpr bool TRANSPOSED = MAJOR == Major::MN;
   static constexpr int STEP_BYTES = TRANSPOSED ? 16 * BOX_ROW_BYTES : 32;
-  uint64_t first;
+  uint32_t low, high;
 
-  explicit PTX_D RingOperand(Shared at) : first(TRANSPOSED ? descriptor_transposed(at, S::SLICE * BOX_ROW_BYTES) : descriptor(at)) {}
-  PTX_D uint64_t at(int stage, int step) const { return first + ((stage * S::STAGE_BYTES + step * STEP_BYTES) >> 4); }
+  explicit PTX_D RingOperand(Shared at) {
+    const uint64_t first = TRANSPOSED ? descriptor_transposed(at, S::SLICE * BOX_ROW_BYTES) : descriptor(at);
+    low = shfl(static_cast<uint32_t>(first), 0);
+    high = static_cast<uint32_t>(first >> 32);
+  }
+  PTX_D uint64_t at(int stage, int step) const {
+    return static_cast<uint64_t>(high) << 32 | (low + stage * (S::STAGE_BYTES >> 4) + (step * STEP_BYTES >> 4));
+  }
 };
 
 // c += A B^T of a slice, as far as the warpgroup's rows are concerned; does not wait for it.

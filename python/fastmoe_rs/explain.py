@@ -24,6 +24,7 @@ ELEMENT_BYTES = {"bf16": 2, "f16": 2, "tf32": 4, "f32": 4}
 WEIGHTS, WEIGHT_GRADS = ("w1", "w2"), ("grad_w1", "grad_w2")
 TILE = re.compile(r"(?<=_)(\d+)x(\d+)(?=_)")  # in the name of a kernel
 SLICE_BYTES = 64  # of a row of a tile in one stage of shared memory: cuda/tile/shape.cuh
+WARPGROUP_SLICE_BYTES = 128  # cuda/tile/warpgroups.cuh
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ def _step(launch: Any, layer: Layer, gpu: Gpu, compiled: tuple[str, Any] | None)
     if compiled is None:
         return step
     image, kernel = compiled
-    stages = kernel["shared_bytes"] // (SLICE_BYTES * (int(tile[1]) + int(tile[2]))) if tile else None
+    row = WARPGROUP_SLICE_BYTES if "_wgmma_" in launch["kernel"] else SLICE_BYTES
+    stages = kernel["shared_bytes"] // (row * (int(tile[1]) + int(tile[2]))) if tile else None
     return replace(step, image=image, threads=kernel["threads"], registers=kernel["registers"], stages=stages)
 
 

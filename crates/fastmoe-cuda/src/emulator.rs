@@ -103,9 +103,9 @@ impl Driver for Emulator {
     fn device(&self, _: i32) -> Result<Device> {
         Ok(Device {
             name: "emulator".to_owned(),
-            capability: (8, 0),
+            capability: (9, 0),
             multiprocessors: 3,
-            shared_per_block: 163 << 10,
+            shared_per_block: 227 << 10,
         })
     }
 

@@ -48,9 +48,11 @@ pub(crate) struct Tile {
 impl Tile {
     /// Bytes of shared memory of a block.
     fn shared(self) -> u32 {
-        // Of a row along K, and of the barriers of a stage.
-        let (slice, barriers) = if self.warpgroups { (128, 16) } else { (64, 0) };
-        (self.stages * (slice * (self.rows + self.columns) + barriers)) as u32
+        let of_stages = |slice: usize| self.stages * slice * (self.rows + self.columns);
+        // Warpgroups also have two barriers for each stage, and rows of results.
+        let bytes =
+            if self.warpgroups { of_stages(128) + 16 * self.stages + 256 * self.rows } else { of_stages(64) };
+        bytes as u32
     }
 
     /// The tiles of a result whose rows fill them.
@@ -159,8 +161,9 @@ pub(crate) mod tests {
 
     const BF16: Math = Math { dtype: DType::Bf16, tf32: false };
 
-    fn gpu(multiprocessors: u32, shared_per_block: u32) -> Gpu {
-        let device = Device { name: String::new(), capability: (9, 0), multiprocessors, shared_per_block };
+    fn gpu(capability: (u32, u32), multiprocessors: u32, shared_kib: u32) -> Gpu {
+        let shared_per_block = shared_kib << 10;
+        let device = Device { name: String::new(), capability, multiprocessors, shared_per_block };
         Gpu::without_kernels(&crate::record::Recorder, device)
     }
 
@@ -187,21 +190,38 @@ pub(crate) mod tests {
 
     #[test]
     fn few_wide_tiles_become_squares() {
-        let h100 = gpu(132, 227 << 10);
-        let tile = |rows, columns| row_tile(&h100, BF16, true, [rows, columns], 8);
-        assert_eq!(tile(2048, 4096), WIDE);
-        assert_eq!(tile(2048, 1024), SQUARE, "64 wide tiles");
-        assert_eq!(tile(2048, 1280), WIDE, "80 wide tiles");
-        let weight = |experts| weight_tile(&h100, BF16, true, [1024, 1024], experts);
-        assert_eq!([weight(2), weight(3)], [SQUARE, WIDE]);
+        for (capability, wide) in [((8, 0), WIDE), ((9, 0), WARPGROUPS), ((10, 0), WIDE)] {
+            let gpu = gpu(capability, 132, 227);
+            let tile = |rows, columns| row_tile(&gpu, BF16, true, [rows, columns], 8);
+            assert_eq!(tile(2048, 4096), wide);
+            assert_eq!(tile(2048, 1024), SQUARE, "64 wide tiles");
+            assert_eq!(tile(2048, 1280), wide, "80 wide tiles");
+            let weight = |experts| weight_tile(&gpu, BF16, true, [1024, 1024], experts);
+            assert_eq!([weight(2), weight(3)], [SQUARE, wide]);
+        }
+    }
+
+    #[test]
+    fn warpgroups_take_few_rows_of_an_expert_as_well() {
+        let tile = |capability, rows: usize| {
+            row_tile(&gpu(capability, 132, 227), BF16, true, [128 * rows, 4096], 128)
+        };
+        assert_eq!([32, 33, 255, 256].map(|rows| tile((8, 0), rows)), [FLAT, SQUARE, SQUARE, WIDE]);
+        assert_eq!(
+            [32, 33, 255, 256].map(|rows| tile((9, 0), rows)),
+            [FLAT, WARPGROUPS, WARPGROUPS, WARPGROUPS]
+        );
+        let float = Math { dtype: DType::F32, tf32: true };
+        assert_eq!(row_tile(&gpu((9, 0), 132, 227), float, true, [4096, 4096], 8), SQUARE);
+        assert_eq!(name("up", BF16, WARPGROUPS, "nt"), "up_wgmma_bf16_128x256_nt");
     }
 
     #[test]
     fn grids_are_as_large_as_what_is_resident() {
         let blocks = |gpu, tile| super::blocks(&gpu, tile, 1 << 20).unwrap();
-        assert_eq!(blocks(gpu(132, 227 << 10), FLAT), 264);
-        assert_eq!(blocks(gpu(108, 163 << 10), FLAT), 216);
-        assert_eq!(blocks(gpu(142, 99 << 10), FLAT), 142);
-        assert_eq!(blocks(gpu(142, 99 << 10), SQUARE), 284);
+        assert_eq!(blocks(gpu((9, 0), 132, 227), FLAT), 264);
+        assert_eq!(blocks(gpu((8, 0), 108, 163), FLAT), 216);
+        assert_eq!(blocks(gpu((8, 9), 142, 99), FLAT), 142);
+        assert_eq!(blocks(gpu((8, 9), 142, 99), SQUARE), 284);
     }
 }
