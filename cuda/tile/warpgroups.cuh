@@ -47,7 +47,7 @@ template <class S> class Staged {
   const Shared base = shared_memory() + (S::STAGED_AT + S::warp_row() * STAGED_ROW_BYTES);
 
   PTX_D Shared at(int row, int byte) const {
-    return base + (row * STAGED_ROW_BYTES + (BUG(staged_swizzle) ? byte : byte ^ (row & 7) << 4));
+    return base + (row * STAGED_ROW_BYTES + (byte ^ (row & 7) << 4));
   }
   // f(i, there, shared) of the lane's i-th chunk of 16 bytes, which is there in memory, or is not: null.
   template <class Element, class Column, class F> PTX_D void for_each_chunk(const Lines<Element>& lines, Column column, F f) const {
