@@ -371,6 +371,7 @@ def made_up(name: str, **speeds: float) -> dict:
 
 def test_report_draws_shares_of_the_floor(bench: Any) -> None:
     machine = {"kind": "machine", "gpu": "A GPU", "date": "2030-01-01", "cuda": "13.0", "commit": "c"}
+    machine["note"] = "It was cut off."
     entries = [
         {**machine, "versions": {"torch": "2.15.0", "triton": None}},
         {"kind": "ceilings", "flops_per_s": 8e14, "bytes_per_s": 4e12},
@@ -384,6 +385,7 @@ def test_report_draws_shares_of_the_floor(bench: Any) -> None:
         "| fastmoe_rs | 2 ms ±5%, 250 TFLOP/s, host-bound | 2 ms ±5%, 250 TFLOP/s | 50% | 1024 MiB |" in page
     )
     assert "| liger | failed: RuntimeError: <no> kernel / image |  |  |  |" in page
+    assert "; commit c.\n\nIt was cut off.\n" in page
     assert "floor 1 ms; right after the runs 1980 mhz" in page
     for title in ("## Wrong", "## Processes lost", "## Left out"):
         assert title in page
