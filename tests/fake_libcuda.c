@@ -16,11 +16,6 @@ static int told(const char* name, int otherwise) {
   int name(__VA_ARGS__) { return told(#name, 0); }
 
 STATUS(cuInit, unsigned flags)
-STATUS(cuDevicePrimaryCtxRetain, void** context, int device)
-STATUS(cuCtxPushCurrent_v2, void* context)
-STATUS(cuCtxPopCurrent_v2, void** context)
-STATUS(cuModuleLoadData, void** module, const void* image)
-STATUS(cuModuleGetFunction, void** function, void* module, const char* name)
 STATUS(cuFuncSetAttribute, void* function, int attribute, int value)
 #ifndef OLD
 STATUS(cuFuncLoad, void* function)
@@ -35,12 +30,27 @@ int cuDriverGetVersion(int* version) { return *version = told("version", 13000),
 int cuDeviceGetCount(int* count) { return *count = told("devices", 1), 0; }
 int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
 int cuDeviceGetName(char* name, int length, int device) { return snprintf(name, length, "Fake %d", device), 0; }
-int cuCtxGetCurrent(void** context) { return *context = 0, 0; }
+
+/* The primary context of device 2 is 3. One context can lie below the current one. */
+static __thread void *current, *below;
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+  return *context = (void*)(device + 1L), told("cuDevicePrimaryCtxRetain", 0);
+}
+int cuCtxGetCurrent(void** context) { return *context = current, 0; }
+int cuCtxSetCurrent(void* context) { return current = context, 0; }
+int cuCtxPushCurrent_v2(void* context) { return below = current, current = context, 0; }
+int cuCtxPopCurrent_v2(void** context) { return *context = current, current = below, 0; }
 
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
   const int capability = told("capability", 80);
   *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : 100;
   return 0;
+}
+
+/* A module holds its context, in which alone it has functions. */
+int cuModuleLoadData(void** module, const void* image) { return *module = current, told("cuModuleLoadData", 0); }
+int cuModuleGetFunction(void** function, void* module, const char* name) {
+  return *function = module, module && module == current ? told("cuModuleGetFunction", 0) : 201;
 }
 
 int cuGetErrorName(int status, const char** name) {

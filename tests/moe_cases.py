@@ -35,20 +35,22 @@ def mlp_case(
     transposed=False,
     interleaved=False,
     requires_grad=True,
+    device="cpu",
 ):
     """(arguments, options) of moe_mlp. Expert 0 gets no token, and the other groups are ragged."""
     width = 2 * intermediate if activation in reference.GATED else intermediate
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def draw(*shape, dtype=dtype, scale=1.0):
-        return torch.randn(shape, dtype=torch.float64).mul(scale).to(dtype).requires_grad_(requires_grad)
+        numbers = torch.randn(shape, dtype=torch.float64, device=device)
+        return numbers.mul(scale).to(dtype).requires_grad_(requires_grad)
 
     w1, w2 = (experts, width, hidden), (experts, hidden, intermediate)
     if transposed:
         w1, w2 = (experts, hidden, width), (experts, intermediate, hidden)
     # Half precision rounds pre-activations across the clamps of swiglu_oai: keep them below, else reach them.
     scale = hidden**-0.5 if dtype in (torch.bfloat16, torch.float16) else 1.0
-    ids = torch.rand(tokens, experts - 1).argsort(dim=1)[:, :top_k] + 1
+    ids = torch.rand(tokens, experts - 1, device=device).argsort(dim=1)[:, :top_k] + 1
     arguments = (
         draw(tokens, hidden),
         ids,
@@ -105,7 +107,7 @@ def assert_matches_reference(function, oracle, arguments, options):
     assert out.dtype == arguments[0].dtype
     assert_near(out, expected, what="output")
     inputs, wide_inputs = differentiable(arguments, options), differentiable(wide_arguments, wide_options)
-    direction = torch.randn(out.shape, dtype=torch.float64).to(out.dtype)
+    direction = torch.randn_like(expected).to(out.dtype)
     grads = torch.autograd.grad(out, inputs.values(), direction)
     wanted = torch.autograd.grad(expected, wide_inputs.values(), direction.double())
     for name, grad, want in zip(inputs, grads, wanted, strict=True):

@@ -166,8 +166,22 @@ class TestGpus:
         ):
             assert part in found.value
         assert found.value.endswith("tiles up to 128x256")
-        assert row(doctor.examine(), "cuda driver").value.endswith("CUDA 13.0, 1 devices")
-        assert row(doctor.examine(), "cuda kernels").value == "1 kernels for 90a, 0.0 MB"
+        assert row(doctor.examine(), "cuda driver").value.endswith("CUDA 13.0, 1 device")
+        assert row(doctor.examine(), "cuda kernels").value == "1 kernel in 0.0 MB of images for 90a"
+
+    @pytest.mark.parametrize(
+        ("text", "version"),
+        [
+            ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05 ", "535.104.05, "),
+            ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release", "580.95.05, "),
+            ("", ""),
+        ],
+    )
+    def test_the_release_of_the_driver(self, machine, monkeypatch, text, version):
+        machine((H200, H200), archs=("100f", "80", "ptx", "90a"))
+        monkeypatch.setattr(doctor, "read", lambda path: text)
+        assert doctor.check_driver("").value == f"{version}CUDA 13.0, 2 devices"
+        assert doctor.check_images("").value.endswith("images for 80, 90a, 100f, ptx")
 
     def test_kernels_of_its_own(self, machine):
         machine(families=("sm80_up", "sm90_up"))

@@ -131,6 +131,28 @@ class TestLoading:
         assert error.startswith(message)
         assert later == "loaded"
 
+    @pytest.mark.parametrize(
+        ("device", "before", "after"),
+        [(0, 0, 1), (0, 1, 1), (0, 99, 99), (1, 0, 0), (1, 1, 1), (1, 2, 2)],
+    )
+    def test_a_thread_keeps_its_context(self, cuda_images, fake_libcuda, device, before, after):
+        """That of device 0 is 1. A thread that has none is on device 0 for the CUDA runtime, and gets it."""
+        code = f"""
+import ctypes
+from fastmoe_rs import _native
+driver = ctypes.CDLL("libcuda.so.1")
+driver.cuCtxSetCurrent(ctypes.c_void_p({before}))
+_native.load_cuda({device})
+current = ctypes.c_void_p()
+driver.cuCtxGetCurrent(ctypes.byref(current))
+print(current.value or 0)
+"""
+        variables = {"LD_LIBRARY_PATH": str(fake_libcuda()), "FAKE_CUDA": "devices=2", "FASTMOE_BACKEND": ""}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **variables}
+        )
+        assert done.stdout == f"{after}\n", done.stderr
+
 
 @pytest.mark.emulated_only(reason="what happens from the first launch on needs a device")
 class TestRunning:

@@ -57,6 +57,7 @@ def test_benchmark_of_a_gpu_records_and_reports(tmp_path: Path) -> None:
     assert [entry["kind"] for entry in entries] == ["machine", "ceilings", "routing", *["cell"] * 3]
     for cell in entries[3:]:
         assert len(cell["paths"]) == 7
+        assert cell["took"]["answers"] > cell["paths"]["fastmoe_rs"]["first_s"] > 0
         assert cell["floor_s"] > 0
         assert set(cell["paths"]["fastmoe_rs"]["errors"]) == {"out", "x", "weights", "w1", "w2"}
         for name, found in cell["paths"].items():
@@ -70,7 +71,31 @@ def test_benchmark_of_a_gpu_records_and_reports(tmp_path: Path) -> None:
     assert path.with_suffix(".svg").read_text().startswith("<svg")
     page = path.with_suffix(".md").read_text()
     assert "## tiny T32 train" in page
+    assert "of them until all had answered)" in done.stdout.splitlines()[-2]
     assert "| torch_grouped |" in page
+
+
+def test_cells_and_peers_are_chosen(bench: Any, tmp_path: Path) -> None:
+    assert tuple(path.name for path in bench.peers.PATHS[1:]) == bench.run.PEERS
+    path = tmp_path / "record.jsonl"
+    options = ("--only", "tiny T1 ", "--only", "gate T32 train", "--without", "liger", "--out", path)
+    done = run("bench/gpu/run.py", *QUICK, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = of_kind(lines_of(path), "cell")
+    assert [cell["name"] for cell in cells] == ["tiny without gate T32 train", "tiny T1 forward"]
+    for cell in cells:
+        assert cell["paths"]["liger"] == {"status": "skipped", "reason": "not asked for"}
+        assert cell["paths"]["torch_grouped"]["status"] == "ok"
+    assert run("bench/gpu/run.py", *QUICK, "--without", "sigma").returncode == 2
+
+
+def test_the_passes_of_a_shape_follow_each_other(bench: Any) -> None:
+    found = bench.problems.cells(quick=False)
+    assert len({cell.name for cell in found}) == len(found)
+    for first, second in zip(found[:8:2], found[1:8:2], strict=True):
+        assert (first.shape, first.mode, second.mode) == (second.shape, "forward", "train")
+    shapes = {(cell.shape.name, cell.mode) for cell in found[:36] if cell.tokens == 4096}
+    assert len(shapes) == 2 * len(bench.problems.SHAPES)
 
 
 def bad_peers(folder: Path, **modules: str) -> Path:
@@ -271,17 +296,18 @@ def test_graphs_and_memory_are_measured(
     clock = bench.clock.Clock("cpu")
     clock.cuda = True
     rates = {"flops_per_s": 1e12, "bytes_per_s": 1e11}
-    given_up = {"graph of unlucky": "said nothing"}
+    given_up = {"graph of unlucky": {"status": "failed", "reason": "said nothing"}}
     heard: list[str] = []
     problem = bench.problems.Problems("cpu").of(cell)
     found = bench.measure.measure(problem, clock, rates, 0.0, given_up, heard.append)
     assert found["state"] == {"mhz": 1980, "celsius": 40, "watts": 500}
+    assert found["took"].keys() == {"answers", "eager", "graph"}
     for name, path in found["paths"].items():
         assert path["peak_bytes"] == 250
         assert path["eager"]["host_s"] > 0
         if name in ("fastmoe_rs", "good"):
             assert path["graph"]["median_s"] < path["eager"]["median_s"]
-    assert Graph.replays == 2 * (bench.clock.WARM_UP + bench.clock.LEAST_TURNS)
+    assert Graph.replays == 2 * (1 + bench.clock.LEAST_TURNS)  # no time for more to warm up
     assert found["paths"]["waits"]["graph"]["reason"] == "RuntimeError: called a synchronizing CUDA operation"
     assert found["paths"]["unlucky"]["graph"]["reason"] == "said nothing"
     assert pretended.mode == "default"
@@ -318,6 +344,8 @@ def test_peers_that_tune_themselves_choose_among_few(bench: Any, monkeypatch: py
     assert (up.kwargs, up.num_stages) == ({"BLOCK_N": 128, "BLOCK_K": 64}, 4)
     (grad,) = kernels._moe_bwd_dW1_kernel.configs
     assert grad.kwargs == {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}
+    sums = kernels._token_gather_weighted_sum_kernel.configs
+    assert [(found.kwargs["BLOCK_K"], found.num_warps) for found in sums] == [(4, 4), (8, 4)]
     tiles = [configuration.kwargs["config"] for configuration in products.gemm_tuned.configs]
     hopper = [(tile.tile_m, tile.tile_n) for tile in tiles if tile.device_capacity == 9]
     assert hopper == [(128, 128), (128, 192), (128, 256)]
@@ -343,6 +371,7 @@ def made_up(name: str, **speeds: float) -> dict:
 
 def test_report_draws_shares_of_the_floor(bench: Any) -> None:
     machine = {"kind": "machine", "gpu": "A GPU", "date": "2030-01-01", "cuda": "13.0", "commit": "c"}
+    machine["note"] = "It was cut off."
     entries = [
         {**machine, "versions": {"torch": "2.15.0", "triton": None}},
         {"kind": "ceilings", "flops_per_s": 8e14, "bytes_per_s": 4e12},
@@ -356,6 +385,7 @@ def test_report_draws_shares_of_the_floor(bench: Any) -> None:
         "| fastmoe_rs | 2 ms ±5%, 250 TFLOP/s, host-bound | 2 ms ±5%, 250 TFLOP/s | 50% | 1024 MiB |" in page
     )
     assert "| liger | failed: RuntimeError: <no> kernel / image |  |  |  |" in page
+    assert "; commit c.\n\nIt was cut off.\n" in page
     assert "floor 1 ms; right after the runs 1980 mhz" in page
     for title in ("## Wrong", "## Processes lost", "## Left out"):
         assert title in page

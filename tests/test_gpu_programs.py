@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -59,6 +60,24 @@ def test_a_session_ends_in_time_with_what_it_has(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1].split() == ["tools", "no", "time", "left", "0", "s"]
     assert "self-test" in done.stdout or "status   -15" in done.stdout
     assert "== doctor" in (tmp_path / "out/log.txt").read_text()
+
+
+def test_words_that_differ_on_a_gpu_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tests/gpu")
+    conformance = importlib.import_module("conformance")
+    words = conformance.words_of_seed(0)
+    emulated = bytearray(4 * conformance.OUT_WORDS)
+    device = emulated[:]
+    at = 4 * (7 * 128 + 105)
+    emulated[at : at + 4], device[at : at + 4] = b"\xff\xff\xff\x7f", b"\x00\x20\xd6\x7f"
+    assert conformance.differences("conversions", emulated, device) == [1001]
+    text = conformance.described(1001, 128, words, emulated, device)
+    x, y, z = (words[4 * i : 4 * i + 4][::-1].hex() for i in (105, 233, 361))
+    values = "7fffffff emulated, 7fd62000 on the GPU"
+    assert text == f"  word 1001, result 7 of thread 105: {values}; from {x} {y} {z}"
+    assert conformance.differences("approximations", bytes(emulated), bytes(device)) == []
+    device[:4] = b"\xff\xff\xff\x7f"
+    assert conformance.differences("approximations", emulated, device) == [0]
 
 
 @no_gpu

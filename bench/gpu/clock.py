@@ -43,13 +43,19 @@ class Clock:
 
 
 def interleaved(clock: Clock, runs: dict[str, Run], seconds: float, steps: int = 1) -> dict[str, dict]:
-    """Times of a step of each run, which has `steps` of them; all run once a turn, another one first."""
+    """Times of a step of each run, which has `steps` of them; all run once a turn, another one first.
+
+    Takes about `seconds`, or LEAST_TURNS where those take longer.
+    """
+    begin = time.perf_counter()
     for turn in range(WARM_UP):
         for run in runs.values():
             run(turn)
-    clock.wait()
+        clock.wait()
+        if time.perf_counter() - begin > seconds / 4:
+            break
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    names, end = list(runs), time.perf_counter() + seconds
+    names, end = list(runs), begin + seconds
     for turn in range(MOST_TURNS):
         first = turn % max(1, len(names))
         for name in names[first:] + names[:first]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import perf_counter
 
 import torch
 from clock import Clock, Run, interleaved, state
@@ -104,15 +105,19 @@ def check_ours(problem: Problem, got: dict[str, Tensor]) -> dict[str, float]:
     return errors
 
 
-def agreeing(problem: Problem, paths: dict[str, dict], given_up: dict[str, str], tell: Tell) -> list[Runner]:
-    """The paths that give our answer; what became of all goes into `paths`."""
+def agreeing(problem: Problem, paths: dict[str, dict], given_up: dict[str, dict], tell: Tell) -> list[Runner]:
+    """The paths that give our answer; what became of all goes into `paths`.
+
+    With `first_s`, the seconds until a path had launched its first answer: compiling and tuning.
+    """
     runners: list[Runner] = []
     wanted: dict[str, Tensor] = {}
     for path in PATHS:
         if path.name in given_up:
-            paths[path.name] = {"status": "failed", "reason": given_up[path.name]}
+            paths[path.name] = given_up[path.name]
             continue
         tell(path.name)
+        begin = perf_counter()
         try:
             runner = Runner(path, problem)
             got = runner.answer()
@@ -125,14 +130,15 @@ def agreeing(problem: Problem, paths: dict[str, dict], given_up: dict[str, str],
             paths[path.name] = failure(error)
             recover(error)
             continue
+        first = {"first_s": perf_counter() - begin}
         if path.name == OURS:
             wanted = got
-            paths[OURS] = {"status": "ok", "errors": check_ours(problem, got)}
+            paths[OURS] = {"status": "ok", "errors": check_ours(problem, got)} | first
             runners.append(runner)
             continue
         errors = {key: row_error(got[key], wanted[key]) for key in got}
         right = all(error <= PEER_BOUNDS.get(name, 2 * BOUND) for name, error in errors.items())
-        paths[path.name] = {"status": "ok" if right else "wrong", "errors": errors}
+        paths[path.name] = {"status": "ok" if right else "wrong", "errors": errors} | first
         if right:
             runners.append(runner)
     return runners
@@ -149,7 +155,7 @@ def recover(error: Exception) -> None:
 
 
 def captured(
-    runners: list[Runner], paths: dict[str, dict], given_up: dict[str, str], tell: Tell
+    runners: list[Runner], paths: dict[str, dict], given_up: dict[str, dict], tell: Tell
 ) -> dict[str, Run]:
     """Replays of the paths that can be captured."""
     runs: dict[str, Run] = {}
@@ -158,7 +164,7 @@ def captured(
     for runner in runners:
         name = runner.path.name
         if graph_of(name) in given_up:
-            paths[name]["graph"] = {"status": "failed", "reason": given_up[graph_of(name)]}
+            paths[name]["graph"] = given_up[graph_of(name)]
             continue
         tell(graph_of(name))
         try:
@@ -180,24 +186,29 @@ def measure(
     clock: Clock,
     ceilings: dict[str, float],
     seconds: float,
-    given_up: dict[str, str],
+    given_up: dict[str, dict],
     tell: Tell,
 ) -> dict:
     """The record of a cell: every path with its status, errors, times, useful TFLOP/s and peak memory.
 
-    Paths in `given_up` are left out, for the reason there; `tell` hears what is about to run.
+    Paths in `given_up` are not run and have what is there; `tell` hears what is about to run. `took` has the
+    seconds of the parts of the cell.
     """
     cell = problem.cell
     paths: dict[str, dict] = {}
+    marks = [perf_counter()]
     runners = agreeing(problem, paths, given_up, tell)
+    marks.append(perf_counter())
     tell("timing")
     times = {"eager": interleaved(clock, {runner.path.name: runner.eager for runner in runners}, seconds / 2)}
+    marks.append(perf_counter())
     if clock.cuda:
         for runner in runners:
             paths[runner.path.name]["peak_bytes"] = runner.peak_bytes()
         runs = captured(runners, paths, given_up, tell)
         tell("timing of graphs")
         times["graph"] = interleaved(clock, runs, seconds / 2, steps=len(problem.batches))
+    marks.append(perf_counter())
     for kind, found in times.items():
         for name, taken in found.items():
             paths[name][kind] = taken | {"tflops": cell.flops / taken["median_s"] / 1e12}
@@ -210,6 +221,7 @@ def measure(
         "routing": "skewed" if cell.skewed else "balanced",
         "floor_s": cell.layer.floor(ceilings["flops_per_s"], ceilings["bytes_per_s"], cell.train),
         "batches": len(problem.batches),
+        "took": {part: marks[i + 1] - marks[i] for i, part in enumerate(("answers", "eager", "graph"))},
         "state": state(str(problem.w1.device)),
         "paths": paths,
     }

@@ -7,6 +7,7 @@ the parameters, which are w1 and w2 of the problem, or a peer's own copies in th
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -79,10 +80,18 @@ def gated_only(problem: Problem) -> None:
 
 
 def library(name: str) -> Any:
+    if isinstance(found := imported(name), Exception):
+        raise Unavailable(f"{type(found).__name__}: {found}"[:200])
+    return found
+
+
+@functools.cache
+def imported(name: str) -> Any:
+    """A module, or why there is none: an import that fails may take seconds, in each cell."""
     try:
         return importlib.import_module(name)
     except Exception as error:  # what a foreign library raises when it does not fit is its own
-        raise Unavailable(f"{type(error).__name__}: {error}"[:200]) from None
+        return error
 
 
 def transformers(implementation: str) -> Callable[[Problem], Made]:
@@ -140,6 +149,9 @@ LIGER_TILES = (
 
 
 def liger_tile(configuration: Any) -> bool:
+    """Tiles of products with 4 and 8 warps, those of the sum over a token's rows, bound by memory, with 4."""
+    if "BLOCK_H" in configuration.kwargs and configuration.num_warps != 4:
+        return False
     stages = 2 if "BLOCK_M" in configuration.kwargs else 4
     return configuration.kwargs in LIGER_TILES and configuration.num_stages == stages
 

@@ -40,6 +40,7 @@ SHAPES = (
     Shape("DeepSeek-V3", 7168, 2048, 256, 8),
     Shape("Mixtral-8x22B", 6144, 16384, 8, 2),
 )
+PEERS = ("torch_grouped", "transformers_grouped", "transformers_batched", "liger", "scattermoe", "sonicmoe")
 QUICK_SHAPES = (Shape("tiny", 64, 48, 8, 2), Shape("tiny without gate", 64, 48, 8, 1, gated=False))
 
 
@@ -79,10 +80,10 @@ def cells(*, quick: bool) -> list[Cell]:
     return list(
         dict.fromkeys(
             [
-                *(Cell(shape, 4096, mode) for mode in ("forward", "train") for shape in SHAPES[:4]),
+                *(Cell(shape, 4096, mode) for shape in SHAPES[:4] for mode in ("forward", "train")),
                 *(Cell(shape, tokens, "forward") for shape in SHAPES[:3] for tokens in DECODE_TOKENS),
-                *(Cell(shape, 16384, mode) for shape in SHAPES[:4] for mode in ("forward", "train")),
                 *(Cell(shape, 4096, mode) for shape in SHAPES[4:] for mode in ("forward", "train")),
+                *(Cell(shape, 16384, mode) for shape in SHAPES[:4] for mode in ("forward", "train")),
                 *(Cell(shape, 4096, "train", skewed=True) for shape in SHAPES[:2]),
                 *(Cell(shape, tokens, "forward") for shape in SHAPES for tokens in DECODE_TOKENS),
                 *(Cell(shape, 16384, mode) for shape in SHAPES for mode in ("forward", "train")),

@@ -76,6 +76,7 @@ def head(entries: list[dict]) -> str:
     for machine in of_kind(entries, "machine"):
         versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items() if found)
         text += f"\n{machine['date'][:10]}, CUDA {machine['cuda']}; {versions}; commit {machine['commit']}.\n"
+        text += f"\n{machine['note']}\n" if "note" in machine else ""
     for rates in of_kind(entries, "ceilings"):
         text += (
             f"\nCeilings measured in this run: {rates['flops_per_s'] / 1e12:.4g} TFLOP/s of a bfloat16 "

@@ -9,7 +9,7 @@ import ctypes
 import multiprocessing
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from time import time
 from typing import Any
 
@@ -23,12 +23,15 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 OWN = ("start", "fastmoe_rs", "timing", "timing of graphs")  # not a peer's doing
 
 
-def results(device: str, cells: list[Cell], end: float, *, quick: bool) -> Iterator[dict]:
+def results(
+    device: str, cells: list[Cell], end: float, *, quick: bool, without: Collection[str] = ()
+) -> Iterator[dict]:
     """Machine, ceilings, routing and cells until `end` (of time.time), and what became of the rest.
 
     What a process did when it was lost is not done again: a peer in the rest of the run; otherwise a cell.
+    Peers in `without` are not run at all.
     """
-    given_up: dict[str, str] = {}
+    given_up = {name: {"status": "skipped", "reason": "not asked for"} for name in without}
     rates: dict[str, float] | None = None
     left = cells
     for _ in range(MOST_PROCESSES):
@@ -38,7 +41,8 @@ def results(device: str, cells: list[Cell], end: float, *, quick: bool) -> Itera
             if entry["kind"] == "ceilings":
                 rates = {name: entry[name] for name in ("flops_per_s", "bytes_per_s")}
             if entry["kind"] == "lost" and entry["doing"] not in OWN:
-                given_up[entry["doing"]] = f"{entry['reason']} (on {entry['name']})"
+                reason = f"{entry['reason']} (on {entry['name']})"
+                given_up[entry["doing"]] = {"status": "failed", "reason": reason}
             else:
                 left = [cell for cell in left if cell.name != entry.get("name")]
             yield entry

@@ -10,10 +10,18 @@ using namespace ptx;
 
 namespace {
 
+// Floats at the ends of formats: zeros, subnormals, the largest and what rounds beyond them, infinities and NaN.
+constexpr uint32_t edges[] = {0,          0x80000000, 1,          0x807fffff, 0x00800000, 0x33000001, 0x387fe000, 0x477fefff, 0xc77ff000,
+                              0x7f7f8000, 0xff7fefff, 0x7f7ff000, 0xff7fffff, 0x7f800000, 0xff800000, 0x7f800001, 0xff9e4840, 0x7fffffff};
+uint32_t some_word() {
+  const uint64_t r = test::random()();
+  return r >> 62 ? static_cast<uint32_t>(r) : edges[static_cast<uint32_t>(r) % std::size(edges)];
+}
+
 struct Probe {
   test::Buffer<uint32_t> in, out;
   explicit Probe(const char* kernel)
-      : in(input<uint32_t>("in", probes::in_words, [](int64_t) { return test::random()(); })),
+      : in(input<uint32_t>("in", probes::in_words, [](int64_t) { return some_word(); })),
         out(output<uint32_t>("out", probes::out_words)) {
     const auto map = [](const auto& b) { return emulator::make_tensor_map(b.values().data(), 2, 64, 128, 128, 64, 64, true); };
     launch(kernel, 1, probes::Params{map(in), map(out), in, out});
@@ -75,7 +83,11 @@ TEST(conversions) {
       }
       same(p.out[(2 + f) * 128 + t] & 0xffff, got, "pack");
     }
-    if (std::isfinite(x)) expect(std::fabs(bits_float(p.out[7 * 128 + t]) - x) <= std::fabs(x) * 0x1p-11 + 0x1p-137, "tf32");
+    const uint32_t tf32 = p.out[7 * 128 + t];
+    same(tf32 & 0x1fff, 0u, "low bits of tf32");
+    if (!std::isfinite(x)) same(tf32, p.in[t] & ~0x1fffu, "tf32");
+    else if (std::fabs(x) >= 0x1.ffep127) same(tf32, std::signbit(x) ? 0xff800000u : 0x7f800000u, "tf32 beyond the largest");
+    else expect(std::fabs(bits_float(tf32) - x) <= std::fabs(x) * 0x1p-11 + 0x1p-137, "tf32");
   }
 }
 

@@ -165,7 +165,7 @@ def check_torch_cuda(name: str) -> Row:
 
     devices = gpus()
     if torch.cuda.is_available():
-        return Row(name, GREEN, f"CUDA {torch.version.cuda}, {torch.cuda.device_count()} devices")
+        return Row(name, GREEN, f"CUDA {torch.version.cuda}, {amount(torch.cuda.device_count(), 'device')}")
     build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     if devices:
         remedy = "install a build of torch for CUDA, see https://pytorch.org"
@@ -181,10 +181,11 @@ def check_driver(name: str) -> Row:
         if NO_DRIVER in problem:
             return Row(name, GREEN, "none; everything runs on the CPU")
         return Row(name, RED, problem, remedy or "update the NVIDIA driver to 580 or newer")
-    found = re.search(r"Kernel Module\D*([\d.]+)", read(Path("/proc/driver/nvidia/version")))
+    # The name of the architecture, x86_64, stands before "Kernel Module" or after it.
+    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", read(Path("/proc/driver/nvidia/version")))
     version = f"{found[1]}, " if found else ""
-    devices = len(info["devices"])
-    return Row(name, GREEN, f"{version}CUDA {info['version'][0]}.{info['version'][1]}, {devices} devices")
+    devices = amount(len(info["devices"]), "device")
+    return Row(name, GREEN, f"{version}CUDA {info['version'][0]}.{info['version'][1]}, {devices}")
 
 
 def check_images(name: str) -> Row:
@@ -194,10 +195,11 @@ def check_images(name: str) -> Row:
         if gpus():
             return Row(name, RED, missing, "install the wheel, or build with nvcc: make toolchain develop")
         return Row(name, GREEN, missing)
-    archs = ", ".join(sorted({image["arch"] for image in images}))
-    kernels = len({kernel["name"] for image in images for kernel in image["kernels"]})
+    found = {image["arch"] for image in images}
+    archs = ", ".join(sorted(found, key=lambda arch: (arch == "ptx", len(arch), arch)))
+    kernels = amount(len({kernel["name"] for image in images for kernel in image["kernels"]}), "kernel")
     size = sum(image["bytes"] for image in images) / 1e6
-    return Row(name, GREEN, f"{kernels} kernels for {archs}, {size:.1f} MB")
+    return Row(name, GREEN, f"{kernels} in {size:.1f} MB of images for {archs}")
 
 
 def check_gpu(name: str) -> Row:
@@ -232,6 +234,10 @@ def kernel_set(images: Sequence[Any], device: Any) -> str:
     roomier = largest_tile({**device, "shared_bytes": 1 << 30})
     limit = f" (not {roomier}: a block has {device['shared_bytes'] >> 10} KB of shared memory)"
     return f"{products}{why}, tiles up to {tile}{limit if tile != roomier else ''}"
+
+
+def amount(number: int, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number != 1)
 
 
 def gpus() -> Sequence[Any]:
@@ -306,7 +312,7 @@ def check_results(name: str) -> Row:
 
     results, truths = run(functional.moe_mlp, wide=False), run(reference.moe_mlp, wide=True)
     errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(results, truths, strict=True)]
-    value = f"largest error {max(errors):.0e} of output and gradients, at most {tolerance:.0e} wanted"
+    value = f"largest error {max(errors):.0e} of output and gradients, at most {tolerance:.0e} allowed"
     if max(errors) <= tolerance:
         return Row(name, GREEN, value)
     remedy = "keep the tensors on the CPU" if device else f"set {ISA_VARIABLE}=portable to get right results"

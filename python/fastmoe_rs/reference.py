@@ -232,13 +232,12 @@ def _with_zero_row(x: Tensor) -> Tensor:
 
 def grouped_mm(x_RK: Tensor, w_ENK: Tensor, offsets_E1: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """x @ w[e].T for the rows of every expert e; see `fastmoe_rs.functional.grouped_mm`."""
-    offsets = offsets_E1.tolist()
-    groups = []
-    for e in range(len(w_ENK)):
-        y = x_RK[offsets[e] : offsets[e + 1]] @ w_ENK[e].T
-        groups.append(y if bias is None else y + bias[e])
-    past_the_last = x_RK.new_zeros(len(x_RK) - offsets[-1], w_ENK.shape[1])
-    return torch.cat([*groups, past_the_last])
+    counts = offsets_E1.diff().tolist()
+    *groups, unused = x_RK.split([*counts, len(x_RK) - sum(counts)])
+    products = [x @ w.T for x, w in zip(groups, w_ENK.unbind(), strict=True)]
+    if bias is not None:
+        products = [y + b for y, b in zip(products, bias.unbind(), strict=True)]
+    return torch.cat([*products, x_RK.new_zeros(len(unused), w_ENK.shape[1])])
 
 
 _UNGATED: dict[str, Callable[[Tensor], Tensor]] = {

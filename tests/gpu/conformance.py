@@ -29,6 +29,11 @@ PROBES = ["lanes", "conversions", "arithmetic", "approximations", "memory", "cop
 PROBES += ["products_bf16", "products_f16", "products_tf32", "named_barriers"]
 HOPPER = ["boxes", "warpgroup_bf16", "warpgroup_f16", "warpgroup_transposed", "arrivals"]
 PROBES += HOPPER
+SHOWN = 8  # words of a probe that are printed where they differ
+# Floats at the ends of formats: zeros, subnormals, the largest and what rounds beyond them, infinities, NaN.
+EDGES = [0x00000000, 0x80000000, 0x00000001, 0x807FFFFF, 0x00800000, 0x33000001, 0x387FE000, 0x477FEFFF]
+EDGES += [0xC77FF000, 0x7F7F8000, 0xFF7FEFFF, 0x7F7FF000, 0xFF7FFFFF, 0x7F800000, 0xFF800000, 0x7F800001]
+EDGES += [0xFF9E4840, 0x7FFFFFFF]
 # Twice the documented relative errors of exp2, rcp, tanh and erf: either side may be off by one of them.
 APPROXIMATION_ERRORS = (2**-21, 2**-22, 2**-9.987, 2**-21)
 
@@ -98,7 +103,10 @@ def launch_params(maps: bytes, source: int, target: int) -> bytes:
 
 
 def words_of_seed(seed: int) -> bytes:
-    return random.Random(seed).randbytes(4 * IN_WORDS)
+    """A quarter of them are EDGES."""
+    draw = random.Random(seed)
+    words = (draw.choice(EDGES) if draw.random() < 0.25 else draw.getrandbits(32) for _ in range(IN_WORDS))
+    return struct.pack(f"<{IN_WORDS}I", *words)
 
 
 class Emulator:
@@ -137,6 +145,12 @@ class Emulator:
         if error:
             raise RuntimeError(error.decode())
         return c.string_at(target, 4 * OUT_WORDS)
+
+    def threads(self, probe: str) -> int:
+        threads, shared, params = c.c_uint32(), c.c_uint32(), c.c_size_t()
+        name = f"probe_{probe}".encode()
+        self.library.emulator_kernel(name, c.byref(threads), c.byref(shared), c.byref(params))
+        return threads.value
 
 
 class Gpu:
@@ -196,15 +210,29 @@ class Gpu:
         return out.raw
 
 
-def differences(probe: str, emulated: bytes, device: bytes) -> int:
-    if probe == "approximations":
-        pairs = zip(
-            struct.unpack(f"<{OUT_WORDS}f", emulated), struct.unpack(f"<{OUT_WORDS}f", device), strict=True
-        )
-        return sum(
-            abs(a - b) > abs(a) * APPROXIMATION_ERRORS[i // 128] for i, (a, b) in enumerate(pairs) if i < 512
-        )
-    return sum(emulated[i : i + 4] != device[i : i + 4] for i in range(0, len(emulated), 4))
+def differences(probe: str, emulated: bytes, device: bytes) -> list[int]:
+    """Indices of the words that differ."""
+    kind = "f" if probe == "approximations" else "I"
+    ours, theirs = (struct.unpack(f"<{OUT_WORDS}{kind}", words) for words in (emulated, device))
+    pairs = enumerate(zip(ours, theirs, strict=True))
+    if kind == "f":
+        errors = [bound for bound in APPROXIMATION_ERRORS for _ in range(128)]
+        return [
+            i for (i, (a, b)), bound in zip(pairs, errors, strict=False) if not abs(a - b) <= abs(a) * bound
+        ]
+    return [i for i, (a, b) in pairs if a != b]
+
+
+def described(index: int, threads: int, words: bytes, emulated: bytes, device: bytes) -> str:
+    """A word that differs, and what its thread has read where a probe goes by threads."""
+
+    def word(of: bytes, at: int) -> str:
+        return f"{int.from_bytes(of[4 * at : 4 * at + 4], 'little'):08x}"
+
+    result, thread = divmod(index, threads)
+    inputs = " ".join(word(words, thread + i * threads) for i in range(3))
+    values = f"{word(emulated, index)} emulated, {word(device, index)} on the GPU"
+    return f"  word {index}, result {result} of thread {thread}: {values}; from {inputs}"
 
 
 def main() -> int:
@@ -228,15 +256,18 @@ def main() -> int:
         return 0
     gpu = Gpu()
     failed = []
+    inputs = [*map(words_of_seed, range(options.seeds))]
     for probe in PROBES:
         if probe in HOPPER and not gpu.hopper:
             print(f"skipped {probe}: {gpu.name} lacks these instructions")
             continue
-        wrong = sum(
-            differences(probe, emulator.run(probe, w), gpu.run(probe, w))
-            for w in map(words_of_seed, range(options.seeds))
-        )
-        print(f"{'differs' if wrong else 'equal'} {probe}" + (f": {wrong} words" if wrong else ""))
+        wrong: list[str] = []
+        for words in inputs:
+            emulated, device = emulator.run(probe, words), gpu.run(probe, words)
+            found = differences(probe, emulated, device)
+            wrong += [described(i, emulator.threads(probe), words, emulated, device) for i in found]
+        print(f"{'differs' if wrong else 'equal'} {probe}" + (f": {len(wrong)} words" if wrong else ""))
+        print("".join(f"{line}\n" for line in wrong[:SHOWN]), end="", flush=True)
         failed += [probe] * bool(wrong)
     if not failed and gpu.hopper:
         record = {"device_half": device_half(), "date": datetime.date.today().isoformat(), "gpu": gpu.name}

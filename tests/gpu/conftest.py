@@ -7,7 +7,6 @@ An error that leaves the device unusable ends the run with exit status 70; --go-
 import datetime
 import faulthandler
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -67,8 +66,6 @@ def pytest_configure(config):
         path = default_path(name, "-tests")
     if path:
         config.pluginmanager.register(Outcomes(path, config.option))
-    if config.option.device == "cuda":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # the reference in float64 has large products
 
 
 class Outcomes:

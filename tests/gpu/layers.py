@@ -33,15 +33,15 @@ class Layer:
 
     def redraw(self, seed):
         """Other tokens, routed otherwise, in the same memory."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(self.x.device).manual_seed(seed)
         with torch.no_grad():
             for tensor in (self.x, self.logits, self.grad_out):
-                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+                tensor.normal_(generator=generator)
 
 
 def layer(device, tokens=64, hidden=64, intermediate=96, experts=8, top_k=2, dtype=torch.bfloat16):
     def draw(*shape, dtype=dtype):
-        return torch.randn(shape).mul(shape[-1] ** -0.5).to(device, dtype).requires_grad_()
+        return torch.randn(shape, device=device).mul(shape[-1] ** -0.5).to(dtype).requires_grad_()
 
     return Layer(
         x=draw(tokens, hidden),

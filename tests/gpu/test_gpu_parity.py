@@ -7,7 +7,7 @@ import torch
 from layers import assert_same_bits, layer
 
 from fastmoe_rs import RoutingPlan, functional, reference
-from moe_cases import ACTIVATIONS, assert_near, differentiable, mlp_case, widened
+from moe_cases import ACTIVATIONS, assert_matches_reference, assert_near, mlp_case
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32)
@@ -16,25 +16,10 @@ SMALL = [(13, 24, 20, 5, 2), (1, 64, 32, 4, 1), (33, 40, 33, 9, 3), (70, 128, 64
 LARGE = [(1, 2048, 768, 128, 8), (257, 1024, 520, 16, 4), (4096, 512, 384, 8, 2), (1025, 1440, 720, 16, 4)]
 
 
-def to(device, value):
-    if isinstance(value, torch.Tensor):
-        return value.detach().to(device).requires_grad_(value.requires_grad)
-    return value
-
-
-def assert_right_on(device, arguments, options):
-    """Output and gradients on the device, against the reference on the same numbers in float64 on the CPU."""
-    there = [to(device, value) for value in arguments], {k: to(device, v) for k, v in options.items()}
-    wide = [widened(value) for value in arguments], {k: widened(v) for k, v in options.items()}
-    out, want = functional.moe_mlp(*there[0], **there[1]), reference.moe_mlp(*wide[0], **wide[1])
-    assert out.device.type == torch.device(device).type
-    assert_near(out.cpu(), want, what="output")
-    inputs, wide_inputs = differentiable(*there), differentiable(*wide)
-    direction = torch.randn(want.shape, dtype=torch.float64).to(out.dtype)
-    grads = torch.autograd.grad(out, inputs.values(), direction.to(device))
-    wanted = torch.autograd.grad(want, wide_inputs.values(), direction.double())
-    for name, grad, expected in zip(inputs, grads, wanted, strict=True):
-        assert_near(grad.cpu(), expected, out.dtype, what=f"gradient of {name}")
+def assert_right_on(device, *sizes, **options):
+    """Output and gradients of a case, against plain torch in float64 on the same device."""
+    case = mlp_case(*sizes, device=device, **options)
+    assert_matches_reference(functional.moe_mlp, reference.moe_mlp, *case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -42,13 +27,13 @@ def assert_right_on(device, arguments, options):
 def test_sizes(device, quick, sizes, dtype):
     if quick and sizes in LARGE:
         pytest.skip("large sizes are left out by --quick")
-    assert_right_on(device, *mlp_case(*sizes, dtype=dtype))
+    assert_right_on(device, *sizes, dtype=dtype)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_activations_with_biases(device, activation, dtype):
-    assert_right_on(device, *mlp_case(40, 64, 32, 4, 2, dtype=dtype, activation=activation, bias=True))
+    assert_right_on(device, 40, 64, 32, 4, 2, dtype=dtype, activation=activation, bias=True)
 
 
 @pytest.mark.parametrize(("transposed", "interleaved"), [*itertools.product((False, True), repeat=2)])
@@ -56,7 +41,7 @@ def test_activations_with_biases(device, activation, dtype):
 def test_layouts(device, transposed, interleaved, aligned):
     sizes = (40, 64, 32, 4, 2) if aligned else (40, 63, 31, 4, 2)
     options = {"transposed": transposed, "interleaved": interleaved, "dtype": torch.bfloat16}
-    assert_right_on(device, *mlp_case(*sizes, **options))
+    assert_right_on(device, *sizes, **options)
 
 
 @pytest.mark.parametrize("top_k", [1, 4])

@@ -48,6 +48,7 @@ functions! {
     device_attribute = "cuDeviceGetAttribute": fn(*mut c_int, c_int, c_int);
     primary_context = "cuDevicePrimaryCtxRetain": fn(*mut Context, c_int);
     current_context = "cuCtxGetCurrent": fn(*mut Context);
+    set_context = "cuCtxSetCurrent": fn(Context);
     push_context = "cuCtxPushCurrent_v2": fn(Context);
     pop_context = "cuCtxPopCurrent_v2": fn(*mut Context);
     load_module = "cuModuleLoadData": fn(*mut *mut c_void, *const c_void);
@@ -118,12 +119,19 @@ impl Libcuda {
     }
 
     /// Runs `work` with the primary context of the device current, as it mostly is already.
+    ///
+    /// A thread without a context is on device 0 for the CUDA runtime. Where that is the device it keeps the context, as
+    /// it would after a call of the runtime: torch warns where its own thread of backward passes then has none.
     fn within<T>(&self, device: i32, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let wanted = self.context(device)?;
         let mut current = ptr::null_mut();
         // SAFETY: contexts are the driver's; the push is undone on this thread.
         unsafe {
             self.check("cuCtxGetCurrent", (self.call.current_context)(&mut current))?;
+            if current.is_null() && device == 0 {
+                self.check("cuCtxSetCurrent", (self.call.set_context)(wanted))?;
+                return work();
+            }
             if current == wanted {
                 return work();
             }

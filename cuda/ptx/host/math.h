@@ -68,9 +68,7 @@ template <class T> uint32_t pack(float low, float high) {
 }
 template <class T> float low_half(uint32_t pair) { return to_float(T{static_cast<uint16_t>(pair)}); }
 template <class T> float high_half(uint32_t pair) { return to_float(T{static_cast<uint16_t>(pair >> 16)}); }
-inline uint32_t to_tf32(float x) {
-  if (std::isnan(x)) return 0x7fffffff;
-  return (float_bits(x) + 0x1000) & 0xffffe000;
-}
+// As ptxas writes it out for every GPU: a NaN is not made canonical but loses its low bits, even where it has no others.
+inline uint32_t to_tf32(float x) { return (float_bits(x) + (std::isfinite(x) ? 0x1000 : 0)) & 0xffffe000; }
 
 }  // namespace ptx
