@@ -96,6 +96,7 @@ COPY(4)
 COPY(8)
 PAIR(cp_async_16, (uint32_t to, const cute::uint128_t* from, bool wanted), ptx::cp_async<16>({to}, ptx::Global<const void>{from}, wanted),
      cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(*from, *at<cute::uint128_t>(to), wanted))
+ALONE(cp_async_16_of_256, (uint32_t to, const void* from), ptx::cp_async<16, 256>({to}, ptx::Global<const void>{from}, true))
 PAIR(cp_async_commit, (), ptx::cp_async_commit(), __pipeline_commit())
 PAIR(cp_async_wait, (), ptx::cp_async_wait<2>(), __pipeline_wait_prior(2))
 
@@ -122,6 +123,7 @@ ALONE(tanh_approx, (float* out, float x), *out = ptx::tanh_approx(x))
 
 // ---- memory.cuh
 ALONE(load_streaming, (uint4* out, const uint4* from), *out = ptx::load_streaming(ptx::Global<const uint4>{from}))
+ALONE(prefetch_l2, (const void* at), ptx::prefetch_l2({at}))
 
 // ---- wgmma.cuh
 PAIR(wgmma_fence, (), ptx::wgmma_fence(), cute::warpgroup_arrive())

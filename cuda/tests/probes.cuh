@@ -77,6 +77,7 @@ PTX_D void memory(const Params& p) {
   sync_block();
   const uint4 other = load_shared<uint4>(shared_memory() + (t ^ 33) * 16);
   store((p.out + t * 4).as<uint4>(), other);
+  prefetch_l2((p.in + t * 4).as<const void>());
   const uint4 streamed = load_streaming((p.in + t * 4).as<const uint4>());
   put(p, 4, streamed.w);
   sync_block();
@@ -95,7 +96,8 @@ PTX_D void copies(const Params& p) {
   const int t = thread_id();
   const Shared at = shared_memory() + t * 32;
   const bool on = t % 3 != 0;
-  cp_async<16>(at, (p.in + t * 8).as<const void>(), on);
+  if (t % 4 == 0) cp_async<16, 256>(at, (p.in + t * 8).as<const void>(), on);
+  else cp_async<16>(at, (p.in + t * 8).as<const void>(), on);
   cp_async_commit();
   cp_async<8>(at + 16, (p.in + (t * 8 + 4)).as<const void>(), on);
   cp_async<4>(at + 24, (p.in + (t * 8 + 6)).as<const void>(), on);

@@ -8,6 +8,7 @@ namespace tile {
 
 struct BoxChunk {
   static constexpr int APART = WARPGROUP / 8;  // rows from one of a thread's chunks to the next
+  static constexpr int TWO_SLICES = 2 * BOX_ROW_BYTES;  // of a row along K, that L2 fetches at once
 
   PTX_D static int row() { return thread_id() / 8; }
   template <class S> PTX_D static int column() { return thread_id() % 8 * S::CHUNK; }
@@ -47,7 +48,7 @@ template <class S, int SIZE> class Boxes<S, SIZE, Major::K, false> : BoxChunk {
 #pragma unroll
     for (int i = 0; i < COPIES; i++) {
       const Global<const uint8_t> row = from[2 * i / COPIES] + i % (COPIES / 2) * step;
-      cp_async<CHUNK_BYTES>(to(slice) + i * APART * BOX_ROW_BYTES, row.template as<const void>(), now >> i & 1);
+      cp_async<CHUNK_BYTES, TWO_SLICES>(to(slice) + i * APART * BOX_ROW_BYTES, row.template as<const void>(), now >> i & 1);
     }
     from[0] = from[0] + BOX_ROW_BYTES, from[1] = from[1] + BOX_ROW_BYTES;
     left -= S::SLICE;
@@ -77,7 +78,7 @@ template <class S, int SIZE> class Boxes<S, SIZE, Major::K, true> : BoxChunk {
 #pragma unroll
     for (int i = 0; i < COPIES; i++) {
       const Global<const uint8_t> row = from + static_cast<int64_t>(found[i]) * pitch;
-      cp_async<CHUNK_BYTES>(to(slice) + i * APART * BOX_ROW_BYTES, row.template as<const void>(), found[i] >= 0 && left > 0);
+      cp_async<CHUNK_BYTES, TWO_SLICES>(to(slice) + i * APART * BOX_ROW_BYTES, row.template as<const void>(), found[i] >= 0 && left > 0);
     }
     from = from + BOX_ROW_BYTES;
     left -= S::SLICE;

@@ -77,6 +77,7 @@ template <class S, Major MA, Major MB, class Kernel> PTX_D void multiply_tiles(c
   while (walk.next(tile)) {
     const int slices = kernel.start(tile, none, none);
     const bool has_rows = S::group() * GROUP_ROWS < kernel.height(tile);
+    if (has_rows) kernel.prefetch(tile);
     typename S::Sums sums;
 #pragma unroll
     for (float& sum : sums) sum = 0;
@@ -99,6 +100,7 @@ template <class S, Major MA, Major MB, class Kernel> PTX_D void multiply_tiles(c
 
 // `kernel` as in persistent.cuh, without `begin`, and
 //   int height(tile)              rows of C from the tile's first on
+//   void prefetch(tile)           asks for what `finish` will read
 template <class S, Major MA, Major MB, class Kernel, class A, class B> PTX_D void run_pipeline(const Kernel& kernel, A a, B b) {
   if (thread_id() == 0) {
     Stage<S> stage;

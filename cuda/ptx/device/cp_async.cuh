@@ -5,10 +5,12 @@
 namespace ptx {
 
 // Copies BYTES (4, 8 or 16), or writes zeros where the predicate is false; then nothing is read. Those of 16 bytes have the
-// L2 cache fetch 128: slices of an operand along K take half of that, and the next ones the rest.
-template <int BYTES> PTX_D void cp_async(Shared to, Global<const void> from, bool predicate) {
+// L2 cache fetch FETCHED (128 or 256): a slice of an operand along K takes half of that, and the next one the rest.
+template <int BYTES, int FETCHED = 128> PTX_D void cp_async(Shared to, Global<const void> from, bool predicate) {
   const int bytes = predicate ? BYTES : 0;
-  if constexpr (BYTES == 16)
+  if constexpr (BYTES == 16 && FETCHED == 256)
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to.at), "l"(__cvta_generic_to_global(from.at)), "r"(bytes) : "memory");
+  else if constexpr (BYTES == 16)
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to.at), "l"(__cvta_generic_to_global(from.at)), "r"(bytes) : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to.at), "l"(__cvta_generic_to_global(from.at)), "n"(BYTES), "r"(bytes) : "memory");
