@@ -113,4 +113,4 @@ template <class S, Major MW> PTX_D void grad_hidden_wgmma(const GradHiddenParams
   run_pipeline<S, Major::K, MW>(GradHiddenByWarpgroups<S, MW>{{p}}, Boxes<S, S::BM, Major::K, true>(), Boxes<S, S::BN, MW, false>());
 }
 
-WARPGROUP_ROW_ENTRIES(grad_hidden, GradHiddenParams, 256, 4)
+WARPGROUP_ROW_ENTRIES(grad_hidden, GradHiddenParams)

@@ -11,26 +11,25 @@ template <class S> struct GradWeightByWarpgroups : GradWeight<S, Major::MN> {
   PTX_D void finish(const MatrixWalk::Tile& tile, typename S::Sums& c) const {
     const GradWeightParams<T>& p = this->p;
     if ((p.sum || p.adds) && this->rows_of(tile.expert) <= 0) return;  // as GradWeight::finish
-    const int first_row = tile.m * S::BM, first_column = tile.n * S::BN;
+    const int first_row = tile.m * S::BM + S::warp_row(), first_column = tile.n * S::BN;
     const int64_t matrix = static_cast<int64_t>(tile.expert) * p.m * p.n;
     if (p.sum || p.adds) {
 #pragma unroll
-      for (int i = 0; i < 2 * S::PANEL; i += 2) {
-        const int panel = i / S::PANEL, row = first_row + S::panel_row(panel) + S::lane_row(i / 2 % 2);
-        const int column = first_column + S::panel_column(panel) + S::lane_column(i % S::PANEL / 4);
-        if (row >= p.m || column >= p.n) continue;
-        const int64_t at = matrix + static_cast<int64_t>(row) * p.n + column;
+      for (int i = 0; i < S::BN / 2; i += 2) {
+        const int row = S::lane_row(i / 2 % 2), column = S::lane_column(i / 4);
+        if (first_row + row >= p.m || first_column + column >= p.n) continue;
+        const int64_t at = matrix + static_cast<int64_t>(first_row + row) * p.n + first_column + column;
         if (p.sum) add(p.sum + at, c[i], c[i + 1]);
         else add_rounded(p.out + at, c[i], c[i + 1]);
       }
       return;
     }
     const Staged<S> staged;
+    const Lines<T> lines(p.out + matrix, first_row, p.m, p.n);
 #pragma unroll
-    for (int panel = 0; panel < 2; panel++) {
-      put_panel(staged, c, panel);
-      const int first = first_column + S::panel_column(panel);
-      const Lines<T> lines(p.out + matrix, first_row + S::panel_row(panel), p.m, p.n);
+    for (int half = 0; half < 2; half++) {
+      put_half(staged, c, half);
+      const int first = first_column + half * STAGED;
       staged.drain(lines, [&](int i) { return first + i < p.n ? first + i : -1; });
     }
   }
@@ -51,5 +50,4 @@ template <class S, bool GATHER_A, bool GATHER_B> PTX_D void grad_weight_wgmma(co
   run_pipeline<S, Major::MN, Major::MN>(GradWeightByWarpgroups<S>{{p}}, Boxes<S, S::BM, Major::MN, GATHER_A>(), Boxes<S, S::BN, Major::MN, GATHER_B>());
 }
 
-WARPGROUP_WEIGHT_ENTRIES(grad_weight, GradWeightParams, 256, 4)
-WARPGROUP_WEIGHT_ENTRIES(grad_weight, GradWeightParams, 128, 6)
+WARPGROUP_WEIGHT_ENTRIES(grad_weight, GradWeightParams)

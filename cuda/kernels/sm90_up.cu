@@ -21,7 +21,7 @@ template <class S, Major MB> struct UpByWarpgroups : Up<S, Major::K, MB> {
     if (p.hidden) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        put_panel(staged, c, half);
+        put_half(staged, c, half);
         staged.drain(Lines<T>(p.hidden, row, tile.end, this->columns), [&](int i) { return this->column(tile.n, half, i); });
       }
     }
@@ -68,4 +68,4 @@ template <class S, Major MB> PTX_D void up_wgmma(const UpParams<typename S::Elem
   run_pipeline<S, Major::K, MB>(UpByWarpgroups<S, MB>{{p}}, Boxes<S, S::BM, Major::K, true>(), Boxes<S, S::BN, MB, false>());
 }
 
-WARPGROUP_ROW_ENTRIES(up, UpParams, 256, 4)
+WARPGROUP_ROW_ENTRIES(up, UpParams)

@@ -47,19 +47,19 @@
   WEIGHT_ANY(kernel, Params, f32, float)
 
 // By warpgroups.
-#define WARPGROUP_ENTRY(kernel, Params, math, Math, BN, stages, variant, ...)                                               \
-  PTX_KERNEL(kernel##_wgmma_##math##_128x##BN##_##variant, (tile::Warpgroups<Math, 128, BN, stages>::THREADS), 1,              \
-             (tile::Warpgroups<Math, 128, BN, stages>::SHARED_BYTES), (kernel##_wgmma<tile::Warpgroups<Math, 128, BN, stages>, __VA_ARGS__>), \
+#define WARPGROUP_ENTRY(kernel, Params, math, Math, variant, ...)                                              \
+  PTX_KERNEL(kernel##_wgmma_##math##_128x256_##variant, (tile::Warpgroups<Math, 128, 256, 4>::THREADS), 1,          \
+             (tile::Warpgroups<Math, 128, 256, 4>::SHARED_BYTES), (kernel##_wgmma<tile::Warpgroups<Math, 128, 256, 4>, __VA_ARGS__>), \
              Params<Math>)
-#define WARPGROUP_ROWS(kernel, Params, math, Math, ...)                             \
-  WARPGROUP_ENTRY(kernel, Params, math, Math, __VA_ARGS__, nt, tile::Major::K)   \
-  WARPGROUP_ENTRY(kernel, Params, math, Math, __VA_ARGS__, nn, tile::Major::MN)
-#define WARPGROUP_ROW_ENTRIES(kernel, Params, ...)             \
-  WARPGROUP_ROWS(kernel, Params, bf16, ptx::bf16, __VA_ARGS__) \
-  WARPGROUP_ROWS(kernel, Params, f16, ptx::f16, __VA_ARGS__)
-#define WARPGROUP_WEIGHTS(kernel, Params, math, Math, ...)                      \
-  WARPGROUP_ENTRY(kernel, Params, math, Math, __VA_ARGS__, a, true, false)   \
-  WARPGROUP_ENTRY(kernel, Params, math, Math, __VA_ARGS__, b, false, true)
-#define WARPGROUP_WEIGHT_ENTRIES(kernel, Params, ...)             \
-  WARPGROUP_WEIGHTS(kernel, Params, bf16, ptx::bf16, __VA_ARGS__) \
-  WARPGROUP_WEIGHTS(kernel, Params, f16, ptx::f16, __VA_ARGS__)
+#define WARPGROUP_ROWS(kernel, Params, math, Math)                        \
+  WARPGROUP_ENTRY(kernel, Params, math, Math, nt, tile::Major::K)  \
+  WARPGROUP_ENTRY(kernel, Params, math, Math, nn, tile::Major::MN)
+#define WARPGROUP_ROW_ENTRIES(kernel, Params)           \
+  WARPGROUP_ROWS(kernel, Params, bf16, ptx::bf16) \
+  WARPGROUP_ROWS(kernel, Params, f16, ptx::f16)
+#define WARPGROUP_WEIGHTS(kernel, Params, math, Math)             \
+  WARPGROUP_ENTRY(kernel, Params, math, Math, a, true, false) \
+  WARPGROUP_ENTRY(kernel, Params, math, Math, b, false, true)
+#define WARPGROUP_WEIGHT_ENTRIES(kernel, Params)           \
+  WARPGROUP_WEIGHTS(kernel, Params, bf16, ptx::bf16) \
+  WARPGROUP_WEIGHTS(kernel, Params, f16, ptx::f16)

@@ -1,5 +1,5 @@
 // The life of a block of warpgroups (sm_90a): the first one copies slices of tile after tile into a ring in shared memory,
-// the others multiply them and store the sums, see warpgroups.cuh. Two barriers for each place of the ring say when it is full and when empty.
+// the others multiply them and store the sums. Two barriers for each place of the ring say when it is full and when empty.
 #pragma once
 #include "tile/boxes.cuh"
 
@@ -17,11 +17,6 @@ template <class S> struct Stage {
     if (++index < S::STAGES) return;
     index = 0;
     parity ^= 1;
-  }
-  PTX_D void skip(int slices) {
-    index += slices;
-    parity ^= index / S::STAGES & 1;
-    index %= S::STAGES;
   }
 };
 
@@ -60,33 +55,13 @@ template <class S, Major MAJOR> struct RingOperand {
 // c += A B^T of a slice, as far as the warpgroup's rows are concerned; does not wait for it.
 template <class S, Major MA, Major MB>
 PTX_D void multiply(typename S::Sums& c, const RingOperand<S, MA>& a, const RingOperand<S, MB>& b, int stage) {
-  constexpr int REGISTERS = 2 * S::PANEL / S::BLOCKS, BLOCK_BYTES = GROUP_ROWS * BOX_ROW_BYTES;
   if (!BUG(pipeline_no_fence)) fence_proxy_async();  // cp.async writes as threads do
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < S::SLICE / 16; step++)
-#pragma unroll
-    for (int block = 0; block < S::BLOCKS; block++) {
-      auto& sums = reinterpret_cast<float(&)[REGISTERS]>(c[block * REGISTERS]);
-      wgmma<typename S::Element, a.TRANSPOSED, b.TRANSPOSED>(
-          sums, a.at(stage, step) + (block * BLOCK_BYTES >> 4), b.at(stage, BUG(pipeline_step) ? 0 : step), true);
-    }
+    wgmma<typename S::Element, a.TRANSPOSED, b.TRANSPOSED>(c, a.at(stage, step), b.at(stage, BUG(pipeline_step) ? 0 : step), true);
   wgmma_commit();
 }
-
-// When a warpgroup begins its n-th tile of those taken by turns: once the other has seen all slices before. Without that, it
-// might take a slice for one two rounds later, since barriers only tell odd rounds from even ones.
-template <class S> struct Turns {
-  PTX_D static Shared barrier(int group) { return shared_memory() + (S::BARRIERS_AT + S::STAGES * 2 * 8 + group * 8); }
-  PTX_D static void wait(int n) {
-    const int turn = n - 1 + S::group();  // the other's that goes before
-    if (turn >= 0 && !BUG(pipeline_out_of_turn)) mbarrier_wait(barrier(S::group()), turn & 1);
-  }
-  PTX_D static void end() {
-    if (!BUG(pipeline_turn_of_a_lane)) sync_warp();
-    if (thread_id() % 32 == 0) mbarrier_arrive(barrier(1 - S::group()));
-  }
-};
 
 // A warpgroup that has no rows of a tile only says that it is done with the slices.
 template <class S, Major MA, Major MB, class Kernel> PTX_D void multiply_tiles(const Kernel& kernel) {
@@ -94,20 +69,14 @@ template <class S, Major MA, Major MB, class Kernel> PTX_D void multiply_tiles(c
   auto walk = kernel.walk();
   typename decltype(walk)::Tile tile;
   NoBoxes none;
-  const int first_row = S::BY_TURNS ? 0 : S::group() * GROUP_ROWS;
-  const RingOperand<S, MA> a(shared_memory() + first_row * BOX_ROW_BYTES);
+  const RingOperand<S, MA> a(shared_memory() + S::group() * GROUP_ROWS * BOX_ROW_BYTES);
   const RingOperand<S, MB> b(shared_memory() + S::A_BYTES);
   const auto release = [](const Stage<S>& last) {
     if (thread_id() % 32 == 0) mbarrier_arrive(last.empty());
   };
-  for (int i = 0; walk.next(tile); i++) {
+  while (walk.next(tile)) {
     const int slices = kernel.start(tile, none, none);
-    if (S::BY_TURNS && i % CONSUMERS != S::group()) {
-      stage.skip(slices);
-      continue;
-    }
-    if (S::BY_TURNS) Turns<S>::wait(i / CONSUMERS);
-    const bool has_rows = first_row < kernel.height(tile);
+    const bool has_rows = S::group() * GROUP_ROWS < kernel.height(tile);
     if (has_rows) kernel.prefetch(tile);
     typename S::Sums sums;
 #pragma unroll
@@ -119,13 +88,10 @@ template <class S, Major MA, Major MB, class Kernel> PTX_D void multiply_tiles(c
         multiply<S>(sums, a, b, stage.index);
         if (BUG(pipeline_early_release)) release(stage);
         wgmma_wait<1>();
-      } else {
-        sync_warp();  // lanes that lag behind must not miss the round
       }
       if (s > 0 && !BUG(pipeline_early_release)) release(last);
       last = stage;
     }
-    if (S::BY_TURNS) Turns<S>::end();
     if (!BUG(pipeline_no_last_wait)) wgmma_wait<0>();
     if (slices > 0 && !BUG(pipeline_early_release)) release(last);
     if (has_rows) kernel.finish(tile, sums);
@@ -140,9 +106,8 @@ template <class S, Major MA, Major MB, class Kernel, class A, class B> PTX_D voi
     Stage<S> stage;
     for (int i = 0; i < S::STAGES; i++, stage.advance()) {
       mbarrier_init(stage.full(), WARPGROUP);
-      mbarrier_init(stage.empty(), S::READERS);
+      mbarrier_init(stage.empty(), 4 * S::GROUPS);
     }
-    for (int group = 0; group < CONSUMERS; group++) mbarrier_init(Turns<S>::barrier(group), S::READERS);
     fence_mbarrier_init();
   }
   sync_block();

@@ -1,14 +1,13 @@
 // The shape of a tile that warpgroups compute (sm_90a), and the way of its sums to memory.
 //
 // C[m, n] = sum over k of A[m, k] B[n, k]. The first warpgroup copies slices of 64 elements along K into shared memory,
-// STAGES of them in flight; the two others multiply. Tiles of 128x256 they share, each with 64 of the rows. Those of 128x128
-// they take by turns, so that one stores while the other multiplies: the better way where K is short.
+// STAGES of them in flight; each of the others owns 64 rows of the tile, each of its warps 16.
 #pragma once
 #include "tile/shape.cuh"
 
 namespace tile {
 
-constexpr int WARPGROUP = 128, CONSUMERS = 2, GROUP_ROWS = 64, WARP_ROWS = 16;
+constexpr int WARPGROUP = 128, GROUP_ROWS = 64, WARP_ROWS = 16;
 // Boxes of 64 elements by as many rows as there are, 128 bytes each, swizzled as wgmma reads them.
 constexpr int BOX = 64, BOX_ROW_BYTES = 128;
 // What a warp has in shared memory for its rows of results: 128 elements of each.
@@ -18,25 +17,16 @@ template <class Element_, int BM_, int BN_, int STAGES_> struct Warpgroups {
   using Element = Element_;
   static constexpr int BM = BM_, BN = BN_, STAGES = STAGES_;
   static constexpr int SLICE = BOX, CHUNK = CHUNK_BYTES / sizeof(Element);
-  static constexpr int THREADS = WARPGROUP * (1 + CONSUMERS);
-  static constexpr bool BY_TURNS = BN == STAGED;
-  static_assert(BM == CONSUMERS * GROUP_ROWS && (BY_TURNS || BN == 2 * STAGED));
-  // A warpgroup's blocks of 64 rows, and the warps that read a slice.
-  static constexpr int BLOCKS = BY_TURNS ? 2 : 1, READERS = BY_TURNS ? 4 : 4 * CONSUMERS;
+  static constexpr int GROUPS = BM / GROUP_ROWS, THREADS = WARPGROUP * (1 + GROUPS);
   static constexpr int A_BYTES = BM * BOX_ROW_BYTES, STAGE_BYTES = A_BYTES + BN * BOX_ROW_BYTES;
-  static constexpr int STAGED_AT = STAGES * STAGE_BYTES;
-  static constexpr int BARRIERS_AT = STAGED_AT + CONSUMERS * GROUP_ROWS * STAGED_ROW_BYTES;
-  static constexpr int SHARED_BYTES = BARRIERS_AT + (STAGES + 1) * 2 * 8;
-  // A thread's accumulators are of two panels of 16 rows by 128 columns of its warp: side by side, or 64 rows apart. Of a
-  // panel, c[4j + 2h + i] is of the thread's row h and column 8j + 2 (lane % 4) + i.
-  static constexpr int PANEL = STAGED / 2;
-  using Sums = float[2 * PANEL];
+  static constexpr int STAGED_AT = STAGES * STAGE_BYTES, BARRIERS_AT = STAGED_AT + BM * STAGED_ROW_BYTES;
+  static constexpr int SHARED_BYTES = BARRIERS_AT + STAGES * 2 * 8;
+  // A thread's accumulators: c[4j + 2h + i] is of its row h and column 8j + 2 (lane % 4) + i.
+  using Sums = float[BN / 2];
 
   PTX_D static int group() { return thread_id() / WARPGROUP - 1; }
   // The first row of the tile that is the warp's.
-  PTX_D static int warp_row() { return ((thread_id() - WARPGROUP) / 32 * WARP_ROWS) % (BY_TURNS ? GROUP_ROWS : BM); }
-  PTX_D static int panel_row(int panel) { return warp_row() + (BY_TURNS ? panel * GROUP_ROWS : 0); }
-  PTX_D static int panel_column(int panel) { return BY_TURNS ? 0 : panel * STAGED; }
+  PTX_D static int warp_row() { return (thread_id() - WARPGROUP) / 32 * WARP_ROWS; }
   // A thread has parts of two rows of its warp, 8 apart.
   PTX_D static int lane_row(int h) { return thread_id() % 32 / 4 + 8 * h; }
   PTX_D static int lane_column(int j) { return 8 * j + thread_id() % 4 * 2; }
@@ -54,7 +44,7 @@ template <class Element> struct Lines {
 // A warp's rows in shared memory, where threads have pairs of elements but memory is read and written by whole rows.
 template <class S> class Staged {
   using T = typename S::Element;
-  const Shared base = shared_memory() + (S::STAGED_AT + (thread_id() - WARPGROUP) / 32 * WARP_ROWS * STAGED_ROW_BYTES);
+  const Shared base = shared_memory() + (S::STAGED_AT + S::warp_row() * STAGED_ROW_BYTES);
 
   PTX_D Shared at(int row, int byte) const {
     return base + (row * STAGED_ROW_BYTES + (byte ^ (row & 7) << 4));
@@ -97,32 +87,34 @@ template <class S> class Staged {
   }
 };
 
-template <class S> PTX_D void put_panel(const Staged<S>& staged, const typename S::Sums& c, int panel) {
+// Puts half of the tile's columns of the sums, from the left (0) or the right (1).
+template <class S> PTX_D void put_half(const Staged<S>& staged, const typename S::Sums& c, int half) {
+  static_assert(S::BN == 2 * STAGED);
 #pragma unroll
   for (int j = 0; j < STAGED / 8; j++)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const int i = panel * S::PANEL + 4 * j + 2 * h;
+      const int i = half * S::BN / 4 + 4 * j + 2 * h;
       staged.put(h, S::lane_column(j), c[i], c[i + 1]);
     }
 }
 
-// Adds to the sums the bias of their column: column i of a panel is at place(panel, i) of `bias`, nowhere where negative.
+// Adds to the sums the bias of their column: column i of a half is at place(half, i) of `bias`, nowhere where negative.
 template <class S, class T, class Place> PTX_D void add_bias(typename S::Sums& c, Global<const T> bias, Place place) {
 #pragma unroll
-  for (int panel = 0; panel < 2; panel++) {
-    float of_lane[STAGED / 32];  // of columns lane, lane + 32, ...
+  for (int half = 0; half < 2; half++) {
+    float of_lane[S::BN / 64];  // of columns lane, lane + 32, ...
 #pragma unroll
-    for (int i = 0; i < STAGED / 32; i++) {
-      const int at = place(panel, 32 * i + thread_id() % 32);
+    for (int i = 0; i < S::BN / 64; i++) {
+      const int at = place(half, 32 * i + thread_id() % 32);
       of_lane[i] = at >= 0 ? to_float(load_readonly(bias + at)) : 0;
     }
 #pragma unroll
-    for (int j = 0; j < STAGED / 8; j++)
+    for (int j = 0; j < S::BN / 16; j++)
 #pragma unroll
       for (int b = 0; b < 2; b++) {
         const float value = shfl(of_lane[j / 4], S::lane_column(j) % 32 + b);
-        const int i = panel * S::PANEL + 4 * j + b;
+        const int i = half * S::BN / 4 + 4 * j + b;
         c[i] += value, c[i + 2] += value;
       }
   }
