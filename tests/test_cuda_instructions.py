@@ -13,7 +13,6 @@ ALONE = {
     "rcp_approx": "MUFU.RCP",
     "tanh_approx": "MUFU.TANH",
     "load_streaming": r"LDG.E.128\S*.CONSTANT|LDG.E\S*.NA\S*.128\S*.CONSTANT",
-    "prefetch_l2": r"CCTL.E.PF2",
     "cp_async_16_of_256": r"LDGSTS.E.BYPASS.LTC256B.128",
 }
 DEVICE = toolkit.CUDA / "ptx" / "device"

@@ -14,19 +14,6 @@ template <class S, Major MW> struct GradHiddenByWarpgroups : GradHidden<S, MW> {
   // Of a thread, [i] is of row i % 2 and unit lane_column(i / 2) of a part, and the next.
   using Values = float[PAIRS][2];
 
-  // Lines of hidden: 64 elements of a row, and of each half of the columns where gate and up are in halves.
-  PTX_D void prefetch(const RowWalk::Tile& tile) const {
-    const GradHiddenParams<T>& p = this->p;
-    constexpr int LINE = 64;
-    const bool gated = this->activation.gated(), halves = gated && !p.interleaved;
-    const int columns = gated ? 2 * p.intermediate : p.intermediate, half = halves ? p.intermediate : columns;
-    const int first = tile.n * S::BN * (gated && !halves ? 2 : 1), width = S::BN * (gated && !halves ? 2 : 1);
-    const int lane = thread_id() % 32, row = tile.row + S::warp_row() + lane / 2;
-    if (row >= tile.end) return;
-    for (int i = lane % 2 * LINE; i < width && first + i < half; i += 2 * LINE)
-      for (int at = first + i; at < columns; at += half) prefetch_l2((p.hidden + (static_cast<int64_t>(row) * columns + at)).template as<const void>());
-  }
-
   PTX_D void finish(const RowWalk::Tile& tile, typename S::Sums& c) const {
     const GradHiddenParams<T>& p = this->p;
     const int I = p.intermediate, columns = this->activation.gated() ? 2 * I : I;

@@ -6,8 +6,6 @@
 template <class S> struct GradWeightByWarpgroups : GradWeight<S, Major::MN> {
   using T = typename S::Element;
 
-  PTX_D void prefetch(const MatrixWalk::Tile&) const {}
-
   PTX_D void finish(const MatrixWalk::Tile& tile, typename S::Sums& c) const {
     const GradWeightParams<T>& p = this->p;
     if ((p.sum || p.adds) && this->rows_of(tile.expert) <= 0) return;  // as GradWeight::finish

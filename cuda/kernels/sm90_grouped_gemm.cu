@@ -6,8 +6,6 @@
 template <class S, Major MW> struct GemmByWarpgroups : Gemm<S, MW> {
   using T = typename S::Element;
 
-  PTX_D void prefetch(const RowWalk::Tile&) const {}
-
   PTX_D void finish(const RowWalk::Tile& tile, typename S::Sums& c) const {
     const GemmParams<T>& p = this->p;
     if (p.bias && tile.used)

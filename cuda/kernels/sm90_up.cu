@@ -10,8 +10,6 @@
 template <class S, Major MB> struct UpByWarpgroups : Up<S, Major::K, MB> {
   using T = typename S::Element;
 
-  PTX_D void prefetch(const RowWalk::Tile&) const {}
-
   PTX_D void finish(const RowWalk::Tile& tile, typename S::Sums& c) const {
     const UpParams<T>& p = this->p;
     if (p.b1 && tile.used)

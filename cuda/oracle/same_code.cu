@@ -123,7 +123,6 @@ ALONE(tanh_approx, (float* out, float x), *out = ptx::tanh_approx(x))
 
 // ---- memory.cuh
 ALONE(load_streaming, (uint4* out, const uint4* from), *out = ptx::load_streaming(ptx::Global<const uint4>{from}))
-ALONE(prefetch_l2, (const void* at), ptx::prefetch_l2({at}))
 
 // ---- wgmma.cuh
 PAIR(wgmma_fence, (), ptx::wgmma_fence(), cute::warpgroup_arrive())

@@ -77,7 +77,6 @@ PTX_D void memory(const Params& p) {
   sync_block();
   const uint4 other = load_shared<uint4>(shared_memory() + (t ^ 33) * 16);
   store((p.out + t * 4).as<uint4>(), other);
-  prefetch_l2((p.in + t * 4).as<const void>());
   const uint4 streamed = load_streaming((p.in + t * 4).as<const uint4>());
   put(p, 4, streamed.w);
   sync_block();

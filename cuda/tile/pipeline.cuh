@@ -77,7 +77,6 @@ template <class S, Major MA, Major MB, class Kernel> PTX_D void multiply_tiles(c
   while (walk.next(tile)) {
     const int slices = kernel.start(tile, none, none);
     const bool has_rows = S::group() * GROUP_ROWS < kernel.height(tile);
-    if (has_rows) kernel.prefetch(tile);
     typename S::Sums sums;
 #pragma unroll
     for (float& sum : sums) sum = 0;
@@ -88,6 +87,8 @@ template <class S, Major MA, Major MB, class Kernel> PTX_D void multiply_tiles(c
         multiply<S>(sums, a, b, stage.index);
         if (BUG(pipeline_early_release)) release(stage);
         wgmma_wait<1>();
+      } else {
+        sync_warp();  // lanes that lag behind must not miss the round
       }
       if (s > 0 && !BUG(pipeline_early_release)) release(last);
       last = stage;
@@ -100,7 +101,6 @@ template <class S, Major MA, Major MB, class Kernel> PTX_D void multiply_tiles(c
 
 // `kernel` as in persistent.cuh, without `begin`, and
 //   int height(tile)              rows of C from the tile's first on
-//   void prefetch(tile)           asks for what `finish` will read
 template <class S, Major MA, Major MB, class Kernel, class A, class B> PTX_D void run_pipeline(const Kernel& kernel, A a, B b) {
   if (thread_id() == 0) {
     Stage<S> stage;

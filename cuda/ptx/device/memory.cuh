@@ -17,8 +17,6 @@ PTX_D uint4 load_streaming(Global<const uint4> from) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(__cvta_generic_to_global(from.at)));
   return v;
 }
-// Has the L2 cache fetch the 128 bytes around an address, for a load that comes later.
-PTX_D void prefetch_l2(Global<const void> at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(at.at))); }
 template <class T> PTX_D void store(Global<T> to, T value) { *to.at = value; }
 
 // The dynamic shared memory of the block, aligned to 1024 bytes.

@@ -27,9 +27,6 @@ inline uint4 load_streaming(Global<const uint4> from, Where where = Where::curre
   emulator::check_load_readonly(from.host_address(), sizeof(uint4), "load_streaming", where);
   return *from.host_address();
 }
-inline void prefetch_l2(Global<const void> at, Where where = Where::current()) {
-  emulator::check_load_readonly(at.host_address(), 1, "prefetch_l2", where);
-}
 template <class T> void store(Global<T> to, T value, Where where = Where::current()) {
   emulator::preempt();
   emulator::check_store(to.host_address(), sizeof(T), "store", where);
