@@ -140,19 +140,21 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """Commit of the working tree, with "+" where it has changes; outside a repository, FASTMOE_COMMIT."""
+    """FASTMOE_COMMIT where it is set; else that of the working tree, with "+" where it has changes."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
             ["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True
         ).stdout
 
+    if given := os.environ.get("FASTMOE_COMMIT"):
+        return given
     try:
         return git("rev-parse", "--short=12", "HEAD").strip() + (
             "+" if git("status", "--porcelain", "-uno") else ""
         )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("FASTMOE_COMMIT", "unknown")
+        return "unknown"
 
 
 def version(package: str) -> str | None:

@@ -1,12 +1,16 @@
 """A page of tables and a chart from a record of bench/gpu/run.py: `python bench/gpu/report.py RECORD.jsonl`.
 
-Writes RECORD.md and RECORD.svg beside it. A bar is the share of the floor's speed that a path reaches: 100%
-is what the ceilings measured in the same run allow, by FLOPs or by bytes, whichever takes longer.
+Writes RECORD.md and RECORD.svg beside it, and with --readme FILE a table between that file's gpu marks. A bar
+is the share of the floor's speed that a path reaches: 100% is what the ceilings measured in the same run
+allow, by FLOPs or by bytes, whichever takes longer.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -141,12 +145,57 @@ def read(path: Path) -> Iterator[dict]:
             yield json.loads(line)
 
 
+def summary(entries: list[dict], page_path: str) -> str:
+    """A line for each layer: our times, and how many times as long the fastest other path took."""
+    cells = [entry for entry in of_kind(entries, "cell") if entry["routing"] == "balanced"]
+    columns = sorted({(entry["tokens"], entry["mode"]) for entry in cells})
+    found = {(entry["shape"], entry["tokens"], entry["mode"]): entry["paths"] for entry in cells}
+
+    def text(paths: dict[str, dict] | None) -> str:
+        times = {name: taken for name, path in (paths or {}).items() if (taken := seconds(path))}
+        ours = times.pop(OURS, None)
+        if ours is None:
+            return ""
+        return f"{1e3 * ours:.3g} ms" + (f", {min(times.values()) / ours:.2f}x" if times else "")
+
+    shapes = list(dict.fromkeys(entry["shape"] for entry in cells))
+    rows = [[shape, *(text(found.get((shape, *column))) for column in columns)] for shape in shapes]
+    others = {name for entry in cells for name, path in entry["paths"].items() if seconds(path)} - {OURS}
+    machine = of_kind(entries, "machine")[0]
+    names = ", ".join(f"`{name}`" for name in sorted(others))
+    return (
+        f"On {place(entries)} ({machine['date'][:10]}, torch {machine['versions']['torch']}, bfloat16): time of a "
+        f"pass over T tokens, and how many times as long the fastest of {names} took. "
+        f"[All numbers]({page_path}).\n\n"
+        + table(["layer", *(f"{mode}, T {tokens}" for tokens, mode in columns)], rows)
+    )
+
+
+def fill(readme: Path, entries: list[dict], page_path: Path) -> None:
+    """Puts the summary between the marks."""
+    relative = os.path.relpath(page_path.resolve(), readme.resolve().parent)
+    section = f"<!-- gpu:start -->\n{summary(entries, relative)}<!-- gpu:end -->"
+    old = readme.read_text()
+    new, marks = re.subn(r"<!-- gpu:start -->.*?<!-- gpu:end -->", lambda _: section, old, flags=re.DOTALL)
+    if not marks:
+        sys.exit(f"{readme} has no <!-- gpu:start --> ... <!-- gpu:end -->")
+    readme.write_text(new)
+
+
 def main(argv: list[str]) -> int:
-    path = Path(argv[0])
-    entries = [*read(path)]
-    path.with_suffix(".md").write_text(page(entries))
-    path.with_suffix(".svg").write_text(svg(entries))
-    print(path.with_suffix(".md"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("record", type=Path)
+    parser.add_argument("--readme", type=Path, help="a file with gpu marks")
+    options = parser.parse_args(argv)
+    entries = [*read(options.record)]
+    page_path = options.record.with_suffix(".md")
+    page_path.write_text(page(entries))
+    options.record.with_suffix(".svg").write_text(svg(entries))
+    if options.readme:
+        fill(options.readme, entries, page_path)
+    print(page_path)
     return 0
 
 
