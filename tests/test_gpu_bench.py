@@ -403,17 +403,19 @@ def test_benchmark_of_a_gpu_says_that_there_is_none(bench: Any, capsys: pytest.C
 
 
 def test_the_readme_gets_a_line_for_each_layer(bench: Any, tmp_path: Path) -> None:
-    def cell(shape: str, tokens: int, mode: str, routing: str = "balanced", **speeds: float) -> dict[str, Any]:
+    def cell(
+        shape: str, tokens: int, mode: str, routing: str = "balanced", **speeds: float
+    ) -> dict[str, Any]:
         about = {"shape": shape, "tokens": tokens, "mode": mode, "routing": routing}
         return made_up(f"{shape} T{tokens} {mode}", **speeds) | about
 
     machine = {"kind": "machine", "gpu": "A GPU", "date": "2030-01-01T00:00", "cuda": "13.0", "commit": "c"}
     entries = [
         {**machine, "versions": {"torch": "2.15.0"}},
-        cell("OLMoE", 4096, "forward", fastmoe_rs=0.5, torch_grouped=0.25, liger=0.4),
-        cell("OLMoE", 4096, "train", fastmoe_rs=0.5),
-        cell("OLMoE", 4096, "train", routing="skewed", fastmoe_rs=0.1),
-        cell("Switch", 4096, "train", fastmoe_rs=0.25, torch_grouped=0.5),
+        cell("OLMoE", "forward", fastmoe_rs=0.5, torch_grouped=0.25, liger=0.4),
+        cell("OLMoE", "train", fastmoe_rs=0.5),
+        cell("OLMoE", "train", routing="skewed", fastmoe_rs=0.1),
+        cell("Switch", "train", fastmoe_rs=0.25, torch_grouped=0.5),
     ]
     record, readme = tmp_path / "results/run.jsonl", tmp_path / "README.md"
     record.parent.mkdir()
@@ -425,7 +427,9 @@ def test_the_readme_gets_a_line_for_each_layer(bench: Any, tmp_path: Path) -> No
     assert "| OLMoE | 2 ms, 1.25x | 2 ms |" in text
     assert "| Switch |  | 4 ms, 0.50x |" in text
     assert "[All numbers](results/run.md)" in text
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
     readme.write_text("no marks")
     with pytest.raises(SystemExit, match="gpu:start"):
         bench.report.main([str(record), "--readme", str(readme)])

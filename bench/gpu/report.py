@@ -164,8 +164,8 @@ def summary(entries: list[dict], page_path: str) -> str:
     machine = of_kind(entries, "machine")[0]
     names = ", ".join(f"`{name}`" for name in sorted(others))
     return (
-        f"On {place(entries)} ({machine['date'][:10]}, torch {machine['versions']['torch']}, bfloat16): time of a "
-        f"pass over T tokens, and how many times as long the fastest of {names} took. "
+        f"On {place(entries)} ({machine['date'][:10]}, torch {machine['versions']['torch']}, bfloat16): time "
+        f"of a pass over T tokens, and how many times as long the fastest of {names} took. "
         f"[All numbers]({page_path}).\n\n"
         + table(["layer", *(f"{mode}, T {tokens}" for tokens, mode in columns)], rows)
     )
