@@ -73,7 +73,6 @@ template <class S> class Staged {
     for_each_chunk(lines, column, [&](int i, Global<const T> there, Shared) {
       chunks[i] = there ? load_readonly(there.template as<const uint4>()) : uint4{};
     });
-    if (!BUG(staged_fill_early)) sync_warp();
     for_each_chunk(lines, column, [&](int i, Global<const T>, Shared to) { store_shared(to, chunks[i]); });
     if (!BUG(staged_no_sync)) sync_warp();
   }
