@@ -3,6 +3,8 @@ PYTHON ?= python3
 ARGS ?=
 # All tests run in as many processes as there are cores, which need up to 2 GB each; those of ARGS in one.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
+# Threads that wait for work leave the cores to the others.
+test test-emulated: export OMP_WAIT_POLICY ?= passive
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
