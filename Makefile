@@ -1,7 +1,7 @@
 # Everything lives in .venv and target/; the second run of a target is quick.
 PYTHON ?= python3
 ARGS ?=
-# All tests run in as many processes as there are cores, which need up to 2 GB each; those of ARGS in one.
+# All tests run in a process per core, of up to 2 GB each; those of ARGS in one.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 # Threads that wait for work leave the cores to the others.
 test test-emulated: export OMP_WAIT_POLICY ?= passive
