@@ -1,6 +1,10 @@
 # Everything lives in .venv and target/; the second run of a target is quick.
 PYTHON ?= python3
 ARGS ?=
+# All tests run in a process per core, of up to 2 GB each; those of ARGS in one.
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
+# Threads that wait for work leave the cores to the others.
+test test-emulated: export OMP_WAIT_POLICY ?= passive
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
@@ -18,7 +22,7 @@ GPU_BUILD := $(TOOLCHAIN) $(KERNELS)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup develop demo test test-emulated emulated emulate emulate-bugs emulate-asan wheel kernels kernel-table toolchain pins bench bench-host bench-gpu test-gpu session-gpu lint clean
+.PHONY: help setup develop demo test test-emulated emulated emulate emulate-bugs emulate-asan wheel kernels kernel-table toolchain pins bench bench-host bench-gpu test-gpu session-gpu lint lint-rust lint-python clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,7 +35,7 @@ demo: develop ## Train a small Mixture-of-Experts language model (ARGS="--steps 
 	$(BIN)/python -m fastmoe_rs demo $(ARGS)
 
 test: develop ## Run the Python and the Rust tests (ARGS goes to pytest)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),$(PARALLEL))
 	cargo test --workspace --quiet
 
 # A copy of the package whose native module sends CPU tensors to the emulator of a GPU; no wheel has such a module.
@@ -45,7 +49,7 @@ EMULATED_TESTS := $(filter-out $(patsubst %,tests/test_%.py,$(PROGRAMS) $(NO_KER
 
 test-emulated: develop emulated ## Run the Python tests with CPU tensors sent through the CUDA path (ARGS goes to pytest)
 	FASTMOE_BACKEND=emulator FASTMOE_EMULATOR=$(EMULATED_KERNELS) FASTMOE_CHECK=1 PYTHONPATH=$(EMULATED)/python \
-		$(BIN)/python -m pytest $(or $(ARGS),$(EMULATED_TESTS))
+		$(BIN)/python -m pytest $(or $(ARGS),$(EMULATED_TESTS) $(PARALLEL))
 
 emulated:
 	FASTMOE_SKIP_CUDA=1 cargo build --profile emulated --locked --package fastmoe-py --features emulator
@@ -98,10 +102,14 @@ bench-host: develop ## Time what a call of the CUDA path costs on the host
 	cp target/host/release/lib_native.so target/host/python/fastmoe_rs/_native.abi3.so
 	$(BIN)/python bench/host_overhead.py $(ARGS)
 
-lint: develop ## Formatting, clippy, rustdoc, ruff, mypy and the check of the native stubs
+lint: lint-rust lint-python ## Formatting, clippy, rustdoc, ruff, mypy and the check of the native stubs
+
+lint-rust: develop
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked --quiet
+
+lint-python: develop
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -124,7 +132,7 @@ $(CUDA)/.setup: $(VENV)/.setup
 	touch $@
 
 # Development builds have the kernels for the GPUs of this machine.
-develop demo test test-gpu bench bench-gpu session-gpu lint: export FASTMOE_CUDA_ARCHS ?= native
+develop demo test test-gpu bench bench-gpu session-gpu lint-rust lint-python: export FASTMOE_CUDA_ARCHS ?= native
 $(VENV)/.develop: $(VENV)/.setup $(RUST) $(GPU_BUILD)
 	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --release --locked --extras demo,bench,dev
 	touch $@

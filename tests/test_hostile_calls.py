@@ -205,8 +205,16 @@ def test_several_threads_call_at_once():
     assert not wrong
 
 
+@pytest.fixture
+def interrupts():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.cpu_only(reason="takes minutes in an emulator")
-def test_an_interrupt_waits_for_the_call():
+def test_an_interrupt_waits_for_the_call(interrupts):
     x, w = torch.randn(2048, 1024), torch.randn(1, 1024, 1024)
     offsets, out = torch.tensor([0, 2048], dtype=torch.int32), torch.full((2048, 1024), torch.nan)
     start = time.perf_counter()

@@ -151,9 +151,7 @@ def _check_routing(
     renormalize_eps: float = 0.0,
     softcap: float | None = None,
 ) -> None:
-    _check.whole("top_k", top_k)
-    if not 1 <= top_k <= experts:
-        _check.wanted("top_k", top_k, f"1 to {experts}, the number of experts")
+    _check.top_k(top_k, experts)
     _check.one_of("score", score, ("softmax", "sigmoid", "sqrt_softplus"))
     _check.one_of("order", order, ("score_topk", "topk_score"))
     if not 0 <= renormalize_eps < math.inf:

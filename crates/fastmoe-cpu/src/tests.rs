@@ -265,35 +265,54 @@ impl Problem {
         }
     }
 
-    fn check<M: Machine, E: Element<Acc = M::Acc> + Seen>(&self, dtype: DType, tolerance: f64)
-    where
-        M::Acc: Seen,
-    {
-        let c = self.case;
-        let (got, want) = (self.computed::<M, E>(dtype, c.threads), self.naive());
-        let close = |name: &str, got: &[f64], want: &[f64]| {
-            let size = want.iter().fold(1e-3f64, |m, w| m.max(w.abs()));
-            for (i, (g, w)) in got.iter().zip(want).enumerate() {
-                assert!((g - w).abs() <= tolerance * size, "{name}[{i}]: {g} wanted {w}; {c:?} {dtype:?}");
+    /// Compares what each subject computes with the naive layer.
+    fn check(&self, subjects: &[Subject], dtype: DType, tolerance: f64) {
+        let (c, want) = (self.case, self.naive());
+        for subject in subjects {
+            let got = (subject.computed)(self, dtype, c.threads);
+            let close = |name: &str, got: &[f64], want: &[f64]| {
+                let size = want.iter().fold(1e-3f64, |m, w| m.max(w.abs()));
+                for (i, (g, w)) in got.iter().zip(want).enumerate() {
+                    let machine = subject.machine;
+                    assert!(
+                        (g - w).abs() <= tolerance * size,
+                        "{name}[{i}]: {g} wanted {w}; {c:?} {machine} {dtype:?}"
+                    );
+                }
+            };
+            close("out", &got.out, &want.out);
+            close("dx", &got.x, &want.x);
+            close("dweights", &got.weights, &want.weights);
+            close("dw1", &got.w1, &want.w1);
+            close("dw2", &got.w2, &want.w2);
+            if c.bias {
+                close("db1", &got.b1, &want.b1);
+                close("db2", &got.b2, &want.b2);
             }
-        };
-        close("out", &got.out, &want.out);
-        close("dx", &got.x, &want.x);
-        close("dweights", &got.weights, &want.weights);
-        close("dw1", &got.w1, &want.w1);
-        close("dw2", &got.w2, &want.w2);
-        if c.bias {
-            close("db1", &got.b1, &want.b1);
-            close("db2", &got.b2, &want.b2);
         }
     }
 }
 
-/// Of a size whose blocks are narrower for more threads, and whose experts then have fewer chunks of rows.
-fn check_threads<M: Machine, E: Element<Acc = M::Acc> + Seen>(dtype: DType)
+/// A machine with a type of numbers.
+struct Subject {
+    machine: &'static str,
+    computed: fn(&Problem, DType, usize) -> Answer,
+    check_grouped: fn(DType, f64),
+}
+
+fn subject<M: Machine, E: Element<Acc = M::Acc> + Seen>() -> Subject
 where
     M::Acc: Seen,
 {
+    Subject {
+        machine: std::any::type_name::<M>(),
+        computed: Problem::computed::<M, E>,
+        check_grouped: check_grouped::<M, E>,
+    }
+}
+
+/// Of a size whose blocks are narrower for more threads, and whose experts then have fewer chunks of rows.
+fn check_threads<E: Element + Seen>(subject: &Subject, dtype: DType) {
     for transposed in [false, true] {
         let case = Case {
             tokens: 420,
@@ -306,8 +325,8 @@ where
             ..cases()[0]
         };
         let problem = Problem::new::<E>(case, 7);
-        let (one, many) = (problem.computed::<M, E>(dtype, 1), problem.computed::<M, E>(dtype, 64));
-        assert!(one == many, "{case:?} {dtype:?}");
+        let [one, many] = [1, 64].map(|threads| (subject.computed)(&problem, dtype, threads));
+        assert!(one == many, "{case:?} {} {dtype:?}", subject.machine);
     }
 }
 
@@ -342,15 +361,14 @@ fn cases() -> Vec<Case> {
     cases
 }
 
-fn check_all<M: Machine, E: Element<Acc = M::Acc> + Seen>(dtype: DType, tolerance: f64)
-where
-    M::Acc: Seen,
-{
+fn check_all<E: Element + Seen>(subjects: &[Subject], dtype: DType, tolerance: f64) {
     for (seed, case) in cases().into_iter().enumerate() {
-        Problem::new::<E>(case, seed as u64).check::<M, E>(dtype, tolerance);
+        Problem::new::<E>(case, seed as u64).check(subjects, dtype, tolerance);
     }
-    check_grouped::<M, E>(dtype, tolerance);
-    check_threads::<M, E>(dtype);
+    for subject in subjects {
+        (subject.check_grouped)(dtype, tolerance);
+        check_threads::<E>(subject, dtype);
+    }
 }
 
 fn check_grouped<M: Machine, E: Element<Acc = M::Acc> + Seen>(dtype: DType, tolerance: f64)
@@ -431,41 +449,52 @@ const F32: f64 = 3e-6;
 const BF16: f64 = 2.5e-2;
 const F16: f64 = 2e-3;
 
-#[test]
-fn portable_matches_the_naive_layer() {
-    check_all::<Portable64, f64>(DType::F64, 1e-8);
-    check_all::<Portable, f32>(DType::F32, F32);
-    check_all::<Portable, bf16>(DType::Bf16, BF16);
-    check_all::<Portable, f16>(DType::F16, F16);
+/// The machines of this computer whose sums are f32.
+fn machines<E: Element<Acc = f32> + Seen>() -> Vec<Subject> {
+    let mut found = vec![subject::<Portable, E>()];
+    #[cfg(target_arch = "aarch64")]
+    found.push(subject::<Neon, E>());
+    #[cfg(target_arch = "x86_64")]
+    for isa in Isa::available() {
+        match isa {
+            Isa::Avx2 => found.push(subject::<Avx2, E>()),
+            Isa::Avx512 => found.push(subject::<Avx512, E>()),
+            _ => (),
+        }
+    }
+    found
 }
 
-#[cfg(target_arch = "aarch64")]
 #[test]
-fn neon_matches_the_naive_layer() {
-    check_all::<Neon, f32>(DType::F32, F32);
-    check_all::<Neon, bf16>(DType::Bf16, BF16);
-    check_all::<Neon, f16>(DType::F16, F16);
+fn f64_matches_the_naive_layer() {
+    let mut found = vec![subject::<Portable64, f64>()];
+    #[cfg(target_arch = "x86_64")]
+    if Isa::available().contains(&Isa::Avx2) {
+        found.push(subject::<Avx2Double, f64>());
+    }
+    check_all::<f64>(&found, DType::F64, 1e-8);
 }
 
-#[cfg(target_arch = "x86_64")]
 #[test]
-fn every_x86_machine_matches_the_naive_layer() {
-    let present = Isa::available();
-    if present.contains(&Isa::Avx2) {
-        check_all::<Avx2Double, f64>(DType::F64, 1e-8);
-        check_all::<Avx2, f32>(DType::F32, F32);
-        check_all::<Avx2, bf16>(DType::Bf16, BF16);
-        check_all::<Avx2, f16>(DType::F16, F16);
+fn f32_matches_the_naive_layer() {
+    check_all::<f32>(&machines::<f32>(), DType::F32, F32);
+}
+
+#[test]
+fn bf16_matches_the_naive_layer() {
+    let mut found = machines::<bf16>();
+    #[cfg(target_arch = "x86_64")]
+    for isa in Isa::available() {
+        match isa {
+            Isa::Avx512Bf16 => found.push(subject::<Avx512Pairs, bf16>()),
+            Isa::Amx => found.push(subject::<crate::amx::Amx, bf16>()),
+            _ => (),
+        }
     }
-    if present.contains(&Isa::Avx512) {
-        check_all::<Avx512, f32>(DType::F32, F32);
-        check_all::<Avx512, bf16>(DType::Bf16, BF16);
-        check_all::<Avx512, f16>(DType::F16, F16);
-    }
-    if present.contains(&Isa::Avx512Bf16) {
-        check_all::<Avx512Pairs, bf16>(DType::Bf16, BF16);
-    }
-    if present.contains(&Isa::Amx) {
-        check_all::<crate::amx::Amx, bf16>(DType::Bf16, BF16);
-    }
+    check_all::<bf16>(&found, DType::Bf16, BF16);
+}
+
+#[test]
+fn f16_matches_the_naive_layer() {
+    check_all::<f16>(&machines::<f16>(), DType::F16, F16);
 }
