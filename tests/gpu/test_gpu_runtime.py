@@ -5,6 +5,7 @@ import torch
 from layers import assert_same_bits, layer
 
 import fastmoe_rs
+from fastmoe_rs import RoutingPlan
 
 on_cuda = pytest.mark.cuda
 
@@ -98,6 +99,17 @@ def test_two_streams_do_not_share_scratch_memory(device):
     torch.cuda.synchronize()
     for index, result in enumerate(results):
         assert_same_bits(result, wanted[index % 2])
+
+
+@on_cuda
+def test_a_cupy_array_makes_the_plan_of_a_tensor(device):
+    cupy = pytest.importorskip("cupy", reason="CuPy is not on this machine")
+    ids = torch.randint(8, (64, 2))
+    plan, want = (RoutingPlan.from_ids(given, 8) for given in (cupy.asarray(ids.numpy()), ids.to(device)))
+    for name in ("counts", "offsets", "gather", "inverse"):
+        ours = getattr(plan, name)
+        assert ours.is_cuda
+        assert torch.equal(ours, getattr(want, name)), name
 
 
 def test_compiled_without_graph_breaks(case, quick):
