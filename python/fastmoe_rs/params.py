@@ -19,8 +19,7 @@ from .size import BITS, Count
 GIGA = 1e9
 LEGEND = (
     "active: what a token uses, both embedding tables in full among it, unless its publisher says otherwise",
-    "unconfirmed: the count neither rounds to the published figure nor is within 1% of it, or there is none;",
-    "             `params NAME` tells why",
+    "unconfirmed: the count is not within 1% of the published figure, or there is none; `params NAME` tells why",
 )
 
 
@@ -37,9 +36,8 @@ def presets() -> dict[str, Any]:
 
 
 def agree(figure: str, counted: int) -> bool:
-    """Whether a count rounds to a published figure such as "12.9B", at its digits, or is within 1% of it."""
-    decimals = len(figure.removesuffix("B").partition(".")[2])
-    return f"{counted / GIGA:.{decimals}f}B" == figure or abs(_difference(figure, counted)) <= 0.01
+    """Whether a count is within 1% of a published figure such as "12.9B"."""
+    return abs(_difference(figure, counted)) <= 0.01
 
 
 def load(model: str) -> tuple[str, dict[str, Any]]:
