@@ -22,6 +22,7 @@ PRODUCTS = {
     "tf32": {"HMMA.1688.F32.TF32"},
     "f32": set(),
 }
+BY_WARPGROUPS = {"bf16": {"HGMMA.64x256x16.F32.BF16"}, "f16": {"HGMMA.64x256x16.F32"}}
 
 
 @pytest.fixture(scope="module", params=images.CODES)
@@ -36,6 +37,10 @@ def tiles(kernels):
     found = [(kernel, *name.groups()) for kernel, name in named if name]
     assert {math for _, math, _ in found} == set(PRODUCTS)
     return found
+
+
+def by_warpgroups(kernel):
+    return "_wgmma_" in kernel.name
 
 
 def opcodes(code, pattern):
@@ -59,26 +64,34 @@ def test_tiles_know_which_memory_they_access(tiles):
 
 
 def test_products_are_those_of_the_name(kernels, tiles):
-    meant = {kernel.name: PRODUCTS[math] for kernel, math, _ in tiles}
-    found = {kernel.name: opcodes(kernel.opcodes, "HMMA") for kernel in kernels}
+    meant = {
+        kernel.name: (BY_WARPGROUPS if by_warpgroups(kernel) else PRODUCTS)[math] for kernel, math, _ in tiles
+    }
+    found = {kernel.name: opcodes(kernel.opcodes, "HG?MMA") for kernel in kernels}
     assert found == {name: meant.get(name, set()) for name in found}
 
 
 def test_slices_are_copied_asynchronously(tiles):
-    """16 bytes at a time, past the level-1 cache, in the loop of the products; `any` takes all sizes."""
+    """16 bytes at a time, past the level-1 cache, in the loop of the products, unless another warpgroup copies;
+    `any` takes all sizes."""
     for kernel, math, layout in tiles:
-        code = kernel.opcodes if math == "f32" else [instruction.opcode for instruction in kernel.main_loop]
+        in_loop = math != "f32" and not by_warpgroups(kernel)
+        code = [instruction.opcode for instruction in kernel.main_loop] if in_loop else kernel.opcodes
         copies = opcodes(code, "LDGSTS")
         assert bool(copies) == (layout != "any"), kernel.name
-        assert copies == opcodes(copies, r"LDGSTS\.E\.BYPASS\.LTC128B\.128$"), kernel.name
+        fetched = "(128|256)" if by_warpgroups(kernel) else "128"
+        assert copies == opcodes(copies, rf"LDGSTS\.E\.BYPASS\.LTC{fetched}B\.128$"), kernel.name
 
 
 def test_fragments_are_read_by_ldmatrix(tiles):
-    """All of 16 bits, transposed where they run along M or N; of tf32 those along K."""
+    """All of 16 bits, transposed where they run along M or N; of tf32 those along K; none by warpgroups, which
+    multiply from shared memory."""
     plain, transposed = {"LDSM.16.M88.4"}, {"LDSM.16.MT88.4"}
     of_layout = {"nt": plain, "nn": plain | transposed, "a": transposed, "b": transposed, "any": plain}
     for kernel, math, layout in tiles:
         meant = {"f32": set(), "tf32": of_layout[layout] - transposed}.get(math, of_layout[layout])
+        if by_warpgroups(kernel):
+            meant = set()
         assert opcodes([instruction.opcode for instruction in kernel.main_loop], "LDSM") == meant, kernel.name
 
 

@@ -23,7 +23,7 @@ def test_products_have_the_flops_of_the_layer():
 
 
 def test_bytes_are_those_of_the_tensors():
-    up = kernels(explain(QWEN, H200))["up_bf16_128x256_nt"]
+    up = kernels(explain(QWEN, H200))["up_wgmma_bf16_128x256_nt"]
     x, act, weights = 4096 * 2048, 4096 * 8 * 768, 128 * 2 * 768 * 2048
     assert up["bytes"] == pytest.approx(2 * (x + act + weights), rel=1e-3), "but for some indices"
     assert up["bound"] == "FLOPs"

@@ -403,11 +403,9 @@ def test_benchmark_of_a_gpu_says_that_there_is_none(bench: Any, capsys: pytest.C
 
 
 def test_the_readme_gets_a_line_for_each_layer(bench: Any, tmp_path: Path) -> None:
-    def cell(
-        shape: str, tokens: int, mode: str, routing: str = "balanced", **speeds: float
-    ) -> dict[str, Any]:
-        about = {"shape": shape, "tokens": tokens, "mode": mode, "routing": routing}
-        return made_up(f"{shape} T{tokens} {mode}", **speeds) | about
+    def cell(shape: str, mode: str, routing: str = "balanced", **speeds: float) -> dict[str, Any]:
+        about = {"shape": shape, "tokens": 4096, "mode": mode, "routing": routing}
+        return made_up(f"{shape} T4096 {mode}", **speeds) | about
 
     machine = {"kind": "machine", "gpu": "A GPU", "date": "2030-01-01T00:00", "cuda": "13.0", "commit": "c"}
     entries = [

@@ -3,10 +3,6 @@
 #include "tile/entries.cuh"
 #include "tile/pipeline.cuh"
 
-// local memory: grad_hidden_wgmma_bf16_128x256_nt: what the walk over tiles remembers, once a tile
-// local memory: grad_hidden_wgmma_bf16_128x256_nn: what the walk over tiles remembers, once a tile
-// local memory: grad_hidden_wgmma_f16_128x256_nt: what the walk over tiles remembers, once a tile
-// local memory: grad_hidden_wgmma_f16_128x256_nn: what the walk over tiles remembers, once a tile
 template <class S, Major MW> struct GradHiddenByWarpgroups : GradHidden<S, MW> {
   using T = typename S::Element;
   // So many units that their gate and up columns fill the staged rows. A part of them is computed at a time.

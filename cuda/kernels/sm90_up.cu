@@ -3,30 +3,26 @@
 #include "tile/entries.cuh"
 #include "tile/pipeline.cuh"
 
-// local memory: up_wgmma_bf16_128x256_nt: what the walk over tiles remembers, once a tile
-// local memory: up_wgmma_bf16_128x256_nn: what the walk over tiles remembers, once a tile
-// local memory: up_wgmma_f16_128x256_nt: what the walk over tiles remembers, once a tile
-// local memory: up_wgmma_f16_128x256_nn: what the walk over tiles remembers, once a tile
 template <class S, Major MB> struct UpByWarpgroups : Up<S, Major::K, MB> {
   using T = typename S::Element;
 
   PTX_D void finish(const RowWalk::Tile& tile, typename S::Sums& c) const {
     const UpParams<T>& p = this->p;
     if (p.b1 && tile.used)
-      add_bias<S>(c, p.b1 + static_cast<int64_t>(tile.expert) * this->columns, [&](int half, int i) { return this->column(tile.n, half, i); });
+      add_bias<S>(c, p.b1 + static_cast<int64_t>(tile.expert) * this->columns(), [&](int half, int i) { return this->column(tile.n, half, i); });
     const Staged<S> staged;
     const int row = tile.row + S::warp_row();
     if (p.hidden) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         put_half(staged, c, half);
-        staged.drain(Lines<T>(p.hidden, row, tile.end, this->columns), [&](int i) { return this->column(tile.n, half, i); });
+        staged.drain(Lines<T>(p.hidden, row, tile.end, this->columns()), [&](int i) { return this->column(tile.n, half, i); });
       }
     }
     const Activation activation(static_cast<Kind>(p.activation));
-    const int first = tile.n * (this->gated ? STAGED : S::BN);
+    const int first = tile.n * (this->gated() ? STAGED : S::BN);
 #pragma unroll
-    for (int half = 0; half < (this->gated ? 1 : 2); half++) {
+    for (int half = 0; half < (this->gated() ? 1 : 2); half++) {
       put_activations(staged, activation, c, half);
       const int left = first + half * STAGED;
       staged.drain(Lines<T>(p.act, row, tile.end, p.intermediate), [&](int i) { return left + i < p.intermediate ? left + i : -1; });
@@ -37,7 +33,7 @@ template <class S, Major MB> struct UpByWarpgroups : Up<S, Major::K, MB> {
   // one, or a thread's two columns are gate and up of a unit; ungated, they are those of one half.
   PTX_D void put_activations(const Staged<S>& staged, const Activation& activation, const typename S::Sums& c, int half) const {
     constexpr int HALF = S::BN / 4, PAIRS = RUN / 4;
-    const bool pairs = this->gated && !this->halves;
+    const bool pairs = this->gated() && !this->halves();
 #pragma unroll
     for (int first = 0; first < HALF; first += 2 * PAIRS) {
       float gate[PAIRS][2], up[PAIRS][2], out[PAIRS][2];

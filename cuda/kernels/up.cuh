@@ -35,20 +35,21 @@ template <class S, Major MA, Major MB> struct Up {
   using T = typename S::Element;
   static constexpr bool ALIGNED = MB != Major::ANY;
   const UpParams<T>& p;
-  const bool gated = Activation::gated(static_cast<Kind>(p.activation));
-  const bool halves = gated && !p.interleaved;
-  const int columns = gated ? 2 * p.intermediate : p.intermediate;
+
+  PTX_D bool gated() const { return Activation::gated(static_cast<Kind>(p.activation)); }
+  PTX_D bool halves() const { return gated() && !p.interleaved; }
+  PTX_D int columns() const { return gated() ? 2 * p.intermediate : p.intermediate; }
 
   // Column of W1 that is column i of the left (0) or right (1) half of the n-th tile, or -1. Where gate and up columns
   // come in halves, so they do in the tile.
   PTX_D int column(int n, int half, int i) const {
-    const int at = n * (halves ? S::BN / 2 : S::BN) + i;
-    if (halves) return at < p.intermediate ? (BUG(up_gate_twice) ? 0 : half * p.intermediate) + at : -1;
-    return at + half * (S::BN / 2) < columns ? at + half * (S::BN / 2) : -1;
+    const int at = n * (halves() ? S::BN / 2 : S::BN) + i;
+    if (halves()) return at < p.intermediate ? (BUG(up_gate_twice) ? 0 : half * p.intermediate) + at : -1;
+    return at + half * (S::BN / 2) < columns() ? at + half * (S::BN / 2) : -1;
   }
 
   PTX_D RowWalk walk() const {
-    return {p.offsets, p.experts, p.rows, S::BM, ceil_div(columns, S::BN)};
+    return {p.offsets, p.experts, p.rows, S::BM, ceil_div(columns(), S::BN)};
   }
 
   PTX_D int height(const RowWalk::Tile& tile) const { return tile.end - tile.row; }
@@ -57,13 +58,13 @@ template <class S, Major MA, Major MB> struct Up {
     if (!tile.used) return 0;
     const Rows<T> tokens{p.x, p.gather, p.hidden_size, p.tokens};
     a.start(tokens, p.hidden_size, [&](int i) { return tile.row + i < tile.end ? tile.row + i : -1; });
-    b.start(expert_matrix(p.w1, tile.expert, columns, p.hidden_size, p.transposed), p.hidden_size,
+    b.start(expert_matrix(p.w1, tile.expert, columns(), p.hidden_size, p.transposed), p.hidden_size,
             [&](unsigned i) { return column(tile.n, i / (S::BN / 2), i % (S::BN / 2)); });
     return ceil_div(p.hidden_size, S::SLICE);
   }
 
   PTX_D void begin(const RowWalk::Tile& tile, typename S::Sums& c) const {
-    begin_with_bias<S>(c, tile.used ? p.b1 : Global<const T>{nullptr}, tile.expert, columns,
+    begin_with_bias<S>(c, tile.used ? p.b1 : Global<const T>{nullptr}, tile.expert, columns(),
                        [&](int half, int i) { return column(tile.n, half, i); });
   }
 
@@ -73,12 +74,12 @@ template <class S, Major MA, Major MB> struct Up {
     for_each_row<S>(c, [&](int i, int column, const Run& left, const Run& right) {
       const int row = tile.row + i;
       const bool exists = row < tile.end;
-      const Global<T> hidden = p.hidden + static_cast<int64_t>(row) * columns, act = p.act + static_cast<int64_t>(row) * I;
-      const int at = tile.n * (halves ? S::BN / 2 : S::BN) + column;
-      const int beside = halves ? at + I : at + S::BN / 2;
+      const Global<T> hidden = p.hidden + static_cast<int64_t>(row) * columns(), act = p.act + static_cast<int64_t>(row) * I;
+      const int at = tile.n * (halves() ? S::BN / 2 : S::BN) + column;
+      const int beside = halves() ? at + I : at + S::BN / 2;
       if (p.hidden) {
-        store_run<ALIGNED>(hidden, at, halves ? I : columns, left, exists);
-        store_run<ALIGNED>(hidden, beside, columns, right, exists);
+        store_run<ALIGNED>(hidden, at, halves() ? I : columns(), left, exists);
+        store_run<ALIGNED>(hidden, beside, columns(), right, exists);
       }
       finish_row(activation, act, at, left, right, exists);
     });
@@ -88,16 +89,16 @@ template <class S, Major MA, Major MB> struct Up {
     Run gate, up, out;
 #pragma unroll
     for (int pass = 0; pass < 2; pass++) {
-      if (pass == 1 && gated) break;
+      if (pass == 1 && gated()) break;
 #pragma unroll
       for (int j = 0; j < 4; j++)
 #pragma unroll
         for (int b = 0; b < 2; b++) {
-          gate[j][b] = !gated ? (pass ? right : left)[j][b] : halves ? left[j][b] : (b ? right : left)[j][0];
-          up[j][b] = halves ? right[j][b] : (b ? right : left)[j][1];
+          gate[j][b] = !gated() ? (pass ? right : left)[j][b] : halves() ? left[j][b] : (b ? right : left)[j][0];
+          up[j][b] = halves() ? right[j][b] : (b ? right : left)[j][1];
         }
       activation.forward(gate, up, out);
-      if (gated && !halves) {
+      if (gated() && !halves()) {
         store_units(act, at / 2, out, 0, exists);
         store_units(act, (at + S::BN / 2) / 2, out, !BUG(up_left_units_twice), exists);
       } else {

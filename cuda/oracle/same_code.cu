@@ -96,7 +96,7 @@ COPY(4)
 COPY(8)
 PAIR(cp_async_16, (uint32_t to, const cute::uint128_t* from, bool wanted), ptx::cp_async<16>({to}, ptx::Global<const void>{from}, wanted),
      cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(*from, *at<cute::uint128_t>(to), wanted))
-ALONE(cp_async_16_of_256, (uint32_t to, const void* from), ptx::cp_async<16, 256>({to}, ptx::Global<const void>{from}, true))
+ALONE(cp_async_16_of_256, (uint32_t to, const void* from), (ptx::cp_async<16, 256>({to}, ptx::Global<const void>{from}, true)))
 PAIR(cp_async_commit, (), ptx::cp_async_commit(), __pipeline_commit())
 PAIR(cp_async_wait, (), ptx::cp_async_wait<2>(), __pipeline_wait_prior(2))
 

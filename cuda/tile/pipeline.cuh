@@ -71,8 +71,8 @@ template <class S, Major MA, Major MB, class Kernel> PTX_D void multiply_tiles(c
   NoBoxes none;
   const RingOperand<S, MA> a(shared_memory() + S::group() * GROUP_ROWS * BOX_ROW_BYTES);
   const RingOperand<S, MB> b(shared_memory() + S::A_BYTES);
-  const auto release = [](const Stage<S>& last) {
-    if (thread_id() % 32 == 0) mbarrier_arrive(last.empty());
+  const auto release = [](Shared empty) {
+    if (thread_id() % 32 == 0) mbarrier_arrive(empty);
   };
   while (walk.next(tile)) {
     const int slices = kernel.start(tile, none, none);
@@ -80,18 +80,18 @@ template <class S, Major MA, Major MB, class Kernel> PTX_D void multiply_tiles(c
     typename S::Sums sums;
 #pragma unroll
     for (float& sum : sums) sum = 0;
-    Stage<S> last;
+    Shared last = stage.empty();
     for (int s = 0; s < slices; s++, stage.advance()) {
       if (!BUG(pipeline_no_full_wait)) mbarrier_wait(stage.full(), stage.parity);
       if (has_rows) {
         multiply<S>(sums, a, b, stage.index);
-        if (BUG(pipeline_early_release)) release(stage);
+        if (BUG(pipeline_early_release)) release(stage.empty());
         wgmma_wait<1>();
       } else {
         sync_warp();  // lanes that lag behind must not miss the round
       }
       if (s > 0 && !BUG(pipeline_early_release)) release(last);
-      last = stage;
+      last = stage.empty();
     }
     if (!BUG(pipeline_no_last_wait)) wgmma_wait<0>();
     if (slices > 0 && !BUG(pipeline_early_release)) release(last);

@@ -49,14 +49,13 @@ template <class S> class Staged {
   PTX_D Shared at(int row, int byte) const {
     return base + (row * STAGED_ROW_BYTES + (byte ^ (row & 7) << 4));
   }
-  // f(i, there, shared) of the lane's i-th chunk of 16 bytes, which is there in memory, or is not: null.
+  // f(i, exists, there, shared) of the lane's i-th chunk of 16 bytes, which is there in memory if it exists.
   template <class Element, class Column, class F> PTX_D void for_each_chunk(const Lines<Element>& lines, Column column, F f) const {
     const int row = thread_id() % 32 / 16, chunk = thread_id() % 16, at = column(chunk * S::CHUNK);
     Global<Element> there = lines.first + (row * lines.pitch + (at < 0 ? 0 : at));
 #pragma unroll
     for (int i = 0; i < WARP_ROWS / 2; i++, there = there + 2 * lines.pitch) {
-      const bool exists = at >= 0 && row + 2 * i < lines.count;
-      f(i, exists ? there : Global<Element>{nullptr}, this->at(row + 2 * i, chunk * CHUNK_BYTES));
+      f(i, at >= 0 && row + 2 * i < lines.count, there, this->at(row + 2 * i, chunk * CHUNK_BYTES));
     }
   }
 
@@ -70,17 +69,17 @@ template <class S> class Staged {
   // Fills the rows from those in memory: column i from column(i) there, with zeros where that is negative.
   template <class Column> PTX_D void fill(const Lines<const T>& lines, Column column) const {
     uint4 chunks[WARP_ROWS / 2];
-    for_each_chunk(lines, column, [&](int i, Global<const T> there, Shared) {
-      chunks[i] = there ? load_readonly(there.template as<const uint4>()) : uint4{};
+    for_each_chunk(lines, column, [&](int i, bool exists, Global<const T> there, Shared) {
+      chunks[i] = exists ? load_readonly(there.template as<const uint4>()) : uint4{};
     });
-    for_each_chunk(lines, column, [&](int i, Global<const T>, Shared to) { store_shared(to, chunks[i]); });
+    for_each_chunk(lines, column, [&](int i, bool, Global<const T>, Shared to) { store_shared(to, chunks[i]); });
     if (!BUG(staged_no_sync)) sync_warp();
   }
   // Stores column i at column(i), nowhere where that is negative.
   template <class Column> PTX_D void drain(const Lines<T>& lines, Column column) const {
     if (!BUG(staged_no_sync)) sync_warp();
-    for_each_chunk(lines, column, [&](int, Global<T> there, Shared from) {
-      if (there) store(there.template as<uint4>(), load_shared<uint4>(from));
+    for_each_chunk(lines, column, [&](int, bool exists, Global<T> there, Shared from) {
+      if (exists) store(there.template as<uint4>(), load_shared<uint4>(from));
     });
     if (!BUG(staged_drain_late)) sync_warp();
   }
