@@ -72,8 +72,8 @@ def test_products_are_those_of_the_name(kernels, tiles):
 
 
 def test_slices_are_copied_asynchronously(tiles):
-    """16 bytes at a time, past the level-1 cache, in the loop of the products, unless another warpgroup copies;
-    `any` takes all sizes."""
+    """16 bytes at a time, past the level-1 cache, in the loop of the products unless a warpgroup of their own
+    copies; `any` takes all sizes."""
     for kernel, math, layout in tiles:
         in_loop = math != "f32" and not by_warpgroups(kernel)
         code = [instruction.opcode for instruction in kernel.main_loop] if in_loop else kernel.opcodes
@@ -84,8 +84,8 @@ def test_slices_are_copied_asynchronously(tiles):
 
 
 def test_fragments_are_read_by_ldmatrix(tiles):
-    """All of 16 bits, transposed where they run along M or N; of tf32 those along K; none by warpgroups, which
-    multiply from shared memory."""
+    """All of 16 bits, transposed where they run along M or N; of tf32 those along K; none for warpgroups,
+    which multiply from shared memory."""
     plain, transposed = {"LDSM.16.M88.4"}, {"LDSM.16.MT88.4"}
     of_layout = {"nt": plain, "nn": plain | transposed, "a": transposed, "b": transposed, "any": plain}
     for kernel, math, layout in tiles:

@@ -19,7 +19,7 @@ from .size import BITS, Count
 GIGA = 1e9
 LEGEND = (
     "active: what a token uses, both embedding tables in full among it, unless its publisher says otherwise",
-    "unconfirmed: the count is not within 1% of the published figure, or there is none; `params NAME` tells why",
+    "unconfirmed: the count is not within 1% of the published figure, or there is none: see `params NAME`",
 )
 
 
