@@ -22,6 +22,10 @@ const ADD_COLS: usize = 8 * TASK_COLS;
 const STREAM_BYTES: usize = 32 << 20;
 /// Features that one packing task transposes.
 const PACK_COLS: usize = 512;
+/// Packed rows of the experts that are computed together, so that they stay in the last cache.
+const PACKED_BYTES: usize = 8 << 20;
+/// Tasks for each thread, so that threads end together.
+const TASKS: usize = 8;
 
 /// A matrix with one row for each sorted row.
 #[derive(Clone, Copy)]
@@ -128,14 +132,6 @@ impl GradWeight<'_> {
         cols: Matrix<'_, M, E>,
         (out, update): (PtrMut, Update),
     ) {
-        // Where each expert's packed rows start, in units of the contraction.
-        let mut starts = vec![0; self.experts() + 1];
-        for e in 0..self.experts() {
-            let rows = self.rows(e).len();
-            starts[e + 1] = starts[e] + if rows > 0 { row_stride::<M>(rows) } else { 0 };
-        }
-        let total = starts[self.experts()];
-        let longest = self.work.iter().map(|w| row_stride::<M>(w.rows.len())).max().unwrap_or(0);
         let (m, n) = (rows.cols(), cols.cols());
         let task = match update {
             Update::Write => (TASK_ROWS, TASK_COLS),
@@ -144,11 +140,15 @@ impl GradWeight<'_> {
                 ((TASK_ROWS * TASK_COLS / cols).next_multiple_of(M::ROWS), cols)
             }
         };
+        let (task_rows, task_cols) = task;
+        let (down, across) = (m.div_ceil(task_rows), n.div_ceil(task_cols));
+        let parts = self.parts::<M>(m + padded_cols::<M>(n), down * across);
+        let longest = self.work.iter().map(|w| row_stride::<M>(w.rows.len())).max().unwrap_or(0);
         let job = Outer {
-            a: Scratch::new(total * m + longest * M::ROWS),
-            b: Scratch::new(total * padded_cols::<M>(n)),
+            a: Scratch::new(parts.longest * m + longest * M::ROWS),
+            b: Scratch::new(parts.longest * padded_cols::<M>(n)),
             of: self,
-            starts,
+            starts: parts.starts,
             rows,
             cols,
             out,
@@ -157,34 +157,56 @@ impl GradWeight<'_> {
             streams: self.experts() * m * n * size_of::<E>() >= STREAM_BYTES,
         };
         let (left, right) = (m.div_ceil(PACK_COLS), n.div_ceil(PACK_COLS));
-        self.threads.for_each(self.work.len() * (left + right), |task| {
-            let (work, i) = (&self.work[task / (left + right)], task % (left + right));
-            // SAFETY: as promised by the caller; every task packs its own columns.
-            unsafe {
-                M::call(PackTask {
-                    job: &job,
-                    work,
-                    left: i < left,
-                    index: if i < left { i } else { i - left },
-                })
+        for experts in parts.experts {
+            let from = |expert| self.work.partition_point(|work| work.expert < expert);
+            let work = &self.work[from(experts.start)..from(experts.end)];
+            self.threads.for_each(work.len() * (left + right), |task| {
+                let (work, i) = (&work[task / (left + right)], task % (left + right));
+                // SAFETY: as promised by the caller; every task packs its own columns.
+                unsafe {
+                    M::call(PackTask {
+                        job: &job,
+                        work,
+                        left: i < left,
+                        index: if i < left { i } else { i - left },
+                    })
+                }
+            });
+            self.threads.for_each(experts.len() * down * across, |task| {
+                let (expert, i) = (experts.start + task / (down * across), task % (down * across));
+                M::begin();
+                // SAFETY: as promised by the caller; every task writes its own part of dW.
+                unsafe {
+                    M::call(OuterTask {
+                        job: &job,
+                        expert,
+                        row: i / across * task_rows,
+                        col: i % across * task_cols,
+                    })
+                }
+                M::end();
+            });
+        }
+    }
+
+    /// The experts in parts whose packed rows, `width` numbers each, stay in the cache, with `tasks` an expert.
+    fn parts<M: Machine>(&self, width: usize, tasks: usize) -> Parts {
+        let most = PACKED_BYTES / size_of::<M::Acc>() / width.max(1);
+        let mut parts = Parts { experts: Vec::new(), starts: Vec::new(), longest: 0 };
+        let (mut first, mut length) = (0, 0);
+        for expert in 0..self.experts() {
+            let rows = self.rows(expert).len();
+            let more = if rows > 0 { row_stride::<M>(rows) } else { 0 };
+            if length + more > most && (expert - first) * tasks >= TASKS * self.threads.0 {
+                parts.experts.push(first..expert);
+                (first, length) = (expert, 0);
             }
-        });
-        let (task_rows, task_cols) = job.task;
-        let (down, across) = (m.div_ceil(task_rows), n.div_ceil(task_cols));
-        self.threads.for_each(self.experts() * down * across, |task| {
-            let (expert, i) = (task / (down * across), task % (down * across));
-            M::begin();
-            // SAFETY: as promised by the caller; every task writes its own part of dW.
-            unsafe {
-                M::call(OuterTask {
-                    job: &job,
-                    expert,
-                    row: i / across * task_rows,
-                    col: i % across * task_cols,
-                })
-            }
-            M::end();
-        });
+            parts.starts.push(length);
+            length += more;
+            parts.longest = parts.longest.max(length);
+        }
+        parts.experts.push(first..self.experts());
+        parts
     }
 
     /// `out[e] = sum of scale[r] * row[r]` over the rows of each expert.
@@ -203,6 +225,15 @@ impl GradWeight<'_> {
             unsafe { M::call(BiasTask { job: &job, expert }) }
         });
     }
+}
+
+/// Experts that are packed and computed together.
+struct Parts {
+    experts: Vec<Range<usize>>,
+    /// `[E]` where the packed rows of each expert start in those of its part, in units of the contraction.
+    starts: Vec<usize>,
+    /// The most units of a part.
+    longest: usize,
 }
 
 struct Outer<'a, M: Machine, E> {

@@ -5,29 +5,20 @@
 
 use crate::error::Error;
 use crate::math::Real;
-use std::alloc::{Layout, alloc_zeroed, dealloc};
+use memmap2::{MmapOptions, MmapRaw};
 use std::collections::VecDeque;
+use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut, RangeInclusive};
-use std::ptr::NonNull;
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
-const ALIGN: usize = 64;
-/// Buffers from this size on start on a huge page and ask the kernel for huge pages.
+const PAGE: usize = 4 << 10;
+/// Buffers from this size on ask the system for pages of this size.
 const HUGE: usize = 2 << 20;
 
-/// A 64-byte aligned block of memory, filled with whatever was there; dropping it puts it back into the pool.
+/// A page-aligned block of memory, filled with whatever was there, at first zeros; dropping it puts it back into the
+/// pool.
 #[derive(Debug)]
-pub struct Buffer(Block);
-
-/// Memory of the system. All of it has been written, so that any number may be read from it.
-#[derive(Clone, Copy, Debug)]
-struct Block {
-    start: NonNull<u8>,
-    layout: Layout,
-}
-
-// SAFETY: a block has one owner, a `Buffer` or the pool, and nothing in it belongs to a thread.
-unsafe impl Send for Block {}
+pub struct Buffer(ManuallyDrop<MmapRaw>);
 
 /// What the pool holds and how often it served.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -45,7 +36,7 @@ pub struct Stats {
 #[derive(Default)]
 struct Pool {
     /// Those that came back last are the last.
-    free: VecDeque<Block>,
+    free: VecDeque<MmapRaw>,
     stats: Stats,
 }
 
@@ -74,44 +65,15 @@ fn physical_memory() -> usize {
     kib.map_or(8 << 30, |kib| kib << 10)
 }
 
-impl Block {
-    fn len(&self) -> usize {
-        self.layout.size()
-    }
-
+/// Memory of the system's own, not of the C library's heap, which would neither give it back nor get huge pages for it.
+fn fresh(len: usize, bytes: usize) -> Option<MmapRaw> {
+    let block = MmapRaw::from(MmapOptions::new().len(len).map_anon().ok()?);
     #[cfg(target_os = "linux")]
-    fn fresh(layout: Layout, bytes: usize) -> Option<Self> {
-        const MADV_HUGEPAGE: i32 = 14;
-        unsafe extern "C" {
-            fn madvise(start: *mut u8, len: usize, advice: i32) -> i32;
-        }
-        if layout.align() < HUGE {
-            return Self::zeroed(layout);
-        }
-        // SAFETY: the layout is not empty.
-        let start = NonNull::new(unsafe { std::alloc::alloc(layout) })?;
-        // SAFETY: the range is ours; the advice changes no contents, and a refusal is harmless. To the compiler this
-        // is a foreign function that is given the memory and may write it, as every block has to be.
-        // The end is left out: a huge page of which little is used would cost its whole size.
-        unsafe { madvise(start.as_ptr(), bytes - bytes % HUGE, MADV_HUGEPAGE) };
-        Some(Self { start, layout })
+    if len >= HUGE {
+        // Advice that may be refused. The end is left out: a huge page of which little is used would cost its whole size.
+        let _ = block.advise_range(memmap2::Advice::HugePage, 0, bytes - bytes % HUGE);
     }
-
-    #[cfg(not(target_os = "linux"))]
-    fn fresh(layout: Layout, _bytes: usize) -> Option<Self> {
-        Self::zeroed(layout)
-    }
-
-    fn zeroed(layout: Layout) -> Option<Self> {
-        // SAFETY: the layout is not empty.
-        let start = NonNull::new(unsafe { alloc_zeroed(layout) })?;
-        Some(Self { start, layout })
-    }
-
-    fn release(self) {
-        // SAFETY: the block was allocated with this layout and has no owner left.
-        unsafe { dealloc(self.start.as_ptr(), self.layout) }
-    }
+    Some(block)
 }
 
 /// Takes `bytes` from the pool, or new memory where no waiting block fits.
@@ -120,32 +82,30 @@ impl Block {
 /// [`Error::OutOfMemory`], [`Error::CacheSize`].
 pub fn alloc(bytes: usize) -> Result<Buffer, Error> {
     LIMIT.clone()?;
-    let unit = if bytes >= HUGE { HUGE } else { ALIGN };
-    let whole = bytes.max(1).checked_next_multiple_of(unit);
-    let layout = whole.and_then(|len| Layout::from_size_align(len, unit).ok());
-    let layout = layout.ok_or(Error::OutOfMemory { bytes })?;
-    let len = layout.size();
+    let out_of_memory = Error::OutOfMemory { bytes };
+    let len = bytes.max(1).checked_next_multiple_of(if bytes >= HUGE { HUGE } else { PAGE });
+    let len = len.ok_or_else(|| out_of_memory.clone())?;
     let outgrown = {
         let mut pool = pool();
         if let Some(block) = pool.take(len..=len + len / 8) {
             pool.stats.hits += 1;
             pool.stats.used_bytes += block.len();
-            return Ok(Buffer(block));
+            return Ok(Buffer(ManuallyDrop::new(block)));
         }
         // Sizes that follow the routing vary from step to step: a block that has just become too small is replaced.
         pool.take(len - len / 8..=len)
     };
-    outgrown.into_iter().for_each(Block::release);
+    drop(outgrown);
     // The memory that is missing may be waiting for a request of another size.
     let retry = || {
         empty_cache();
-        Block::fresh(layout, bytes)
+        fresh(len, bytes)
     };
-    let block = Block::fresh(layout, bytes).or_else(retry).ok_or(Error::OutOfMemory { bytes })?;
+    let block = fresh(len, bytes).or_else(retry).ok_or(out_of_memory)?;
     let mut pool = pool();
     pool.stats.misses += 1;
     pool.stats.used_bytes += block.len();
-    Ok(Buffer(block))
+    Ok(Buffer(ManuallyDrop::new(block)))
 }
 
 /// Gives all waiting memory back to the system.
@@ -155,7 +115,7 @@ pub fn empty_cache() {
         pool.stats.cached_bytes = 0;
         std::mem::take(&mut pool.free)
     };
-    blocks.into_iter().for_each(Block::release);
+    drop(blocks);
 }
 
 /// The pool's counters.
@@ -165,8 +125,8 @@ pub fn stats() -> Stats {
 
 impl Pool {
     /// The smallest waiting block with one of these lengths.
-    fn take(&mut self, lengths: RangeInclusive<usize>) -> Option<Block> {
-        let fits = |(_, block): &(usize, &Block)| lengths.contains(&block.len());
+    fn take(&mut self, lengths: RangeInclusive<usize>) -> Option<MmapRaw> {
+        let fits = |(_, block): &(usize, &MmapRaw)| lengths.contains(&block.len());
         let (best, _) = self.free.iter().enumerate().filter(fits).min_by_key(|(_, block)| block.len())?;
         let block = self.free.remove(best)?;
         self.stats.cached_bytes -= block.len();
@@ -177,18 +137,20 @@ impl Pool {
 impl Buffer {
     /// Start of the block.
     pub fn as_mut_ptr(&self) -> *mut u8 {
-        self.0.start.as_ptr()
+        self.0.as_mut_ptr()
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
         let limit = LIMIT.as_ref().copied().unwrap_or(0);
-        let mut pool = pool();
-        pool.stats.used_bytes -= self.0.len();
-        pool.stats.cached_bytes += self.0.len();
-        pool.free.push_back(self.0);
+        // SAFETY: this is the buffer's end, after which nobody uses it.
+        let block = unsafe { ManuallyDrop::take(&mut self.0) };
         let mut surplus = Vec::new();
+        let mut pool = pool();
+        pool.stats.used_bytes -= block.len();
+        pool.stats.cached_bytes += block.len();
+        pool.free.push_back(block);
         while pool.stats.cached_bytes > limit
             && let Some(oldest) = pool.free.pop_front()
         {
@@ -196,7 +158,6 @@ impl Drop for Buffer {
             surplus.push(oldest);
         }
         drop(pool);
-        surplus.into_iter().for_each(Block::release);
     }
 }
 
@@ -255,7 +216,6 @@ mod tests {
         let size = 12_345_678;
         let first = alloc(size).unwrap();
         let start = first.as_mut_ptr();
-        assert!(start.addr().is_multiple_of(HUGE));
         drop(first);
         let again = alloc(size).unwrap();
         assert_eq!(start, again.as_mut_ptr());
@@ -263,13 +223,14 @@ mod tests {
     }
 
     #[test]
-    fn small_memory_is_zero_at_first() {
-        let block = Block::fresh(Layout::from_size_align(64 << 10, ALIGN).unwrap(), 64 << 10).unwrap();
-        assert!(block.start.addr().get().is_multiple_of(ALIGN));
-        // SAFETY: the block has so many bytes.
-        let bytes = unsafe { std::slice::from_raw_parts(block.start.as_ptr(), block.len()) };
-        assert!(bytes.iter().all(|&byte| byte == 0));
-        block.release();
+    fn memory_is_zero_at_first() {
+        for len in [PAGE, 64 << 10, HUGE] {
+            let block = fresh(len, len).unwrap();
+            assert!(block.as_ptr().addr().is_multiple_of(PAGE));
+            // SAFETY: the block has so many bytes.
+            let bytes = unsafe { std::slice::from_raw_parts(block.as_ptr(), block.len()) };
+            assert!(bytes.iter().all(|&byte| byte == 0));
+        }
     }
 
     #[test]
