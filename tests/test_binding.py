@@ -18,7 +18,7 @@ from fastmoe_rs import _native
 
 T, H, I, E, K = 4, 8, 6, 3, 2
 R = T * K
-NOT_DENSE = "expected a dense tensor in CPU or CUDA memory, got"
+NOT_DENSE = "wanted a dense tensor in CPU or CUDA memory"
 
 
 def int32(*shape):
@@ -204,64 +204,64 @@ def test_the_case_itself_is_accepted(name):
 class TestEveryTensor:
     def test_wrong_rank(self, name, argument):
         given = argument_of(name, argument)[None].contiguous()
-        with pytest.raises(ValueError, match=rf"^{argument}: expected .*, got (shape )?\[1, "):
+        with pytest.raises(ValueError, match=rf"^{argument}: got shape \(1,.*, wanted \[.*\]"):
             call(name, **{argument: given})
 
     def test_wrong_shape(self, name, argument):
         given = argument_of(name, argument)
         given = given.new_zeros(*given.shape[:-1], given.shape[-1] + 1)
-        with pytest.raises(ValueError, match=r"^\w+: expected shape \[[\d, ]+\] \(.*\), got \[[\d, ]+\]"):
+        with pytest.raises(ValueError, match=r"^\w+: got shape \([\d, ]+\), wanted \[.*\] = \([\d, ]+\)"):
             call(name, **{argument: given})
 
     @pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, torch.bool])
     def test_wrong_dtype(self, name, argument, dtype):
-        with pytest.raises(TypeError, match=rf"^{argument}: dtype (complex64|int8|bool) is not supported"):
+        with pytest.raises(
+            TypeError, match=rf"^{argument}: got dtype (complex64|int8|bool), wanted one that kernels have"
+        ):
             call(name, **{argument: argument_of(name, argument).to(dtype)})
 
     def test_dtype_of_another_argument(self, name, argument):
         given = argument_of(name, argument)
         several = argument in {"ids", "logits"}
         other = torch.int16 if several else torch.float16
-        with pytest.raises(TypeError, match=r"^\w+: (expected )?dtype .*(got|not supported)"):
+        with pytest.raises(TypeError, match=r"^\w+: got dtype \w+, wanted "):
             call(name, **{argument: given.to(other)})
 
     def test_other_device(self, name, argument):
         given = argument_of(name, argument).to("meta")
-        with pytest.raises(ValueError, match=rf"^{argument}: {NOT_DENSE} .* on device meta"):
+        with pytest.raises(ValueError, match=rf"^{argument}: got .* on device meta, {NOT_DENSE}"):
             call(name, **{argument: given})
 
     def test_sparse(self, name, argument):
         given = argument_of(name, argument).to_sparse()
-        with pytest.raises(ValueError, match=rf"^{argument}: .*torch.sparse_coo Tensor"):
+        with pytest.raises(ValueError, match=rf"^{argument}: got a torch.sparse_coo Tensor .*, {NOT_DENSE}"):
             call(name, **{argument: given})
 
     def test_not_contiguous(self, name, argument):
         given = argument_of(name, argument).repeat_interleave(2, -1)[..., ::2]
-        with pytest.raises(ValueError, match=rf"^{argument}: expected a C-contiguous tensor, got strides"):
+        with pytest.raises(ValueError, match=rf"^{argument}: got strides .*, wanted a C-contiguous tensor"):
             call(name, **{argument: given})
 
     def test_not_contiguous_numpy(self, name, argument):
         given = argument_of(name, argument).numpy().repeat(2, -1)[..., ::2]
-        with pytest.raises(ValueError, match=rf"^{argument}: expected a C-contiguous tensor, got strides"):
+        with pytest.raises(ValueError, match=rf"^{argument}: got strides .*, wanted a C-contiguous tensor"):
             call(name, **{argument: given})
 
     def test_misaligned(self, name, argument):
         good = argument_of(name, argument).numpy()
         given = np.frombuffer(bytearray(good.nbytes + 1), np.uint8)[1:].view(good.dtype).reshape(good.shape)
-        with pytest.raises(ValueError, match=rf"^{argument}: .*misaligned"):
+        with pytest.raises(ValueError, match=rf"^{argument}: got a misaligned array, wanted"):
             call(name, **{argument: given})
 
     def test_foreign_byte_order(self, name, argument):
         good = argument_of(name, argument).numpy()
         given = good.astype(good.dtype.newbyteorder())
-        with pytest.raises(TypeError, match=rf"^{argument}: dtype \S+ is not supported"):
+        with pytest.raises(TypeError, match=rf"^{argument}: got dtype \S+, wanted one that kernels have"):
             call(name, **{argument: given})
 
     def test_no_tensor(self, name, argument):
         given = argument_of(name, argument).tolist()
-        with pytest.raises(
-            TypeError, match=rf"^{argument}: expected a torch.Tensor or NumPy array, got list"
-        ):
+        with pytest.raises(TypeError, match=rf"^{argument}: got list, wanted a torch.Tensor or NumPy array"):
             call(name, **{argument: given})
 
 
@@ -270,7 +270,7 @@ class TestEveryOutput:
     def test_read_only(self, name, argument):
         given = argument_of(name, argument).numpy()
         given.flags.writeable = False
-        with pytest.raises(ValueError, match=rf"^{argument}: expected a writable array"):
+        with pytest.raises(ValueError, match=rf"^{argument}: got a read-only array, wanted"):
             call(name, **{argument: given})
 
     def test_requires_grad(self, name, argument):
@@ -279,7 +279,7 @@ class TestEveryOutput:
             with pytest.raises(RuntimeError, match="floating point"):
                 given.requires_grad_()
             return
-        with pytest.raises(ValueError, match=rf"^{argument}: .* requires grad"):
+        with pytest.raises(ValueError, match=rf"^{argument}: got a tensor that requires grad, wanted"):
             call(name, **{argument: given.requires_grad_()})
 
     def test_memory_shared_with_another_argument(self, name, argument):
@@ -290,7 +290,7 @@ class TestEveryOutput:
                 arena = torch.zeros(8 * (given.numel() + tensor.numel()), dtype=torch.uint8)
                 shared = {key: overlay(arena, like) for key, like in ((argument, given), (other, tensor))}
                 shared[other].copy_(tensor)
-                pair = rf"^({argument}|{other}): expected memory of its own, got memory shared with"
+                pair = rf"^({argument}|{other}): got memory shared with .*, wanted memory of its own"
                 with pytest.raises(ValueError, match=pair):
                     call(name, **shared)
 
@@ -302,7 +302,7 @@ def overlay(arena, like):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("threads", [0, -1])
 def test_threads(name, threads):
-    with pytest.raises(ValueError, match=rf"^threads: expected an int >= 1, got {threads}"):
+    with pytest.raises(ValueError, match=rf"^threads: got {threads}, wanted at least 1"):
         call(name, threads=threads)
 
 
@@ -310,7 +310,7 @@ def test_threads(name, threads):
 def test_weights_of_the_other_layout_tell_the_remedy(name):
     w1, w2 = (argument_of(name, w).mT.contiguous() for w in ("w1", "w2"))
     message = (
-        rf"^w1: expected shape \[{E}, {2 * I}, {H}\] \(E, 2I, H\), got \[{E}, {H}, {2 * I}\]; "
+        rf"^w1: got shape \({E}, {H}, {2 * I}\), wanted \[E, 2I, H\] = \({E}, {2 * I}, {H}\); "
         r"pass transposed=True for \[E, H, 2I\] weights$"
     )
     with pytest.raises(ValueError, match=message):
@@ -332,25 +332,37 @@ def test_grouped_mm_of_the_other_layout():
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("mlp_forward", {"activation": "swish"}, r"^activation: expected one of 'swiglu', .*, got 'swish'"),
-        ("mlp_forward", {"activation": "relu", "interleaved": True}, r"^interleaved: .*'relu'"),
-        ("route", {"score": "tanh"}, r"^score: .*tanh.*softmax"),
-        ("route", {"order": "first"}, r"^order: .*first.*score_topk"),
-        ("route", {"group_score": "mean", "n_group": 2}, r"^group_score: .*mean.*top2"),
-        ("route", {"group_losers": "nan", "n_group": 2}, r"^group_losers: .*nan.*-inf"),
-        ("route", {"n_group": 0}, "^n_group: expected an int >= 1, got 0"),
+        ("mlp_forward", {"activation": "swish"}, "^activation: got 'swish', wanted one of 'swiglu', "),
+        (
+            "mlp_forward",
+            {"activation": "relu", "interleaved": True},
+            r"^interleaved: got True, wanted False, because 'relu'",
+        ),
+        ("route", {"score": "tanh"}, "^score: got 'tanh', wanted one of 'softmax'"),
+        ("route", {"order": "first"}, "^order: got 'first', wanted one of 'score_topk'"),
+        ("route", {"group_score": "mean", "n_group": 2}, "^group_score: got 'mean', wanted one of 'top2'"),
+        ("route", {"group_losers": "nan", "n_group": 2}, "^group_losers: got 'nan', wanted one of '-inf'"),
+        ("route", {"n_group": 0}, "^n_group: got 0, wanted at least 1"),
         ("route", {"n_group": 64}, "^n_group: got 64, wanted a divisor of"),
-        ("route", {"softcap": 0.0}, "^softcap: got 0, wanted a finite number > 0"),
-        ("route", {"renormalize_eps": -1.0}, "^renormalize_eps: got -1, wanted a finite number >= 0"),
-        ("route_backward", {"score": "tanh"}, r"^score: .*tanh.*softmax"),
-        ("route_backward", {"order": "first"}, r"^order: .*first.*score_topk"),
-        ("route_backward", {"softcap": -1.0}, "^softcap: got -1, wanted a finite number > 0"),
-        ("plan", {"drop": "some"}, r"^drop: .*some.*position"),
-        ("plan", {"out_of_range": "wrap"}, r"^out_of_range: .*wrap.*error"),
-        ("plan", {"capacity": -1}, r"^capacity: expected an int >= 0, got -1"),
-        ("plan", {"num_experts": 0}, r"^num_experts: expected an int >= 1, got 0"),
-        ("plan", {"pad": True}, r"^pad: expected False without a capacity"),
-        ("plan", {"drop": "score", "capacity": 1, "weights": None, "sorted_weights": None}, r"^weights: "),
+        ("route", {"softcap": 0.0}, "^softcap: got 0, wanted a finite number of more than 0"),
+        (
+            "route",
+            {"renormalize_eps": -1.0},
+            "^renormalize_eps: got -1, wanted a finite number of at least 0",
+        ),
+        ("route_backward", {"score": "tanh"}, "^score: got 'tanh', wanted one of 'softmax'"),
+        ("route_backward", {"order": "first"}, "^order: got 'first', wanted one of 'score_topk'"),
+        ("route_backward", {"softcap": -1.0}, "^softcap: got -1, wanted a finite number of more than 0"),
+        ("plan", {"drop": "some"}, "^drop: got 'some', wanted one of 'position'"),
+        ("plan", {"out_of_range": "wrap"}, "^out_of_range: got 'wrap', wanted one of 'error'"),
+        ("plan", {"capacity": -1}, "^capacity: got -1, wanted at least 0"),
+        ("plan", {"num_experts": 0}, "^num_experts: got 0, wanted at least 1"),
+        ("plan", {"pad": True}, "^pad: got True, wanted False without a capacity"),
+        (
+            "plan",
+            {"drop": "score", "capacity": 1, "weights": None, "sorted_weights": None},
+            r"^weights: got none, wanted ",
+        ),
     ],
 )
 def test_bad_options(name, changes, message):
@@ -360,7 +372,7 @@ def test_bad_options(name, changes, message):
 
 def test_route_more_experts_than_there_are():
     outputs = {"ids": torch.zeros(T, E + 1, dtype=torch.int64), "weights": torch.zeros(T, E + 1)}
-    with pytest.raises(ValueError, match=rf"^top_k: .*{E + 1}"):
+    with pytest.raises(ValueError, match=rf"^top_k: got {E + 1}, wanted 1 to {E}"):
         call("route", **outputs)
 
 
@@ -384,7 +396,7 @@ def test_route_more_experts_than_there_are():
 )
 def test_sizes_that_cannot_be_zero(name, argument, shape, axis):
     given = torch.zeros(shape, dtype=argument_of(name, argument).dtype)
-    message = rf"^{argument}: expected {axis} >= 1, got shape {re.escape(str(list(shape)))} \("
+    message = rf"^{argument}: got shape {re.escape(str(shape))}, wanted \[.*\] with {axis} >= 1"
     with pytest.raises(ValueError, match=message):
         call(name, **{argument: given})
 
@@ -394,7 +406,7 @@ def test_sizes_that_cannot_be_zero(name, argument, shape, axis):
 def test_ids_out_of_range(bad, name):
     ids = torch.zeros(T, K, dtype=torch.int64)
     ids[2, 1] = bad
-    with pytest.raises(ValueError, match=rf"^ids\[2, 1\]: .*{bad}"):
+    with pytest.raises(ValueError, match=rf"^ids\[2, 1\]: got {bad}, wanted "):
         call(name, ids=ids)
 
 
@@ -436,7 +448,7 @@ def test_plan_of_ids_is_that_of_plan():
 
 @pytest.mark.parametrize("name", ["offsets", "gather", "inverse"])
 def test_a_plan_lacks_nothing(name):
-    with pytest.raises(TypeError, match=rf"^{name}: expected a torch.Tensor or NumPy array, got NoneType"):
+    with pytest.raises(TypeError, match=rf"^{name}: got None, wanted a torch.Tensor or NumPy array"):
         call("mlp_forward", **{name: None})
 
 
@@ -489,7 +501,7 @@ def test_every_door_gives_the_same_result(name, door):
 
 
 def test_bare_tensor_on_another_device():
-    with pytest.raises(ValueError, match=rf"^x: {NOT_DENSE} .* on device meta"):
+    with pytest.raises(ValueError, match=rf"^x: got .* on device meta, {NOT_DENSE}"):
         call("permute", x=Bare(torch.zeros(T, H, device="meta")))
 
 
@@ -618,12 +630,14 @@ class TestPool:
 
     @pytest.mark.parametrize("shape", [(-1,), (2**62, 8), (2**40, 2**40)])
     def test_bad_shape(self, shape):
-        with pytest.raises(ValueError, match=r"^shape: expected sizes >= 0 that fit in memory, got"):
+        with pytest.raises(
+            ValueError, match=r"^shape: got \[.*\], wanted sizes of at least 0 that fit in memory"
+        ):
             _native.empty(shape, "float32")
 
     @pytest.mark.parametrize("dtype", ["int32", "float8", ""])
     def test_bad_dtype(self, dtype):
-        with pytest.raises(ValueError, match=rf"^dtype: expected 'float32', .*, got '{dtype}'"):
+        with pytest.raises(ValueError, match=rf"^dtype: got '{dtype}', wanted 'float32', "):
             _native.empty((1,), dtype)
 
     def test_torch_without_exchange_table(self, tmp_path):
@@ -665,8 +679,7 @@ def test_forced_isa(isa):
 )
 def test_unknown_isa(use):
     error = python(f"from fastmoe_rs import _native; {use}", FASTMOE_CPU_ISA="quantum")
-    assert error.startswith("ValueError: FASTMOE_CPU_ISA: expected one of portable")
-    assert error.endswith('got "quantum"')
+    assert error.startswith("ValueError: FASTMOE_CPU_ISA: got 'quantum', wanted one of portable")
 
 
 def test_version_is_that_of_the_package():

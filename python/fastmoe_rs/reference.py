@@ -167,7 +167,7 @@ def plan(
     flat_ids = ids_TK.reshape(-1).long()
     in_range = (flat_ids >= 0) & (flat_ids < num_experts)
     if out_of_range == "error" and not in_range.all():
-        raise ValueError("ids: out of range")
+        raise ValueError(f"ids: got {flat_ids[~in_range][0]}, wanted 0 to {num_experts - 1}")
     expert = torch.where(in_range, flat_ids, num_experts)  # expert E takes what is dropped
 
     if capacity is not None:

@@ -36,7 +36,7 @@ impl Array {
             return Self::from_interface(&interface);
         }
         let given = object.get_type().name()?;
-        Err(Error::Type(format!("{name}: expected a torch.Tensor or NumPy array, got {given}")))
+        Err(Error::wrong_type(name, given, "a torch.Tensor or NumPy array"))
     }
 
     fn from_table(name: &str, object: &Bound<'_, PyAny>, table: Exchange) -> Result<Self> {
@@ -131,5 +131,5 @@ fn not_in_memory(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Error> {
     } else {
         format!("a {layout} {kind} on device {device}")
     };
-    Ok(Error::Value(format!("{name}: expected a dense tensor in CPU or CUDA memory, got {given}")))
+    Ok(Error::wrong_value(name, given, "a dense tensor in CPU or CUDA memory"))
 }
