@@ -271,7 +271,7 @@ BAD = {
     "--seed 9223372036854775808": "--seed: got '9223372036854775808', wanted a whole number from 0 to 92233",
     "--experts 4 --top-k 5": "--top-k: got 5, wanted at most --experts, 4",
     "--dtype int8": "--dtype",
-    "--device cuda:99": f"--device: got 'cuda:99', wanted one of the {torch.cuda.device_count()} CUDA devices",
+    "--device cuda:99": f"--device: got 'cuda:99', wanted one of the {torch.cuda.device_count()} CUDA ",
     "--device cpu:1": "--device: got 'cpu:1', wanted cpu or cuda",
     "--device meta": "--device: got 'meta', wanted cpu or cuda",
     "--device toaster": "--device: got 'toaster', wanted cpu or cuda",

@@ -59,9 +59,10 @@ def check_device(name: str) -> None:
         raise BadArgument(f"--device: got {name!r}, wanted cpu or cuda") from None
     if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise BadArgument(f"--device: got {name!r}, wanted cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
         raise BadArgument(
-            f"--device: got {name!r}, wanted one of the {torch.cuda.device_count()} CUDA devices that torch finds;"
+            f"--device: got {name!r}, wanted one of the {count} CUDA devices that torch finds;"
             " `python -m fastmoe_rs doctor` tells more"
         )
 
