@@ -13,7 +13,7 @@ import torch
 
 from fastmoe_rs import _native
 from moe_cases import EMULATED
-from test_binding import CASES, H, K, R, T, arguments, call, function, int32, python, routed_rows
+from native_cases import CASES, H, K, R, T, arguments, call, function, int32, python, routed_rows
 
 HUGE = 2**62
 PAGE = os.sysconf("SC_PAGE_SIZE")
