@@ -218,12 +218,6 @@ def test_fake_tensors_have_the_shapes():
         assert moe.experts.w1.grad.shape == (6, 24, 16)
 
 
-def test_function_transforms_are_refused_in_words():
-    (x, ids, weights, w1, w2), _ = mlp_case(dtype=torch.float32, requires_grad=False)
-    with pytest.raises(RuntimeError, match=r"torch.func transforms are not supported"):
-        torch.func.grad(lambda x: functional.moe_mlp(x, ids, weights, w1, w2).sum())(x)
-
-
 def test_dispatch_modes_see_the_operators():
     from torch.utils._python_dispatch import TorchDispatchMode
 
