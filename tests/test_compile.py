@@ -17,9 +17,9 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-def assert_compiles(function, inputs, backend, dynamic=None):
+def assert_compiles(function, inputs, backend):
     """The compiled function gives the eager outputs and gradients without a graph break."""
-    compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
     results = []
     for version in (function, compiled):

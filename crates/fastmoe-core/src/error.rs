@@ -41,12 +41,6 @@ pub enum Error {
         /// The numbers that would be right.
         wanted: &'static str,
     },
-    /// The capacity factor is negative, not finite, or too large.
-    #[error("capacity_factor: got {given}, wanted a finite number of at least 0 whose capacity fits 32 bits")]
-    CapacityFactor {
-        /// The factor.
-        given: f64,
-    },
     /// An array has the wrong number of elements.
     #[error("{argument}: got {given} elements, wanted {wanted}")]
     Length {

@@ -202,19 +202,6 @@ fn wrong_requests_are_refused() {
 }
 
 #[test]
-fn capacity_from_a_factor_rounds_up() {
-    let rows = |factor| Capacity::rows_from_factor(factor, 10, 2, 8);
-    assert_eq!(rows(1.0), Ok(3));
-    assert_eq!(rows(1.25), Ok(4));
-    assert_eq!(rows(0.0), Ok(0));
-    assert_eq!(Capacity::rows_from_factor(1.0, 0, 2, 8), Ok(0));
-    for factor in [-1.0, f64::INFINITY, 1e12] {
-        assert_eq!(rows(factor), Err(Error::CapacityFactor { given: factor }));
-    }
-    assert!(rows(f64::NAN).is_err());
-}
-
-#[test]
 fn names_parse() {
     assert_eq!("position".parse(), Ok(Drop::Position));
     assert_eq!("score".parse(), Ok(Drop::Score));
