@@ -46,7 +46,8 @@ impl Array {
         let rank = view.ndim as usize;
         let dims = |dims: *mut i64| match rank {
             0 => Dims::new(),
-            // SAFETY: DLPack gives `ndim` sizes and as many strides, alive until control returns to Python.
+            // SAFETY: DLPack gives `ndim` sizes and, since 1.2, always as many strides, alive until control returns to
+            // Python.
             _ => Dims::from_slice(unsafe { std::slice::from_raw_parts(dims, rank) }),
         };
         let Some(place) = Place::of(view.device) else { return Err(not_in_memory(name, object)?) };
