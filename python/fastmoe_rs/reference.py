@@ -9,7 +9,7 @@ weighted sum.
 
 Everything here has the signature of its counterpart in `fastmoe_rs.functional`, works on any device, is
 differentiable by ordinary autograd as often as you like, and runs in the dtype of its input, float64
-included. It is slow on purpose.
+included. It is slow on purpose, and checks nothing but ids, which raise ValueError out of range.
 
 Legend: T tokens, H hidden size, I intermediate size, E experts, K experts per token, R = T*K routed rows,
 C rows an expert may take (capacity), N output columns.

@@ -61,11 +61,14 @@ fn pooled(py: Python<'_>, shape: Vec<i64>, element: Element) -> Result<Bound<'_,
     }
 }
 
+/// Give the memory that waits in the CPU backend's pool back to the system.
 #[pyfunction]
 pub fn empty_cache(py: Python<'_>) {
     py.detach(memory::empty_cache);
 }
 
+/// The counters of the CPU backend's pool: `cached_bytes` that wait, `used_bytes`, and the requests that were served from
+/// it (`hits`) or not (`misses`).
 #[pyfunction]
 pub fn memory_stats(py: Python<'_>) -> Result<Bound<'_, PyDict>> {
     let stats = memory::stats();
