@@ -44,7 +44,7 @@ EMULATED_KERNELS := $(abspath target/emulator/plain/libkernels.so)
 
 # Left out: programs that take minutes in an emulator, and what launches no kernel or looks at those of the CPU alone.
 PROGRAMS := bench demo docs examples gpu_bench gpu_programs training_guide
-NO_KERNELS := cuda_instructions cuda_layouts cuda_machine_code cuda_sources doctor explain isa packaging params reference
+NO_KERNELS := cuda_instructions cuda_layouts cuda_machine_code cuda_sources docstrings doctor explain isa packaging params reference
 EMULATED_TESTS := $(filter-out $(patsubst %,tests/test_%.py,$(PROGRAMS) $(NO_KERNELS)),$(wildcard tests/test_*.py))
 
 test-emulated: develop emulated ## Run the Python tests with CPU tensors sent through the CUDA path (ARGS goes to pytest)

@@ -139,9 +139,9 @@ def routed_mlp(x, ids, weights, w1, w2, rows=None):
     return functional.moe_mlp(x, None, weights, w1, w2, plan=plan)
 
 
-def draw_experts(e=6, h=8, i=5, dtype=torch.float64):
-    """w1 and w2 of E experts."""
-    return torch.randn(e, 2 * i, h, dtype=dtype), torch.randn(e, h, i, dtype=dtype)
+def draw_experts(e=6, dtype=torch.float64):
+    """w1 and w2 of E experts, with H = 8 and I = 5."""
+    return torch.randn(e, 10, 8, dtype=dtype), torch.randn(e, 8, 5, dtype=dtype)
 
 
 class Stack(torch.nn.Module):

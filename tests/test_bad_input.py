@@ -120,15 +120,19 @@ def test_id_out_of_range_names_the_first(value):
     [
         ({"num_experts": 0}, ValueError, "num_experts: got 0, wanted at least 1"),
         ({"num_experts": "4"}, TypeError, "num_experts: got '4', wanted a whole number"),
-        ({"capacity": -1}, ValueError, "capacity: got -1, wanted None or at least 0"),
+        ({"capacity": -1}, ValueError, "capacity: got -1, wanted at least 0"),
         ({"capacity": 1.5}, TypeError, "capacity: got 1.5, wanted a whole number"),
-        ({"drop": "random"}, ValueError, "drop: got 'random', wanted 'position' or 'score'"),
+        ({"drop": "random"}, ValueError, "drop: got 'random', wanted one of 'position', 'score'"),
         ({"drop": "score", "capacity": 1}, ValueError, "weights: got None, wanted the routing weights"),
         ({"pad": True}, ValueError, "capacity: got None, wanted the rows per expert"),
-        ({"out_of_range": "clamp"}, ValueError, "out_of_range: got 'clamp', wanted 'error' or 'drop'"),
+        ({"out_of_range": "clamp"}, ValueError, "out_of_range: got 'clamp', wanted one of 'error', 'drop'"),
         ({"weights": WEIGHTS[:3]}, ValueError, "weights: got shape (3, 2), wanted that of ids, (6, 2)"),
         ({"weights": IDS}, TypeError, "weights: got dtype int64, wanted a float dtype"),
-        ({"weights": WEIGHTS.numpy()}, TypeError, "weights: got a torch tensor and a NumPy array"),
+        (
+            {"weights": WEIGHTS.numpy()},
+            TypeError,
+            "weights: got a NumPy array beside torch ids, wanted the same kind",
+        ),
     ],
 )
 def test_plan(options, error, message):

@@ -82,14 +82,17 @@ def test_text_and_json_of_the_command(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["8", "16", "16", "4", "8"], "argument --explain: K 8 is more than E 4"),
-        (["9999999999", "16", "16", "4", "2"], "on a GPU, got "),
+        (["8", "16", "16", "4", "8"], "argument --explain: got K 8, wanted at most E, 4"),
+        (
+            ["9999999999", "16", "16", "4", "2"],
+            "argument --explain: T (tokens): got 9999999999, wanted at most 1073741824 on a GPU",
+        ),
         (["9" * 30, "16", "16", "4", "2"], "argument --explain: "),
-        (["9" * 6000, "16", "16", "4", "2"], "argument --explain: wanted a whole number from 1 on, got '999"),
-        (["8", "16", "16", "4", "0"], "argument --explain: wanted a whole number from 1 on, got '0'"),
+        (["9" * 6000, "16", "16", "4", "2"], "argument --explain: got '99999"),
+        (["8", "16", "16", "4", "0"], "argument --explain: got '0', wanted a whole number from 1 on"),
         (
             ["8", "16", "16", "4", "2", "--gpu", "Z80"],
-            "argument --gpu: no numbers of a GPU 'Z80'; known are A100",
+            "argument --gpu: got 'Z80', wanted one of A100",
         ),
     ],
 )

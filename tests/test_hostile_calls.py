@@ -13,7 +13,7 @@ import torch
 
 from fastmoe_rs import _native
 from moe_cases import EMULATED
-from test_binding import CASES, H, K, R, T, arguments, call, function, int32, python, routed_rows
+from native_cases import CASES, H, K, R, T, arguments, call, function, int32, python, routed_rows
 
 HUGE = 2**62
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -75,21 +75,21 @@ def test_strides_that_bytes_cannot_count():
 
 def test_arrays_that_step_backwards_or_nowhere():
     for given in (np.zeros((T, H), np.float32)[::-1], np.broadcast_to(np.float32(1), (T, H))):
-        with pytest.raises(ValueError, match=r"^x: expected a C-contiguous tensor, got strides"):
+        with pytest.raises(ValueError, match=r"^x: got strides .*, wanted a C-contiguous tensor"):
             call("permute", x=given)
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"tokens": HUGE}, r"^T \(tokens\): expected at most 1073741824 on a GPU, got 4611686018427387904"),
-        ({"top_k": HUGE}, r"^T\*K \(routed rows\): expected at most"),
-        ({"experts": 2**63 - 1}, r"^E \(experts\): expected at most"),
-        ({"hidden": HUGE, "intermediate": HUGE}, r"^H \(hidden size\): expected at most"),
-        ({"tokens": 2**30, "hidden": 2**27, "experts": 2**30}, r"^\w.*: expected at most"),
-        ({"intermediate": 2**63 - 1}, r"^I \(intermediate size\): expected at most"),
-        ({"tokens": 0}, "^tokens: expected an int >= 1, got 0"),
-        ({"math": "f8"}, "^math: expected 'bf16', 'f16', 'f32' or 'tf32', got 'f8'"),
+        ({"tokens": HUGE}, r"^T \(tokens\): got 4611686018427387904, wanted at most 1073741824 on a GPU$"),
+        ({"top_k": HUGE}, r"^T\*K \(routed rows\): got \d+, wanted at most"),
+        ({"experts": 2**63 - 1}, r"^E \(experts\): got \d+, wanted at most"),
+        ({"hidden": HUGE, "intermediate": HUGE}, r"^H \(hidden size\): got \d+, wanted at most"),
+        ({"tokens": 2**30, "hidden": 2**27, "experts": 2**30}, r"^\w.*: got \d+, wanted at most"),
+        ({"intermediate": 2**63 - 1}, r"^I \(intermediate size\): got \d+, wanted at most"),
+        ({"tokens": 0}, "^tokens: got 0, wanted at least 1"),
+        ({"math": "f8"}, "^math: got 'f8', wanted 'bf16', 'f16', 'f32' or 'tf32'"),
     ],
 )
 def test_launches_of_sizes_that_no_gpu_has(sizes, message):
@@ -111,7 +111,9 @@ class TestMemory:
     def test_nothing_of_a_size_that_no_machine_has(self):
         for shape in [(0, 2**40), (0, 2**30, 2**30)]:
             assert _native.empty(shape, "float32").shape == shape
-        with pytest.raises(ValueError, match=r"^shape: expected sizes >= 0 that fit in memory"):
+        with pytest.raises(
+            ValueError, match=r"^shape: got .*, wanted sizes of at least 0 that fit in memory"
+        ):
             _native.empty((0, HUGE, HUGE), "float32")
 
     @pytest.mark.cpu_only(reason="about the memory of the CPU backend")
@@ -141,7 +143,7 @@ print((out == 4096).all())
     @pytest.mark.parametrize("given", ["2GB", "-1"])
     def test_a_limit_of_the_pool_that_is_no_number(self, given):
         code = "from fastmoe_rs import _native; _native.empty((1,), 'float32')"
-        wanted = f'ValueError: FASTMOE_CACHE_MB: expected a whole number of MiB, got "{given}"'
+        wanted = f"ValueError: FASTMOE_CACHE_MB: got '{given}', wanted a whole number of MiB"
         assert python(code, FASTMOE_CACHE_MB=given) == wanted
 
     def test_a_limit_of_the_pool(self):
@@ -172,7 +174,7 @@ print(_native.memory_stats()["cached_bytes"] >> 20)
         def refused():
             kind = type("Kind", (torch.Tensor,), {})
             given = torch.zeros(1).as_subclass(kind)
-            with pytest.raises(ValueError, match=r"^x: expected 2 axes"):
+            with pytest.raises(ValueError, match=r"^x: got shape .*, wanted .T, H."):
                 call("permute", x=given)
             return weakref.ref(kind)
 

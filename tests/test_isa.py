@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastmoe_rs import _native
+from native_cases import python
 
 PARITY = """
 import sys
@@ -58,22 +59,39 @@ for dtype in DTYPES:
 """
 
 
-def run(isa, script=PARITY):
-    environment = os.environ | {"FASTMOE_CPU_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-c", script, isa]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("script", [PARITY, LARGE_GRADIENTS], ids=["parity", "large gradients"])
 @pytest.mark.parametrize("isa", _native.cpu_info()["available"])
 def test_matches_the_reference(isa, script):
-    result = run(isa, script)
+    environment = os.environ | {"FASTMOE_CPU_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", script, isa]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
-def test_unknown_name_says_what_there_is():
-    result = run("mmx")
-    assert result.returncode != 0
-    assert "FASTMOE_CPU_ISA" in result.stderr
-    for isa in _native.cpu_info()["available"]:
-        assert isa in result.stderr
+def test_cpu_info():
+    info = _native.cpu_info()
+    assert info["isa"] in info["available"]
+    assert "portable" in info["available"]
+    assert set(info["kernels"]) == {"float32", "float64", "bfloat16", "float16"}
+    assert info["threads_pool"] in {"openmp", "rayon"}
+
+
+@pytest.mark.parametrize("isa", _native.cpu_info()["available"])
+def test_forced_isa(isa):
+    code = "from fastmoe_rs import _native; print(_native.cpu_info()['isa'])"
+    assert python(code, FASTMOE_CPU_ISA=isa) == isa
+
+
+@pytest.mark.cpu_only(reason="about the instruction set of the CPU")
+@pytest.mark.parametrize(
+    "use",
+    [
+        "_native.cpu_info()",
+        "import numpy as np; x = np.ones((1, 1), np.float32); "
+        "_native.permute(x, np.zeros(1, np.int32), x.copy(), threads=1)",
+    ],
+)
+def test_unknown_isa(use):
+    error = python(f"from fastmoe_rs import _native; {use}", FASTMOE_CPU_ISA="quantum")
+    available = ", ".join(_native.cpu_info()["available"])
+    assert error == f"ValueError: FASTMOE_CPU_ISA: got 'quantum', wanted one of {available}"

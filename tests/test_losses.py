@@ -9,8 +9,8 @@ from fastmoe_rs import functional, losses, routing
 from moe_cases import WIDEST, needs_float64
 
 
-def double(*shape, scale=2.0, dtype=torch.float64):
-    return (scale * torch.randn(*shape, dtype=torch.float64)).to(dtype).requires_grad_()
+def double(*shape, dtype=torch.float64):
+    return (2 * torch.randn(*shape, dtype=torch.float64)).to(dtype).requires_grad_()
 
 
 def written_out(logits, picks, real=None, score="softmax"):

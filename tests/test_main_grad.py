@@ -280,7 +280,7 @@ def test_a_bad_main_grad_is_named(change, error, message):
 def test_a_main_grad_that_is_the_memory_of_the_weight():
     arguments, options = mlp_case()
     arguments[3].main_grad = arguments[3].detach()
-    with pytest.raises(ValueError, match=r"^grad_w1: expected memory of its own, got memory shared with w1$"):
+    with pytest.raises(ValueError, match=r"^grad_w1: got memory shared with w1, wanted memory of its own$"):
         backward(arguments, options)
 
 

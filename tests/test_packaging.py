@@ -1,6 +1,7 @@
 """What the wheel is: its tag, what it links to, its size, and how it imports, with and without torch."""
 
 import email
+import importlib.metadata
 import json
 import os
 import re
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+import fastmoe_rs
 
 ROOT = Path(__file__).parents[1]
 MEGABYTE = 1_000_000
@@ -219,3 +222,7 @@ print(time.perf_counter() - start)
 def fastmoe_version():
     manifest = (ROOT / "Cargo.toml").read_text()
     return re.search(r'^version = "(.+)"', manifest, re.MULTILINE)[1]
+
+
+def test_version_is_that_of_the_package():
+    assert fastmoe_rs.__version__ == importlib.metadata.version("fastmoe_rs") == fastmoe_version()

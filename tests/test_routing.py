@@ -12,9 +12,9 @@ from moe_cases import dense, needs_float64, routed_mlp
 # Shazeer's noisy top-k
 
 
-def tensor2tensor_gating(clean, raw_noise, noise, k, eps=1e-2):
+def tensor2tensor_gating(clean, raw_noise, noise, k):
     """tensor2tensor/utils/expert_utils.py: noisy_top_k_gating and _prob_in_top_k."""
-    std = F.softplus(raw_noise) + eps
+    std = F.softplus(raw_noise) + 1e-2
     noisy = clean + noise * std
     top_logits, top_ids = noisy.topk(k + 1)
     gates = torch.zeros_like(clean).scatter(1, top_ids[:, :k], top_logits[:, :k].softmax(1))
@@ -235,12 +235,12 @@ def test_product_keys_are_those_of_doge():
 # Sinkhorn
 
 
-def megatron_sinkhorn(cost, tol=1e-6):
+def megatron_sinkhorn(cost):
     """megatron/core/transformer/moe/moe_utils.py: sinkhorn."""
     cost = torch.exp(cost)
     d0, d1 = torch.ones(cost.size(0)), torch.ones(cost.size(1))
     eps, error, d1_old = 0.00000001, 1e9, d1
-    while error > tol:
+    while error > 1e-6:
         d0 = (1 / d0.size(0)) * 1 / (torch.sum(d1 * cost, 1) + eps)
         d1 = (1 / d1.size(0)) * 1 / (torch.sum(d0.unsqueeze(1) * cost, 0) + eps)
         error = torch.mean(torch.abs(d1_old - d1))

@@ -1,9 +1,11 @@
-"""What surrounds a layer in training: autocast, inference_mode, checkpointing, frozen weights, optimizers."""
+"""What surrounds a layer in training: autocast, inference_mode, checkpointing, frozen weights, ranks."""
 
 import copy
 
 import pytest
 import torch
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from fastmoe_rs import RoutingPlan, functional, nn, reference
@@ -232,3 +234,27 @@ def test_unused_rows_are_never_read(dtype):
     assert (out[gone] == 0).all()
     for grad in torch.autograd.grad(out.sum(), (x, weights, w1, w2)):
         assert grad.isfinite().all()
+
+
+def layer_and_batch():
+    torch.manual_seed(0)
+    return small_moe(dtype=WIDEST), torch.randn(10, 16, dtype=WIDEST)
+
+
+def gradients_of_rank(rank, folder):
+    rendezvous = f"file://{folder}/rendezvous"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    moe, x = layer_and_batch()
+    parallel = DistributedDataParallel(moe)  # which has to live until the gradients are summed
+    parallel(x.chunk(2)[rank]).square().sum().backward()
+    torch.save(gradients(moe), folder / str(rank))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_of_data_parallelism_have_the_mean_of_their_gradients(tmp_path):
+    mp.spawn(gradients_of_rank, args=(tmp_path,), nprocs=2)
+    moe, x = layer_and_batch()
+    (moe(x).square().sum() / 2).backward()
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / str(rank)), gradients(moe))

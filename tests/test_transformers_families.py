@@ -47,7 +47,6 @@ DISPATCHED = [
 ]
 # fmt: on
 ADAPTED = ["dbrx", "jetmoe", "llama4_text", "longcat_flash", "step3p5", "switch_transformers"]
-AUX_LOSSES = ("aux_loss", "encoder_aux_loss", "decoder_aux_loss")
 
 # fp32 rounds to 2**-24. Eager and `grouped_mm` differ from each other by as much.
 FP32_OUTPUT, FP32_GRADIENT = 1e-5, 1e-4

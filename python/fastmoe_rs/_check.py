@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import math
-from difflib import get_close_matches
 from numbers import Real
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from ._wanted import one_of as one_of
+from ._wanted import wanted as wanted
+from ._wanted import whole as whole
+
 DEVICES = ("cpu", "cuda", "meta")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def wanted(name: str, given: object, what: str, error: type[Exception] = ValueError) -> NoReturn:
-    raise error(f"{name}: got {given}, wanted {what}")
-
-
-def one_of(name: str, value: str, choices: tuple[str, ...], error: type[Exception] = ValueError) -> None:
-    if value not in choices:
-        near = get_close_matches(str(value).lower(), choices, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        wanted(name, repr(value), "one of " + ", ".join(map(repr, choices)) + hint, error)
-
-
-def whole(name: str, value: int) -> None:
-    if not hasattr(value, "__index__"):
-        wanted(name, repr(value), "a whole number", TypeError)
 
 
 def more_than_0(name: str, value: float) -> None:
@@ -39,9 +25,7 @@ def more_than_0(name: str, value: float) -> None:
 
 def positive(**sizes: int) -> None:
     for name, size in sizes.items():
-        whole(name, size)
-        if size < 1:
-            wanted(name, size, "at least 1")
+        whole(name, size, least=1)
 
 
 def module(name: str, value: object) -> None:

@@ -9,7 +9,7 @@ where the other tensors are float64, else float32. `gather` has R entries, or E*
 threads must leave the tensors of a call alone until it returns.
 
 Every function raises TypeError for an object or dtype that it does not take, ValueError for a wrong shape,
-value or place in memory, both naming the argument, what was wanted and what was given; ValueError when
+value or place in memory, both naming the argument, what was given and what was wanted; ValueError when
 FASTMOE_CPU_ISA names no instruction set of this machine or FASTMOE_CACHE_MB is no number; and MemoryError
 where the system has no memory left, with anything in the outputs.
 """

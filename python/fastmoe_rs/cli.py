@@ -130,7 +130,7 @@ def size(text: str) -> int:
     """Bytes of a text such as 500MB."""
     match = re.fullmatch(r"(\d+)(?:([KMGT])B)?", text, re.ASCII)
     if not match or not int(match[1]):
-        raise argparse.ArgumentTypeError(f"wanted a size such as 500MB or 5GB, got {text!r}")
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a size such as 500MB or 5GB")
     return int(match[1]) * 1000 ** (" KMGT".index(match[2] or " "))
 
 
@@ -141,7 +141,7 @@ def whole(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
     def parse(text: str) -> int:
         digits = text.isascii() and text.isdigit() and len(text) < 100  # Python reads no endless numbers
         if not digits or not minimum <= int(text) <= (int(text) if maximum is None else maximum):
-            raise argparse.ArgumentTypeError(f"wanted a whole number {wanted}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number {wanted}")
         return int(text)
 
     return parse
@@ -149,7 +149,9 @@ def whole(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
 
 def demo(options: argparse.Namespace) -> int:
     if options.top_k > options.experts:
-        options.parser.error(f"argument --top-k: {options.top_k} is more than --experts {options.experts}")
+        options.parser.error(
+            f"argument --top-k: got {options.top_k}, wanted at most --experts, {options.experts}"
+        )
     missing = [name for name in DEMO_MODULES if importlib.util.find_spec(name) is None]
     if missing:
         print(f"the demo needs {', '.join(missing)}: pip install 'fastmoe_rs[demo]'", file=sys.stderr)
@@ -199,7 +201,7 @@ def explain(options: argparse.Namespace) -> int:
     tokens, hidden, intermediate, experts, top_k = options.explain
     layer = Layer(tokens, hidden, intermediate, experts, top_k, math=math)
     if layer.top_k > layer.experts:
-        options.parser.error(f"argument --explain: K {layer.top_k} is more than E {layer.experts}")
+        options.parser.error(f"argument --explain: got K {layer.top_k}, wanted at most E, {layer.experts}")
     try:
         gpu = gpus.find(options.gpu or GPU)
     except KeyError as error:

@@ -80,6 +80,9 @@ def merge_weights(
 
     Returns:
         w1 [2J, H] ([J, H]) and w2 [H, J] with J = I, or gather * I.
+
+    Raises:
+        ValueError: see `merge_experts`.
     """
     experts = w2.shape[0]
     share = _shares(load, w2)

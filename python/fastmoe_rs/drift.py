@@ -39,6 +39,7 @@ def routing_drift(before: nn.Module, after: nn.Module, *args: Any, **kwargs: Any
         args, kwargs: of both forwards.
 
     Raises:
+        TypeError: `before` or `after` is no module.
         ValueError: the models do not have the same MoE layers with as many experts, or have none.
     """
     old, new = routers(before), routers(after)
@@ -67,8 +68,13 @@ def routing_drift(before: nn.Module, after: nn.Module, *args: Any, **kwargs: Any
 def freeze_routers(model: nn.Module, frozen: bool = True) -> nn.Module:
     """Take the routers of a model out of training, or put them back; returns the model.
 
+    Args:
+        model: a module with `nn.MoE` layers, or a transformers (>= 5) model.
+        frozen: False puts them back.
+
     Raises:
-        ValueError: `model` has no MoE layer.
+        TypeError: `model` is no module.
+        ValueError: it has no MoE layer.
     """
     for router in routers(model).values():
         router.requires_grad_(not frozen)

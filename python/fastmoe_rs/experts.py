@@ -86,7 +86,15 @@ class Experts(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """The dense MLP that every token goes through, with the activation and layout of an expert."""
+    """The dense MLP that every token goes through, with the activation and layout of an expert.
+
+    Args:
+        hidden_size: H.
+        intermediate_size: I.
+        activation: see `functional.moe_mlp`.
+
+    Parameters: w1 [2I, H] ([I, H] when the activation has no gate), w2 [H, I].
+    """
 
     def __init__(
         self,
@@ -111,7 +119,11 @@ class SharedExpert(nn.Module):
         uniform_(self.w2)
 
     def forward(self, x_TH: Tensor, weights_TS: Tensor | None = None) -> Tensor:
-        """[T, H] to [T, H]; with weights [T, S] that of S experts which share the hidden units evenly."""
+        """[T, H] to [T, H]; with weights [T, S] that of S experts which share the hidden units evenly.
+
+        Raises:
+            ValueError: S does not divide I.
+        """
         hidden_TI = functional.activate(F.linear(x_TH, self.w1), self.activation)
         if weights_TS is not None:
             if hidden_TI.shape[1] % weights_TS.shape[1]:

@@ -52,4 +52,4 @@ def find(name: str) -> Gpu:
     for gpu in GPUS:
         if gpu.name.lower() == name.lower():
             return gpu
-    raise KeyError(f"no numbers of a GPU {name!r}; known are {', '.join(gpu.name for gpu in GPUS)}")
+    raise KeyError(f"got {name!r}, wanted one of {', '.join(gpu.name for gpu in GPUS)}")

@@ -1,5 +1,9 @@
 """The Mixture-of-Experts layer as a module, and what its forwards tell; all other modules are here too.
 
+A size or option that makes no sense is a ValueError, one of another type, or of an unknown name, a TypeError,
+when the module is made; forwards raise as the functions of `functional` do. `device` and `dtype` are those of
+the parameters, drawn as `nn.Linear` draws its own.
+
 Legend: T tokens, H hidden size, I intermediate size, E experts, K experts per token, C capacity of an expert.
 """
 
@@ -293,7 +297,8 @@ def collect_stats(model: nn.Module) -> Iterator[list[RoutingStats]]:
     block: torch refuses what would reach out of them. Of blocks within one another the innermost keeps.
 
     Raises:
-        ValueError: `model` has no MoE layer.
+        TypeError: `model` is no module.
+        ValueError: it has no MoE layer.
 
     Warns:
         RuntimeWarning: in training, a router that learns ran without a graph.

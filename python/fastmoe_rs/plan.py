@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from . import _native
+from ._wanted import one_of, wanted, whole
 
 Array: TypeAlias = Any  # a torch.Tensor or a numpy.ndarray, the same throughout a plan
 
@@ -111,9 +112,7 @@ class RoutingPlan:
         with a trimmed plan takes no memory for the rest. Cutting off rows in use raises ValueError where the
         plan is used.
         """
-        _whole("rows", rows)
-        if rows < 0:
-            raise ValueError(f"rows: got {rows}, wanted at least 0")
+        whole("rows", rows, least=0)
         weights = None if self.weights is None else self.weights[:rows]
         return dataclasses.replace(self, gather=self.gather[:rows], weights=weights)
 
@@ -137,7 +136,7 @@ class RoutingPlan:
             ValueError: an entry is missing or unknown.
         """
         if state.keys() != {*_TENSORS, *_NUMBERS}:
-            raise ValueError(f"state: got entries {sorted(state)}, wanted {sorted((*_TENSORS, *_NUMBERS))}")
+            wanted("state", f"entries {sorted(state)}", str(sorted((*_TENSORS, *_NUMBERS))))
         return cls(**state)
 
     def __repr__(self) -> str:
@@ -160,11 +159,6 @@ def _of_torch(array: Array) -> Array:
     return from_dlpack(array)
 
 
-def _whole(name: str, value: object) -> None:
-    if not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: got {value!r}, wanted a whole number")
-
-
 def _dtype(array: Array) -> str:
     return str(array.dtype).removeprefix("torch.")
 
@@ -181,40 +175,31 @@ def _checked(
     """ids and weights as the kernels want them, once every argument makes sense."""
     for name, array in (("ids", ids), ("weights", weights)):
         if array is not None and not hasattr(array, "dtype"):
-            raise TypeError(f"{name}: got {type(array).__name__}, wanted a torch tensor or a NumPy array")
+            wanted(name, type(array).__name__, "a torch tensor or a NumPy array", TypeError)
     if _dtype(ids) not in ("int64", "int32"):
-        raise TypeError(f"ids: got dtype {_dtype(ids)}, wanted int64 or int32")
+        wanted("ids", f"dtype {_dtype(ids)}", "int64 or int32", TypeError)
     if ids.ndim != 2 or ids.shape[1] == 0:
-        raise ValueError(f"ids: got shape {tuple(ids.shape)}, wanted [T, K] with K >= 1")
-    _whole("num_experts", num_experts)
-    if num_experts < 1:
-        raise ValueError(f"num_experts: got {num_experts}, wanted at least 1")
+        wanted("ids", f"shape {tuple(ids.shape)}", "[T, K] with K >= 1")
+    whole("num_experts", num_experts, least=1)
     if capacity is not None:
-        _whole("capacity", capacity)
-    if capacity is not None and capacity < 0:
-        raise ValueError(f"capacity: got {capacity}, wanted None or at least 0")
-    if drop not in ("position", "score"):
-        raise ValueError(f"drop: got {drop!r}, wanted 'position' or 'score'")
-    if out_of_range not in ("error", "drop"):
-        raise ValueError(f"out_of_range: got {out_of_range!r}, wanted 'error' or 'drop'")
+        whole("capacity", capacity, least=0)
+    one_of("drop", drop, ("position", "score"))
+    one_of("out_of_range", out_of_range, ("error", "drop"))
     if drop == "score" and weights is None:
-        raise ValueError("weights: got None, wanted the routing weights [T, K] that drop='score' compares")
+        wanted("weights", None, "the routing weights [T, K] that drop='score' compares")
     if pad and capacity is None:
-        raise ValueError("capacity: got None, wanted the rows per expert that pad=True fills up to")
+        wanted("capacity", None, "the rows per expert that pad=True fills up to")
     if weights is None:
         return _dense(ids, None), None
     if weights.shape != ids.shape:
-        raise ValueError(f"weights: got shape {tuple(weights.shape)}, wanted that of ids, {tuple(ids.shape)}")
+        wanted("weights", f"shape {tuple(weights.shape)}", f"that of ids, {tuple(ids.shape)}")
     if _is_numpy(ids) != _is_numpy(weights):
-        raise TypeError(
-            "weights: got a torch tensor and a NumPy array for ids and weights, wanted the same kind"
-        )
+        given = "a NumPy array beside torch ids" if _is_numpy(weights) else "a torch tensor beside NumPy ids"
+        wanted("weights", given, "the same kind", TypeError)
     if "float" not in _dtype(weights):
-        raise TypeError(f"weights: got dtype {_dtype(weights)}, wanted a float dtype")
+        wanted("weights", f"dtype {_dtype(weights)}", "a float dtype", TypeError)
     if not _is_numpy(ids) and ids.device != weights.device:
-        raise ValueError(
-            f"weights: got a tensor on {weights.device}, wanted one on {ids.device}, where ids is"
-        )
+        wanted("weights", f"a tensor on {weights.device}", f"one on {ids.device}, where ids is")
     return _dense(ids, None), _dense(weights, "float64" if _dtype(weights) == "float64" else "float32")
 
 

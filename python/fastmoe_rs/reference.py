@@ -9,7 +9,7 @@ weighted sum.
 
 Everything here has the signature of its counterpart in `fastmoe_rs.functional`, works on any device, is
 differentiable by ordinary autograd as often as you like, and runs in the dtype of its input, float64
-included. It is slow on purpose.
+included. It is slow on purpose, and checks nothing but ids, which raise ValueError out of range.
 
 Legend: T tokens, H hidden size, I intermediate size, E experts, K experts per token, R = T*K routed rows,
 C rows an expert may take (capacity), N output columns.
@@ -167,7 +167,7 @@ def plan(
     flat_ids = ids_TK.reshape(-1).long()
     in_range = (flat_ids >= 0) & (flat_ids < num_experts)
     if out_of_range == "error" and not in_range.all():
-        raise ValueError("ids: out of range")
+        raise ValueError(f"ids: got {flat_ids[~in_range][0]}, wanted 0 to {num_experts - 1}")
     expert = torch.where(in_range, flat_ids, num_experts)  # expert E takes what is dropped
 
     if capacity is not None:

@@ -34,7 +34,8 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, RoutingPlan]]:
             there is no global state. Enter the block before compiling.
 
     Raises:
-        ValueError: `model` has no MoE layer.
+        TypeError: `model` is no module.
+        ValueError: it has no MoE layer.
     """
     recorded: dict[str, RoutingPlan] = {}
     ours = moe_layers(model)
@@ -68,6 +69,7 @@ def replay_routing(model: nn.Module, recorded: Mapping[str, RoutingPlan]) -> Ite
             `RoutingPlan.from_ids`.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: the names of the MoE layers are not those recorded; or, in a forward, a layer gets another
             number of tokens than its plan has, or the router of a transformers model does not pick by top-k
             (on a GPU, which a forward does not wait for, raised at the end of the block).
@@ -95,15 +97,25 @@ def replay_routing(model: nn.Module, recorded: Mapping[str, RoutingPlan]) -> Ite
 
 
 def save_routing(recorded: Mapping[str, RoutingPlan], path: str | Path) -> None:
-    """Write recorded plans to a file that `load_routing` reads."""
+    """Write recorded plans to a file that `load_routing` reads.
+
+    Args:
+        recorded: what `record_routing` gave.
+        path: the file; one that is there is replaced.
+    """
     torch.save({name: plan.state_dict() for name, plan in recorded.items()}, path)
 
 
 def load_routing(path: str | Path, device: torch.device | str = "cpu") -> dict[str, RoutingPlan]:
-    """Read what `save_routing` wrote, onto a device. No code in the file is run.
+    """Read what `save_routing` wrote. No code in the file is run.
+
+    Args:
+        path: the file.
+        device: where the plans go.
 
     Raises:
-        ValueError: the file holds something else.
+        OSError: there is no such file.
+        ValueError: it holds something else.
     """
     try:
         states = torch.load(path, map_location=device, weights_only=True)

@@ -66,7 +66,10 @@ class Heatmap:
     """Keeps the load of every expert, and draws it over layers and time.
 
     Args:
-        path: the PNG that `save` writes.
+        path: the PNG that `save` writes, which needs matplotlib.
+
+    Raises:
+        ValueError: `save` is called before a record has come.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -86,6 +86,6 @@ class Count:
         touched = routed.total * (1 - (1 - self.top_k / self.experts) ** tokens)
         return (self.active - self.lookup - routed.active + touched) / tokens * bits / 8
 
-    def cache_read(self, context: int, bits: int = 16) -> float:
-        """Bytes of the `context` keys and values that one token reads, the latent ones in case of MLA."""
-        return context * self.cache * bits / 8
+    def cache_read(self, context: int) -> int:
+        """Bytes of 16-bit keys and values that one token reads behind `context`, the latent ones of MLA."""
+        return 2 * context * self.cache

@@ -119,6 +119,9 @@ class Counters:
     Args:
         num_experts: E.
         device: where the layer is.
+
+    Attributes:
+        mask: which tokens count, see `Watch.masked`; None for all.
     """
 
     def __init__(self, num_experts: int, device: torch.device) -> None:
@@ -162,14 +165,16 @@ class Counters:
         )
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All sums, to be added up over ranks or set to zero."""
         return self.routes, self.counts, self.sums
 
 
 class Watch:
     """The counters of all layers of a model; made by `watch`.
 
-    Attributes:
+    Args:
         counters: by the name of the layer.
+        release: called by `close`.
     """
 
     def __init__(self, counters: dict[str, Counters], release: Callable[[], None]) -> None:
@@ -259,7 +264,8 @@ def watch(model: nn.Module) -> Watch:
             watch it before compiling.
 
     Raises:
-        ValueError: `model` has no Mixture-of-Experts layer, or a `nn.MoE` that is watched already.
+        TypeError: `model` is no module.
+        ValueError: it has no Mixture-of-Experts layer, or a `nn.MoE` that is watched already.
     """
     from . import layers
     from .nn import moe_layers

@@ -190,7 +190,7 @@ def upcycle_model(model: nn.Module, num_experts: int, top_k: int, *, every: int 
 
 
 def is_dense_mlp(module: nn.Module) -> bool:
-    """Whether `dense_mlp` reads it."""
+    """Whether `dense_mlp` reads the module."""
     try:
         return isinstance(module, SharedExpert) or bool(_projections(module) and _activation(module))
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-//! At most C rows per expert: which rows stay, and how large C is.
+//! At most C rows per expert: which rows stay.
 
 use crate::error::named;
 use crate::float::best_first;
@@ -34,28 +34,6 @@ pub struct Capacity {
     pub drop: Drop,
     /// Give every expert exactly C sorted rows, the unused ones at its end.
     pub pad: bool,
-}
-
-impl Capacity {
-    /// `C = ceil(factor * T * K / E)`: the rows of an expert under perfect balance, times a margin.
-    ///
-    /// For K = 1 this is equation 3 of Fedus et al., Switch Transformers (2021); for K = 2 and factor 1 the `2N/E`
-    /// of Lepikhin et al., GShard (2020).
-    ///
-    /// # Errors
-    /// [`Error::CapacityFactor`] when the factor is negative or not finite, or C does not fit 32 bits.
-    pub fn rows_from_factor(
-        factor: f64,
-        tokens: usize,
-        top_k: usize,
-        experts: usize,
-    ) -> Result<usize, Error> {
-        let rows = (factor * tokens as f64 * top_k as f64 / experts.max(1) as f64).ceil();
-        if factor >= 0.0 && rows <= f64::from(i32::MAX) {
-            return Ok(rows as usize);
-        }
-        Err(Error::CapacityFactor { given: factor })
-    }
 }
 
 /// The ids with -1 in place of every id whose row loses its seat to rows of higher weight.

@@ -4,7 +4,7 @@
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Error {
     /// A name that is none of the known ones.
-    #[error("{argument}: got {given:?}, wanted one of {wanted}")]
+    #[error("{argument}: got '{given}', wanted one of {wanted}")]
     Name {
         /// The argument.
         argument: &'static str,
@@ -14,7 +14,7 @@ pub enum Error {
         wanted: String,
     },
     /// K is zero, or larger than E where the experts of a token are distinct.
-    #[error("top_k: got {given}, wanted 1 to {experts} (the number of experts)")]
+    #[error("top_k: got {given}, wanted 1 to {experts}, the number of experts")]
     TopK {
         /// K.
         given: usize,
@@ -40,12 +40,6 @@ pub enum Error {
         given: f64,
         /// The numbers that would be right.
         wanted: &'static str,
-    },
-    /// The capacity factor is negative, not finite, or too large.
-    #[error("capacity_factor: got {given}, wanted a finite number >= 0 whose capacity fits 32 bits")]
-    CapacityFactor {
-        /// The factor.
-        given: f64,
     },
     /// An array has the wrong number of elements.
     #[error("{argument}: got {given} elements, wanted {wanted}")]
@@ -136,7 +130,7 @@ pub(crate) fn named<T: Copy>(argument: &'static str, given: &str, known: &[(&str
     match known.iter().find(|(name, _)| *name == given) {
         Some(&(_, value)) => Ok(value),
         None => {
-            let names: Vec<_> = known.iter().map(|(name, _)| format!("{name:?}")).collect();
+            let names: Vec<_> = known.iter().map(|(name, _)| format!("'{name}'")).collect();
             Err(Error::Name { argument, given: given.into(), wanted: names.join(", ") })
         }
     }

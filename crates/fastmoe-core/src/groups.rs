@@ -72,17 +72,17 @@ impl Groups {
         let Self { n_group, topk_group, .. } = *self;
         let wrong = |argument, given, wanted| Err(Error::Groups { argument, given, wanted });
         if n_group == 0 || !experts.is_multiple_of(n_group) {
-            return wrong("n_group", n_group, format!("a divisor of {experts} (the number of experts)"));
+            return wrong("n_group", n_group, format!("a divisor of {experts}, the number of experts"));
         }
         if !(1..=n_group).contains(&topk_group) {
-            return wrong("topk_group", topk_group, format!("1 to {n_group} (n_group)"));
+            return wrong("topk_group", topk_group, format!("1 to {n_group}, the number of groups"));
         }
         let size = experts / n_group;
         if self.score == GroupScore::Top2 && size < 2 {
-            return wrong("n_group", n_group, "groups of at least 2 experts for group_score \"top2\"".into());
+            return wrong("n_group", n_group, "groups of at least 2 experts for group_score='top2'".into());
         }
         if top_k > topk_group * size {
-            let wanted = format!("1 to {} (the experts in topk_group groups)", topk_group * size);
+            let wanted = format!("1 to {}, the experts in topk_group groups", topk_group * size);
             return wrong("top_k", top_k, wanted);
         }
         Ok(())

@@ -159,7 +159,7 @@ impl PlanSpec {
     fn check_weights(&self, has_weights: bool, wants_weights: bool) -> Result<(), Error> {
         let by_score = self.capacity.is_some_and(|capacity| capacity.drop == Drop::Score);
         match (by_score, wants_weights) {
-            (true, _) if !has_weights => Err(Error::MissingWeights { needed_by: "drop=\"score\"" }),
+            (true, _) if !has_weights => Err(Error::MissingWeights { needed_by: "drop='score'" }),
             (_, true) if !has_weights => Err(Error::MissingWeights { needed_by: "sorted_weights" }),
             _ => Ok(()),
         }

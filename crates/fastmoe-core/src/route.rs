@@ -71,11 +71,15 @@ impl Router {
         }
         let eps = self.renormalize_eps;
         if !(eps >= 0.0 && eps.is_finite()) {
-            let wanted = "a finite number >= 0";
+            let wanted = "a finite number of at least 0";
             return Err(Error::Number { argument: "renormalize_eps", given: eps, wanted });
         }
         if let Some(given) = self.softcap.filter(|&cap| !(cap > 0.0 && cap.is_finite())) {
-            return Err(Error::Number { argument: "softcap", given, wanted: "a finite number > 0" });
+            return Err(Error::Number {
+                argument: "softcap",
+                given,
+                wanted: "a finite number of more than 0",
+            });
         }
         self.groups.map_or(Ok(()), |groups| groups.check(experts, self.top_k))
     }

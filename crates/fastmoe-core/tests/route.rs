@@ -148,7 +148,7 @@ fn top_k_must_be_one_to_all_experts() {
     assert_eq!(softmax(0).check(4), Err(Error::TopK { given: 0, experts: 4 }));
     assert_eq!(
         softmax(5).check(4).unwrap_err().to_string(),
-        "top_k: got 5, wanted 1 to 4 (the number of experts)"
+        "top_k: got 5, wanted 1 to 4, the number of experts"
     );
     assert!(softmax(1).check(0).is_err());
 }
@@ -162,11 +162,11 @@ fn names_parse() {
     assert_eq!("topk_score".parse(), Ok(Order::TopkScore));
     assert_eq!(
         "tanh".parse::<Score>().unwrap_err().to_string(),
-        "score: got \"tanh\", wanted one of \"softmax\", \"sigmoid\", \"sqrt_softplus\""
+        "score: got 'tanh', wanted one of 'softmax', 'sigmoid', 'sqrt_softplus'"
     );
     assert_eq!(
         "both".parse::<Order>().unwrap_err().to_string(),
-        "order: got \"both\", wanted one of \"score_topk\", \"topk_score\""
+        "order: got 'both', wanted one of 'score_topk', 'topk_score'"
     );
     assert_eq!("top2".parse(), Ok(GroupScore::Top2));
     assert_eq!("max".parse(), Ok(GroupScore::Max));
@@ -174,11 +174,11 @@ fn names_parse() {
     assert_eq!("zero".parse(), Ok(GroupLosers::Zero));
     assert_eq!(
         "sum".parse::<GroupScore>().unwrap_err().to_string(),
-        "group_score: got \"sum\", wanted one of \"top2\", \"max\""
+        "group_score: got 'sum', wanted one of 'top2', 'max'"
     );
     assert_eq!(
         "nan".parse::<GroupLosers>().unwrap_err().to_string(),
-        "group_losers: got \"nan\", wanted one of \"-inf\", \"zero\""
+        "group_losers: got 'nan', wanted one of '-inf', 'zero'"
     );
 }
 
@@ -240,21 +240,21 @@ fn numbers_out_of_range_are_refused() {
     let groups = |n_group, topk_group| Groups { n_group, topk_group, ..GROUPS };
     assert_eq!(
         refused(Router { softcap: Some(0.0), ..softmax(1) }),
-        "softcap: got 0, wanted a finite number > 0"
+        "softcap: got 0, wanted a finite number of more than 0"
     );
     assert_eq!(
         refused(Router { renormalize_eps: -1.0, ..softmax(1) }),
-        "renormalize_eps: got -1, wanted a finite number >= 0"
+        "renormalize_eps: got -1, wanted a finite number of at least 0"
     );
     for (router, message) in [
-        (grouped(1, groups(0, 1)), "n_group: got 0, wanted a divisor of 6 (the number of experts)"),
-        (grouped(1, groups(4, 1)), "n_group: got 4, wanted a divisor of 6 (the number of experts)"),
-        (grouped(1, groups(3, 4)), "topk_group: got 4, wanted 1 to 3 (n_group)"),
+        (grouped(1, groups(0, 1)), "n_group: got 0, wanted a divisor of 6, the number of experts"),
+        (grouped(1, groups(4, 1)), "n_group: got 4, wanted a divisor of 6, the number of experts"),
+        (grouped(1, groups(3, 4)), "topk_group: got 4, wanted 1 to 3, the number of groups"),
         (
             grouped(1, groups(6, 2)),
-            "n_group: got 6, wanted groups of at least 2 experts for group_score \"top2\"",
+            "n_group: got 6, wanted groups of at least 2 experts for group_score='top2'",
         ),
-        (grouped(3, groups(3, 1)), "top_k: got 3, wanted 1 to 2 (the experts in topk_group groups)"),
+        (grouped(3, groups(3, 1)), "top_k: got 3, wanted 1 to 2, the experts in topk_group groups"),
     ] {
         assert_eq!(refused(router), message);
     }

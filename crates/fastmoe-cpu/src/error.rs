@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// `FASTMOE_CPU_ISA` names no instruction set of this machine.
-    #[error("FASTMOE_CPU_ISA: expected one of {available}, got {given:?}")]
+    #[error("FASTMOE_CPU_ISA: got '{given}', wanted one of {available}")]
     Isa {
         /// The name given.
         given: String,
@@ -15,7 +15,7 @@ pub enum Error {
         available: String,
     },
     /// `FASTMOE_CACHE_MB` is no number.
-    #[error("FASTMOE_CACHE_MB: expected a whole number of MiB, got {given:?}")]
+    #[error("FASTMOE_CACHE_MB: got '{given}', wanted a whole number of MiB")]
     CacheSize {
         /// The text given.
         given: String,

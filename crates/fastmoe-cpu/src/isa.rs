@@ -153,6 +153,6 @@ mod tests {
         assert_eq!(choose(Some("portable")), Ok(Isa::Portable));
         assert_eq!(choose(None), choose(Some("")));
         let text = choose(Some("sse9")).unwrap_err().to_string();
-        assert!(text.contains("FASTMOE_CPU_ISA") && text.contains("\"sse9\"") && text.contains("portable"));
+        assert!(text.contains("FASTMOE_CPU_ISA") && text.contains("'sse9'") && text.contains("portable"));
     }
 }

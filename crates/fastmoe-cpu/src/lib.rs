@@ -54,7 +54,7 @@ use fastmoe_core::Update;
 /// checked by `fastmoe_core::validate_plan`.
 pub unsafe fn mlp_forward(p: &Mlp<'_>, out: PtrMut, hidden: Option<PtrMut>) -> Result<(), Error> {
     use forward::forward;
-    // SAFETY: as promised by the caller.
+    // SAFETY: as promised by the caller; the instruction set is one that this machine has.
     catch(|| unsafe { dispatch!(p.dtype, forward(p, out, hidden)) })
 }
 
@@ -64,7 +64,7 @@ pub unsafe fn mlp_forward(p: &Mlp<'_>, out: PtrMut, hidden: Option<PtrMut>) -> R
 /// As `mlp_forward`, for the gradients too.
 pub unsafe fn mlp_backward(p: &Mlp<'_>, hidden: Ptr, grad_out: Ptr, grads: &MlpGrads) -> Result<(), Error> {
     use backward::backward;
-    // SAFETY: as promised by the caller.
+    // SAFETY: as promised by the caller; the instruction set is one that this machine has.
     catch(|| unsafe { dispatch!(p.dtype, backward(p, hidden, grad_out, grads)) })
 }
 
@@ -80,7 +80,7 @@ pub unsafe fn grouped_mm(
     out: PtrMut,
 ) -> Result<(), Error> {
     use grouped::grouped;
-    // SAFETY: as promised by the caller.
+    // SAFETY: as promised by the caller; the instruction set is one that this machine has.
     catch(|| unsafe { dispatch!(p.dtype, grouped(p, x, w, bias, out)) })
 }
 
@@ -96,17 +96,18 @@ pub unsafe fn grouped_mm_grad_weight(
     grad_bias: Option<PtrMut>,
 ) -> Result<(), Error> {
     use grouped::grouped_grad_weight;
-    // SAFETY: as promised by the caller.
+    // SAFETY: as promised by the caller; the instruction set is one that this machine has.
     catch(|| unsafe { dispatch!(p.dtype, grouped_grad_weight(p, grad_out, x, grad_w, grad_bias)) })
 }
 
 /// `out[t] = sum_k weights[t,k] y[inverse[t,k]]`; -1 adds nothing.
 ///
 /// # Safety
-/// Every pointer is valid for the sizes in `p`; `out` has a row for each token and overlaps nothing.
+/// Every pointer is valid for the sizes in `p`; `inverse` holds rows of `y` and -1; `out` has a row for each token and
+/// overlaps nothing.
 pub unsafe fn unpermute(dtype: DType, p: &Unpermute<'_>, out: PtrMut) -> Result<(), Error> {
     use permute::unpermute;
-    // SAFETY: as promised by the caller.
+    // SAFETY: as promised by the caller; the instruction set is one that this machine has.
     catch(|| unsafe { dispatch!(dtype, unpermute(p, out)) })
 }
 
@@ -124,7 +125,7 @@ pub unsafe fn unpermute_backward(
     grad_weights: Option<PtrMut>,
 ) -> Result<(), Error> {
     use permute::unpermute_backward;
-    // SAFETY: as promised by the caller.
+    // SAFETY: as promised by the caller; the instruction set is one that this machine has.
     catch(|| unsafe { dispatch!(dtype, unpermute_backward(p, grad_out, gather, grad_y, grad_weights)) })
 }
 
@@ -134,7 +135,7 @@ pub unsafe fn unpermute_backward(
 /// Every pointer is valid for the sizes in `p`; the outputs overlap nothing.
 pub unsafe fn route(dtype: DType, p: &Route<'_>) -> Result<(), Error> {
     use route::route;
-    // SAFETY: as promised by the caller.
+    // SAFETY: as promised by the caller; the instruction set is one that this machine has.
     catch(|| unsafe { dispatch!(dtype, route(p)) })
 }
 
@@ -145,6 +146,6 @@ pub unsafe fn route(dtype: DType, p: &Route<'_>) -> Result<(), Error> {
 /// overlap nothing.
 pub unsafe fn route_backward(dtype: DType, p: &RouteGrad<'_>) -> Result<(), Error> {
     use route::route_backward;
-    // SAFETY: as promised by the caller.
+    // SAFETY: as promised by the caller; the instruction set is one that this machine has.
     catch(|| unsafe { dispatch!(dtype, route_backward(p)) })
 }

@@ -252,7 +252,7 @@ mod tests {
         assert_eq!(limit(Some("")), limit(None));
         for given in ["2GB", "-1", "1.5"] {
             let error = limit(Some(given)).unwrap_err().to_string();
-            assert_eq!(error, format!("FASTMOE_CACHE_MB: expected a whole number of MiB, got {given:?}"));
+            assert_eq!(error, format!("FASTMOE_CACHE_MB: got '{given}', wanted a whole number of MiB"));
         }
     }
 }

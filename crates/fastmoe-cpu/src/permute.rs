@@ -30,15 +30,19 @@ impl<E> Table<E> {
         Self { start: p.cast(), cols }
     }
 
+    /// # Safety
+    /// The row exists, and nothing writes it for as long as it is borrowed.
     #[inline(always)]
     unsafe fn row<'a>(&self, r: usize) -> &'a [E] {
-        // SAFETY: the caller's row exists and no one writes it.
+        // SAFETY: as promised by the caller; any bits are a number.
         unsafe { std::slice::from_raw_parts(self.start.add(r * self.cols), self.cols) }
     }
 
+    /// # Safety
+    /// The row exists, and the caller's task alone reads or writes it for as long as it is borrowed.
     #[inline(always)]
     unsafe fn row_mut<'a>(&self, r: usize) -> &'a mut [E] {
-        // SAFETY: the caller's row exists and is this task's alone.
+        // SAFETY: as promised by the caller; any bits are a number.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(r * self.cols), self.cols) }
     }
 }
@@ -50,7 +54,7 @@ fn ranges(threads: Threads, rows: usize, task: impl Fn(Range<usize>) + Sync) {
 /// `out[r] = x[gather[r]]`, zeros where -1.
 ///
 /// # Safety
-/// The pointers are valid for the rows that `gather` names.
+/// `x` has the rows that `gather` names, `out` one for each of its entries, and `out` overlaps nothing.
 pub unsafe fn permute(size: usize, cols: usize, x: Ptr, gather: &[i32], out: PtrMut, threads: Threads) {
     let (x, out) = (Table::<u8>::input(x, cols * size), Table::<u8>::output(out, cols * size));
     ranges(threads, gather.len(), |rows| {

@@ -86,7 +86,7 @@ pub enum Error {
         name: String,
     },
     /// More than the kernels can count, or hold.
-    #[error("{what}: expected at most {limit} on a GPU, got {given}")]
+    #[error("{what}: got {given}, wanted at most {limit} on a GPU")]
     TooLarge {
         /// The size.
         what: &'static str,

@@ -129,7 +129,7 @@ fn groups_want_experts_that_the_kernel_keeps() {
     assert_eq!(route(1024, true).unwrap(), ["route_f32"]);
     assert_eq!(route(5000, false).unwrap(), ["route_f32"]);
     let error = route(1026, true).unwrap_err();
-    assert_eq!(error.to_string(), "E (experts) that are in groups: expected at most 1024 on a GPU, got 1026");
+    assert_eq!(error.to_string(), "E (experts) that are in groups: got 1026, wanted at most 1024 on a GPU");
 }
 
 #[test]

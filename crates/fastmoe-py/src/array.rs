@@ -36,7 +36,7 @@ impl Array {
             return Self::from_interface(&interface);
         }
         let given = object.get_type().name()?;
-        Err(Error::Type(format!("{name}: expected a torch.Tensor or NumPy array, got {given}")))
+        Err(Error::wrong_type(name, given, "a torch.Tensor or NumPy array"))
     }
 
     fn from_table(name: &str, object: &Bound<'_, PyAny>, table: Exchange) -> Result<Self> {
@@ -46,7 +46,8 @@ impl Array {
         let rank = view.ndim as usize;
         let dims = |dims: *mut i64| match rank {
             0 => Dims::new(),
-            // SAFETY: DLPack gives `ndim` sizes and as many strides, alive until control returns to Python.
+            // SAFETY: DLPack gives `ndim` sizes and, since 1.2, always as many strides, alive until control returns to
+            // Python.
             _ => Dims::from_slice(unsafe { std::slice::from_raw_parts(dims, rank) }),
         };
         let Some(place) = Place::of(view.device) else { return Err(not_in_memory(name, object)?) };
@@ -131,5 +132,5 @@ fn not_in_memory(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Error> {
     } else {
         format!("a {layout} {kind} on device {device}")
     };
-    Ok(Error::Value(format!("{name}: expected a dense tensor in CPU or CUDA memory, got {given}")))
+    Ok(Error::wrong_value(name, given, "a dense tensor in CPU or CUDA memory"))
 }

@@ -5,9 +5,9 @@ use pyo3::intern;
 use pyo3::prelude::*;
 
 use crate::element::Element;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::place::Place;
-use crate::tensor::{Tensor, common_place};
+use crate::tensor::{Tensor, common_place, wrong_dtype};
 
 /// A backend, with what it needs to begin.
 pub enum Backend {
@@ -110,11 +110,10 @@ impl Tensor {
             Element::F32 => Ok(CudaType::F32),
             Element::Bf16 => Ok(CudaType::Bf16),
             Element::F16 => Ok(CudaType::F16),
-            other => Err(Error::Type(format!(
-                "{}: expected dtype float32, bfloat16 or float16 on a GPU, got {}; the CPU backend has float64",
-                self.name(),
-                other.name()
-            ))),
+            given => {
+                let wanted = "float32, bfloat16 or float16 on a GPU; the CPU backend has float64";
+                Err(wrong_dtype(self.name(), given, wanted))
+            }
         }
     }
 }

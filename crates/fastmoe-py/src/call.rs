@@ -19,7 +19,7 @@ pub fn at_least(name: &str, least: i64, given: i64) -> Result<usize> {
     if given >= least {
         Ok(given as usize)
     } else {
-        Err(Error::Value(format!("{name}: expected an int >= {least}, got {given}")))
+        Err(Error::wrong_value(name, given, format!("at least {least}")))
     }
 }
 
@@ -61,5 +61,5 @@ pub fn update(grad: &Tensor, dtype: DType, adds: bool) -> Result<Update> {
 /// An input that other arguments make optional, and which these ones need.
 pub fn required_input(name: &'static str, object: Option<&Bound<'_, PyAny>>) -> Result<Tensor> {
     optional_input(name, object)?
-        .ok_or_else(|| Error::Type(format!("{name}: expected a torch.Tensor or NumPy array, got NoneType")))
+        .ok_or_else(|| Error::wrong_type(name, "None", "a torch.Tensor or NumPy array"))
 }

@@ -85,7 +85,7 @@ pub fn mlp_launches<'py>(
     let (tokens, top_k) = (at_least("tokens", 1, tokens)?, at_least("top_k", 1, top_k)?);
     let sizes = Sizes {
         math: Math::from_name(math).ok_or_else(|| {
-            Error::Value(format!("math: expected 'bf16', 'f16', 'f32' or 'tf32', got '{math}'"))
+            Error::wrong_value("math", format!("'{math}'"), "'bf16', 'f16', 'f32' or 'tf32'")
         })?,
         tokens,
         rows: tokens.saturating_mul(top_k),

@@ -58,11 +58,18 @@ pub struct DLManagedTensorVersioned {
     pub dl_tensor: DLTensor,
 }
 
-/// The functions that we do not call are kept as plain addresses.
+/// What the table of every version begins with.
+#[repr(C)]
+struct ExchangeHeader {
+    version: DLPackVersion,
+    prev_api: *const ExchangeHeader,
+}
+
+/// The table of version 1, whose functions are there but for the one that is an `Option`. Those that we do not call are
+/// kept as plain addresses.
 #[repr(C)]
 struct ExchangeApi {
-    version: DLPackVersion,
-    prev_api: *const ExchangeApi,
+    _header: ExchangeHeader,
     managed_tensor_allocator: unsafe extern "C" fn(
         *mut DLTensor,
         *mut *mut DLManagedTensorVersioned,
@@ -115,15 +122,19 @@ impl Exchange {
             return Ok(None);
         };
         let table = capsule.cast::<PyCapsule>()?.pointer_checked(Some(c"dlpack_exchange_api"))?;
-        let mut table = table.cast::<ExchangeApi>().as_ptr().cast_const();
+        let mut table = table.cast::<ExchangeHeader>().as_ptr().cast_const();
         loop {
-            // SAFETY: the protocol keeps the tables of a chain alive and unchanged for the life of the
-            // process; version and prev_api are the stable head of every one of them.
-            let Some(head) = (unsafe { table.as_ref() }) else { return Ok(None) };
-            match head.version.major {
-                1 => return Ok(head.dltensor_from_py_object.map(|_| Self(head))),
+            // SAFETY: the protocol keeps the tables of a chain alive and unchanged for the life of the process, and each
+            // begins with a header; the last one's `prev_api` is null.
+            let Some(header) = (unsafe { table.as_ref() }) else { return Ok(None) };
+            match header.version.major {
+                1 => {
+                    // SAFETY: as above, and this is the table of version 1.
+                    let api = unsafe { &*table.cast::<ExchangeApi>() };
+                    return Ok(api.dltensor_from_py_object.map(|_| Self(api)));
+                }
                 0 => return Ok(None),
-                _ => table = head.prev_api,
+                _ => table = header.prev_api,
             }
         }
     }
@@ -150,7 +161,7 @@ impl Exchange {
     /// The stream on which the tensor library works on a device now.
     pub fn stream(self, device: DLDevice) -> Result<*mut c_void, String> {
         let mut stream = ptr::null_mut();
-        // SAFETY: the output points to a local.
+        // SAFETY: the function takes any device, and the output points to a local.
         match unsafe { (self.0.current_work_stream)(device.kind, device.index, &mut stream) } {
             0 => Ok(stream),
             _ => Err(format!("no current stream on device {}", device.index)),
@@ -172,7 +183,8 @@ impl Exchange {
             byte_offset: 0,
         };
         let mut out = ptr::null_mut();
-        // SAFETY: prototype and output are locals that outlive the call.
+        // SAFETY: the prototype, its shape and strides, and the output are locals that outlive the call; `ignore` has the
+        // signature of an error handler.
         let status =
             unsafe { (self.0.managed_tensor_allocator)(&mut prototype, &mut out, ptr::null_mut(), ignore) };
         NonNull::new(out).filter(|_| status == 0).map(Allocation)
@@ -192,7 +204,7 @@ impl Exchange {
         if unsafe { (self.0.managed_tensor_to_py_object)(tensor.as_ptr(), &mut object) } != 0 {
             return Err(PyErr::fetch(py));
         }
-        // SAFETY: the protocol returns a new reference.
+        // SAFETY: the protocol returns a new reference, and pyo3 looks for null.
         unsafe { Bound::from_owned_ptr_or_err(py, object.cast::<ffi::PyObject>()) }
     }
 }

@@ -1,5 +1,7 @@
 //! The one place where Rust errors become Python exceptions.
 
+use std::fmt::Display;
+
 use pyo3::exceptions::{PyMemoryError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyType;
@@ -21,6 +23,16 @@ pub enum Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
+    /// A `ValueError` in the words that every message has.
+    pub fn wrong_value(name: &str, given: impl Display, wanted: impl Display) -> Self {
+        Self::Value(format!("{name}: got {given}, wanted {wanted}"))
+    }
+
+    /// A `TypeError` in the same words.
+    pub fn wrong_type(name: &str, given: impl Display, wanted: impl Display) -> Self {
+        Self::Type(format!("{name}: got {given}, wanted {wanted}"))
+    }
+
     /// Adds a remedy where it applies.
     pub fn hint(self, applies: bool, remedy: &str) -> Self {
         match self {

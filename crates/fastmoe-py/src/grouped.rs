@@ -140,7 +140,7 @@ pub fn grouped_mm_grad_weight(
         let scratch = if bias.is_some() { GradBias::scratch(rows, experts, outer) } else { 0 };
         return device.run(py, scratch, |queue| {
             check_indices(queue, [&offsets], |[offsets]| validate_offsets(offsets, rows))?;
-            // SAFETY: as above.
+            // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
             unsafe {
                 weight.launch(queue)?;
                 bias.map_or(Ok(()), |bias| bias.launch(queue)).map_err(Into::into)

@@ -62,12 +62,11 @@ impl Layout {
         let given = activation;
         let activation = Activation::from_name(given).ok_or_else(|| {
             let names: Vec<_> = Activation::ALL.iter().map(|(name, _)| format!("'{name}'")).collect();
-            Error::Value(format!("activation: expected one of {}, got '{given}'", names.join(", ")))
+            Error::wrong_value("activation", format!("'{given}'"), format!("one of {}", names.join(", ")))
         })?;
         if interleaved && !activation.gated() {
-            return Err(Error::Value(format!(
-                "interleaved: expected False for the ungated activation '{given}', got True"
-            )));
+            let wanted = format!("False, because '{given}' has no gate to interleave");
+            return Err(Error::wrong_value("interleaved", "True", wanted));
         }
         Ok(Self { activation, transposed, interleaved })
     }

@@ -25,7 +25,7 @@ struct Lease {
 #[pyfunction]
 pub fn empty<'py>(py: Python<'py>, shape: Vec<i64>, dtype: &str) -> Result<Bound<'py, PyAny>> {
     let element = Element::from_name(dtype).filter(|e| e.float().is_some()).ok_or_else(|| {
-        Error::Value(format!("dtype: expected 'float32', 'float64', 'bfloat16' or 'float16', got '{dtype}'"))
+        Error::wrong_value("dtype", format!("'{dtype}'"), "'float32', 'float64', 'bfloat16' or 'float16'")
     })?;
     pooled(py, shape, element)
 }
@@ -44,7 +44,7 @@ fn pooled(py: Python<'_>, shape: Vec<i64>, element: Element) -> Result<Bound<'_,
         .try_fold(element.bytes(), |bytes, &n| bytes.checked_mul(usize::try_from(n).ok()?.max(1)))
         .filter(|&bytes| bytes <= isize::MAX as usize)
         .ok_or_else(|| {
-            Error::Value(format!("shape: expected sizes >= 0 that fit in memory, got {shape:?}"))
+            Error::wrong_value("shape", format!("{shape:?}"), "sizes of at least 0 that fit in memory")
         })?;
     let bytes = if shape.contains(&0) { 0 } else { bytes };
     match Exchange::of(tensor_type(py)?)? {
@@ -61,11 +61,14 @@ fn pooled(py: Python<'_>, shape: Vec<i64>, element: Element) -> Result<Bound<'_,
     }
 }
 
+/// Give the memory that waits in the CPU backend's pool back to the system.
 #[pyfunction]
 pub fn empty_cache(py: Python<'_>) {
     py.detach(memory::empty_cache);
 }
 
+/// The counters of the CPU backend's pool: `cached_bytes` that wait, `used_bytes`, and the requests that were served from
+/// it (`hits`) or not (`misses`).
 #[pyfunction]
 pub fn memory_stats(py: Python<'_>) -> Result<Bound<'_, PyDict>> {
     let stats = memory::stats();

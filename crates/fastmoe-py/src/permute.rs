@@ -85,7 +85,7 @@ pub fn unpermute(
         };
         return device.run(py, 0, |queue| {
             check_indices(queue, [&inverse], |[inverse]| validate_inverse(inverse, top_k, rows))?;
-            // SAFETY: as above.
+            // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
             unsafe { problem.launch(queue) }.map_err(Into::into)
         });
     }
@@ -152,7 +152,7 @@ pub fn unpermute_backward(
             check_indices(queue, [&gather, &inverse], |[gather, inverse]| {
                 validate_plan(tokens, top_k, 1, &[0, rows as i32], gather, inverse)
             })?;
-            // SAFETY: as above.
+            // SAFETY: dtypes, shapes and separate memory were checked; torch keeps the memory for the stream.
             unsafe { problem.launch(queue) }.map_err(Into::into)
         });
     }

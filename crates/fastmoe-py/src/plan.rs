@@ -9,7 +9,7 @@ use crate::backend::{Backend, buffer};
 use crate::call::{at_least, compute, optional_input, optional_output, threads};
 use crate::element::{Element, Scalar};
 use crate::error::{Error, Result};
-use crate::tensor::{Tensor, disjoint};
+use crate::tensor::{Tensor, disjoint, wrong_dtype};
 
 #[pyfunction]
 #[pyo3(signature = (
@@ -36,7 +36,7 @@ pub fn plan(
     let experts = at_least("num_experts", 1, num_experts)?;
     let capacity = capacity.map(|rows| at_least("capacity", 0, rows)).transpose()?;
     if pad && capacity.is_none() {
-        return Err(Error::Value("pad: expected False without a capacity, got True".to_owned()));
+        return Err(Error::wrong_value("pad", "True", "False without a capacity"));
     }
     let drop = drop.parse()?;
     let ids = Tensor::input("ids", ids)?;
@@ -154,8 +154,7 @@ impl NewPlan {
             (Element::I64, Some(Element::F64)) => Self::build_of::<i64, f64>,
             (Element::I32, Some(Element::F64)) => Self::build_of::<i32, f64>,
             (Element::I64 | Element::I32, Some(given)) => {
-                let given = given.name();
-                return Err(Error::Type(format!("weights: expected dtype float32 or float64, got {given}")));
+                return Err(wrong_dtype("weights", given, "float32 or float64"));
             }
             (given, _) => return Err(not_ids(given)),
         };
@@ -176,5 +175,5 @@ impl NewPlan {
 }
 
 fn not_ids(given: Element) -> Error {
-    Error::Type(format!("ids: expected dtype int64 or int32, got {}", given.name()))
+    wrong_dtype("ids", given, "int64 or int32")
 }

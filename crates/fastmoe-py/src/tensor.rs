@@ -1,5 +1,6 @@
 //! A checked view of one tensor argument.
 
+use std::fmt::Display;
 use std::ops::Range;
 
 use fastmoe_cpu::{DType, Ptr, PtrMut};
@@ -39,16 +40,13 @@ impl Tensor {
     pub fn output(name: &'static str, object: &Bound<'_, PyAny>) -> Result<Self> {
         let array = Array::describe(name, object)?;
         if array.read_only {
-            return Err(Error::Value(format!(
-                "{name}: expected a writable array to put the result in, got a read-only one"
-            )));
+            return Err(Error::wrong_value(name, "a read-only array", "a writable one to put the result in"));
         }
         if let Some(watched) = object.getattr_opt(intern!(object.py(), "requires_grad"))?
             && watched.is_truthy()?
         {
-            return Err(Error::Value(format!(
-                "{name}: expected a tensor to put the result in, got one that requires grad"
-            )));
+            let given = "a tensor that requires grad";
+            return Err(Error::wrong_value(name, given, "one to put the result in"));
         }
         Self::check(name, array)
     }
@@ -56,19 +54,18 @@ impl Tensor {
     fn check(name: &'static str, array: Array) -> Result<Self> {
         let element = match &array.element {
             Ok(element) => *element,
-            Err(given) => return Err(Error::Type(format!("{name}: dtype {given} is not supported"))),
+            Err(given) => {
+                let wanted = "one that kernels have: float32, float64, bfloat16, float16, int32 or int64";
+                return Err(Error::wrong_type(name, format!("dtype {given}"), wanted));
+            }
         };
         if !array.contiguous() {
-            return Err(Error::Value(format!(
-                "{name}: expected a C-contiguous tensor, got strides {:?} bytes for shape {:?}; call .contiguous()",
-                array.strides.as_slice(),
-                array.shape.as_slice()
-            )));
+            let (strides, shape) = (tuple(&array.strides), tuple(&array.shape));
+            let given = format!("strides {strides} bytes for shape {shape}");
+            return Err(Error::wrong_value(name, given, "a C-contiguous tensor; call .contiguous()"));
         }
         if !array.data.addr().is_multiple_of(element.bytes()) {
-            return Err(Error::Value(format!(
-                "{name}: expected memory aligned to its elements, got a misaligned array"
-            )));
+            return Err(Error::wrong_value(name, "a misaligned array", "memory aligned to its elements"));
         }
         let shape = array.shape.iter().map(|&n| n as usize).collect();
         Ok(Self { name, data: array.data, shape, element, place: array.place })
@@ -109,16 +106,18 @@ impl Tensor {
 
     /// The sizes of a tensor of N axes, which `legend` names; only tokens T and rows R may be none.
     pub fn dims<const N: usize>(&self, legend: &str) -> Result<[usize; N]> {
-        let sizes: [usize; N] = self.shape.as_slice().try_into().map_err(|_| {
-            Error::Value(format!("{}: expected {N} axes ({legend}), got shape {:?}", self.name, self.shape()))
-        })?;
+        let sizes: [usize; N] = self
+            .shape
+            .as_slice()
+            .try_into()
+            .map_err(|_| Error::wrong_value(self.name, self.given_shape(), format!("[{legend}]")))?;
         let mut axes = legend.split(", ").zip(sizes);
         match axes.find(|&(axis, size)| size == 0 && axis != "T" && axis != "R") {
             None => Ok(sizes),
-            Some((axis, _)) => Err(Error::Value(format!(
-                "{}: expected {axis} >= 1, got shape {sizes:?} ({legend})",
-                self.name
-            ))),
+            Some((axis, _)) => {
+                let wanted = format!("[{legend}] with {axis} >= 1");
+                Err(Error::wrong_value(self.name, self.given_shape(), wanted))
+            }
         }
     }
 
@@ -127,11 +126,8 @@ impl Tensor {
         if self.shape() == shape {
             return Ok(());
         }
-        Err(Error::Value(format!(
-            "{}: expected shape {shape:?} ({legend}), got {:?}",
-            self.name,
-            self.shape()
-        )))
+        let wanted = format!("[{legend}] = {}", tuple(shape));
+        Err(Error::wrong_value(self.name, self.given_shape(), wanted))
     }
 
     /// Fails unless the element type is this one.
@@ -139,8 +135,7 @@ impl Tensor {
         if self.element == element {
             return Ok(());
         }
-        let (wanted, given) = (element.name(), self.element.name());
-        Err(Error::Type(format!("{}: expected dtype {wanted}, got {given}", self.name)))
+        Err(wrong_dtype(self.name, self.element, element.name()))
     }
 
     /// Fails unless element type and shape are these.
@@ -151,13 +146,9 @@ impl Tensor {
 
     /// The floating-point type of the elements.
     pub fn float(&self) -> Result<DType> {
-        self.element.float().ok_or_else(|| {
-            let given = self.element.name();
-            Error::Type(format!(
-                "{}: expected dtype float32, float64, bfloat16 or float16, got {given}",
-                self.name
-            ))
-        })
+        self.element
+            .float()
+            .ok_or_else(|| wrong_dtype(self.name, self.element, "float32, float64, bfloat16 or float16"))
     }
 
     pub fn element(&self) -> Element {
@@ -193,6 +184,10 @@ impl Tensor {
         Ok(unsafe { std::slice::from_raw_parts_mut(data, self.count()) })
     }
 
+    fn given_shape(&self) -> String {
+        format!("shape {}", tuple(self.shape()))
+    }
+
     fn count(&self) -> usize {
         self.shape.iter().product()
     }
@@ -202,16 +197,29 @@ impl Tensor {
     }
 }
 
+/// The `TypeError` for an element type that another one was wanted for.
+pub fn wrong_dtype(name: &str, given: Element, wanted: &str) -> Error {
+    Error::wrong_type(name, format!("dtype {}", given.name()), wanted)
+}
+
+/// Sizes as Python writes them.
+fn tuple(sizes: &[impl Display]) -> String {
+    let sizes: Vec<_> = sizes.iter().map(ToString::to_string).collect();
+    let comma = if sizes.len() == 1 { "," } else { "" };
+    format!("({}{comma})", sizes.join(", "))
+}
+
 /// The place where all arguments are; fails when they are on several devices.
 pub fn common_place<'a>(tensors: impl IntoIterator<Item = Option<&'a Tensor>>) -> Result<Place> {
     let mut tensors = tensors.into_iter().flatten();
     let first = tensors.next().expect("every function has a tensor");
     match tensors.find(|tensor| tensor.place != first.place) {
         None => Ok(first.place),
-        Some(other) => Err(Error::Value(format!(
-            "{}: expected a tensor on {} like {}, got one on {}",
-            other.name, first.place, first.name, other.place
-        ))),
+        Some(other) => {
+            let given = format!("a tensor on {}", other.place);
+            let wanted = format!("one on {}, where {} is", first.place, first.name);
+            Err(Error::wrong_value(other.name, given, wanted))
+        }
     }
 }
 
@@ -226,10 +234,8 @@ pub fn disjoint<'a>(
         for other in &others {
             let taken = other.addresses();
             if range.start.max(taken.start) < range.end.min(taken.end) {
-                let (name, other) = (output.name, other.name);
-                return Err(Error::Value(format!(
-                    "{name}: expected memory of its own, got memory shared with {other}"
-                )));
+                let given = format!("memory shared with {}", other.name);
+                return Err(Error::wrong_value(output.name, given, "memory of its own"));
             }
         }
         others.push(output);

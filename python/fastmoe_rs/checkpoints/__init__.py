@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._wanted import whole
 from ..counting import EXPERTS, read_config
 from .examine import detect, examine, prefix_of
 from .files import Output, Reader, data, write_file, write_folder
@@ -109,8 +110,7 @@ def convert_checkpoint(
     """
     source, target = Path(source), Path(target)
     want = layout(to)
-    if max_shard_size < 1:
-        raise ValueError(f"max_shard_size: got {max_shard_size}, wanted at least 1")
+    whole("max_shard_size", max_shard_size, least=1)
     if not source.exists():
         raise FileNotFoundError(f"{source}: there is no such file or folder")
     if os.path.lexists(target):

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._wanted import one_of
+
 MATRICES, BIASES = ("w1", "w2"), ("b1", "b2")
 
 
@@ -119,8 +121,7 @@ def layout(name: str) -> Layout:
     Raises:
         ValueError: there is none.
     """
-    if name not in LAYOUTS:
-        raise ValueError(f"layout: got {name!r}, wanted one of {', '.join(map(repr, LAYOUTS))}")
+    one_of("layout", name, tuple(LAYOUTS))
     return LAYOUTS[name]
 
 

@@ -49,7 +49,7 @@ def load(path: Path | None, context: int) -> Corpus:
     text = _read(files)
     wanted = VALIDATION_EVERY * (context + 1)
     if len(text) < wanted:
-        raise BadArgument(f"--text: {name} holds {len(text)} bytes of text, at least {wanted} are needed")
+        raise BadArgument(f"--text: got {len(text)} bytes of text in {name}, wanted at least {wanted}")
     block_size = min(BLOCK_BYTES, len(text) // (10 * VALIDATION_EVERY))
     blocks = torch.frombuffer(text, dtype=torch.uint8).split(block_size)
     return Corpus(

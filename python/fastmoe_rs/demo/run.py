@@ -56,12 +56,13 @@ def check_device(name: str) -> None:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise BadArgument(f"--device: {name!r} is no device of torch; cpu and cuda are") from None
+        raise BadArgument(f"--device: got {name!r}, wanted cpu or cuda") from None
     if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
-        raise BadArgument(f"--device: fastmoe_rs runs on cpu and cuda, not on {name}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadArgument(f"--device: got {name!r}, wanted cpu or cuda")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
         raise BadArgument(
-            f"--device: torch finds {torch.cuda.device_count()} CUDA devices, so not {name};"
+            f"--device: got {name!r}, wanted one of the {count} CUDA devices that torch finds;"
             " `python -m fastmoe_rs doctor` tells more"
         )
 

@@ -16,6 +16,7 @@ from .model import Model, Output
 WARMUP_STEPS = 20
 FINAL_LEARNING_RATE = 0.1  # of the peak
 MAX_GRADIENT_NORM = 1.0
+VALIDATION_BATCHES = 4
 
 
 class StepResult(NamedTuple):
@@ -69,11 +70,11 @@ class Trainer:
         return output, loss
 
     @torch.inference_mode()
-    def validate(self, text: Tensor, batches: int = 4) -> float:
+    def validate(self, text: Tensor) -> float:
         """Mean loss over the same windows of `text` every time."""
         same = torch.Generator().manual_seed(0)
         shape = self.config.batch_size, self.config.context
-        losses = [self.forward(data.windows(text, *shape, same))[1] for _ in range(batches)]
+        losses = [self.forward(data.windows(text, *shape, same))[1] for _ in range(VALIDATION_BATCHES)]
         return torch.stack(losses).mean().item()
 
     def autocast(self) -> torch.autocast:

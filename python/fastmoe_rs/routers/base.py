@@ -48,7 +48,11 @@ class RouterOutput(NamedTuple):
 
     @classmethod
     def of(cls, output: RouterOutput | Routing) -> RouterOutput:
-        """The output of any router; logits that it does not tell are the logarithms of its scores."""
+        """The output of any router; logits that it does not tell are the logarithms of its scores.
+
+        Raises:
+            TypeError: `output` is neither of the two.
+        """
         if isinstance(output, RouterOutput):
             return output
         if not isinstance(output, Routing):

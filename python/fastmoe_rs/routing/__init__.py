@@ -3,6 +3,10 @@
 They all give what `RoutingPlan.from_ids` and `functional.moe_mlp` take: ids [T, K'], where an id outside
 [0, E) is a route that is not computed (make the plan with `out_of_range="drop"`), and weights [T, K'].
 
+Logits are float32, bfloat16, float16 or, on the CPU, float64; weights and scores float32, float64 for float64
+logits. Wrong arguments raise ValueError, wrong types and dtypes TypeError, with a message that names the
+argument, what was given and what was wanted.
+
 Legend: T tokens, H hidden size, E experts, K experts per token, C capacity of an expert.
 """
 

@@ -16,7 +16,15 @@ from .noise import uniform
 def hash_table(
     vocab_size: int, num_experts: int, top_k: int, *, seed: int = 0, device: torch.device | str | None = None
 ) -> Tensor:
-    """int64 [vocab_size, K]: for every token of the vocabulary K different experts, at random."""
+    """int64 [vocab_size, K]: for every token of the vocabulary K different experts, at random.
+
+    Args:
+        vocab_size: tokens of the vocabulary.
+        num_experts: E.
+        top_k: K, 1 to E.
+        seed: decides the table, the same one on every device.
+        device: where it is made.
+    """
     _check.positive(vocab_size=vocab_size, num_experts=num_experts)
     _check.top_k(top_k, num_experts)
     shape = torch.empty(vocab_size, num_experts, device=device)

@@ -26,6 +26,9 @@ def uniform(like: Tensor, *, seed: Seed = None, stream: int = 0) -> Tensor:
         like: gives shape, device and dtype; float16 and bfloat16 get float32.
         seed: an int from 0 to 2^32 - 1, an integer tensor of one element, or None for torch's generator.
         stream: tells apart several draws under one seed.
+
+    Raises:
+        TypeError: `seed` is none of these.
     """
     dtype = wide(like.dtype)
     if seed is None:
@@ -40,7 +43,7 @@ def uniform(like: Tensor, *, seed: Seed = None, stream: int = 0) -> Tensor:
 
 
 def normal(like: Tensor, *, seed: Seed = None, stream: int = 0) -> Tensor:
-    """Numbers from the standard normal distribution; arguments as for `uniform`."""
+    """Numbers from the standard normal distribution; `like`, `seed` and `stream` as for `uniform`."""
     if seed is None:
         dtype = wide(like.dtype)
         return torch.randn(like.shape, dtype=dtype, device=like.device)
@@ -48,7 +51,7 @@ def normal(like: Tensor, *, seed: Seed = None, stream: int = 0) -> Tensor:
 
 
 def gumbel(like: Tensor, *, seed: Seed = None, stream: int = 0) -> Tensor:
-    """Numbers from the standard Gumbel distribution; arguments as for `uniform`."""
+    """Numbers from the standard Gumbel distribution; `like`, `seed` and `stream` as for `uniform`."""
     if seed is None:
         dtype = wide(like.dtype)
         return -torch.empty(like.shape, dtype=dtype, device=like.device).exponential_().log()
@@ -56,12 +59,24 @@ def gumbel(like: Tensor, *, seed: Seed = None, stream: int = 0) -> Tensor:
 
 
 def input_jitter(x: Tensor, epsilon: float, *, seed: Seed = None) -> Tensor:
-    """x times noise from [1 - epsilon, 1 + epsilon] (Switch Transformers, arXiv:2101.03961, section 2.2)."""
+    """x times noise from [1 - epsilon, 1 + epsilon] (Switch Transformers, arXiv:2101.03961, section 2.2).
+
+    Args:
+        x: of any shape and float dtype, which the result has too.
+        epsilon: the largest share by which a number changes.
+        seed: see `uniform`.
+    """
     return x * (1 + epsilon * (2 * uniform(x, seed=seed) - 1)).to(x.dtype)
 
 
 def logit_noise(logits: Tensor, std: float, *, seed: Seed = None) -> Tensor:
-    """Logits plus normal noise; V-MoE has a standard deviation of 1 / E (arXiv:2106.05974, section 2.2)."""
+    """Logits plus normal noise; V-MoE has a standard deviation of 1 / E (arXiv:2106.05974, section 2.2).
+
+    Args:
+        logits: of any shape and float dtype, which the result has too.
+        std: the standard deviation of the noise.
+        seed: see `uniform`.
+    """
     return logits + (std * normal(logits, seed=seed)).to(logits.dtype)
 
 

@@ -13,5 +13,11 @@ from torch import Tensor
 
 
 def identity_weight(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tensor:
-    """[T]: the weights of a token for experts from `num_experts` on, summed."""
+    """[T]: the weights of a token for experts from `num_experts` on, summed.
+
+    Args:
+        ids_TK: integer [T, K].
+        weights_TK: [T, K] in any float dtype, which the result has too; differentiable.
+        num_experts: E, the experts with weights.
+    """
     return weights_TK.masked_fill(ids_TK < num_experts, 0).sum(dim=1)

@@ -39,6 +39,10 @@ def route_with_shared(
         scale: factor of all weights.
         bias: [E], added to the scores for the choice only.
         ids_TK: weigh these picks, made before.
+
+    Returns:
+        ids int64 [T, K]; weights [T, K], scores [T, E] and shared_weights [T, S], differentiable in the
+        logits.
     """
     _check.floating("logits", logits_TE, "[T, E + S]")
     _check.positive(num_shared=num_shared)
