@@ -55,7 +55,7 @@ impl Tile {
         bytes as u32
     }
 
-    /// The tiles of a result whose rows fill them.
+    /// The tiles of a result of so many rows.
     fn of(self, rows: usize, columns: usize) -> usize {
         rows.div_ceil(self.rows) * columns.div_ceil(self.columns)
     }
@@ -82,13 +82,17 @@ pub(crate) fn row_tile(
     experts: usize,
 ) -> Tile {
     let rows_per_expert = rows / experts.max(1);
+    // Experts get more rows than the mean or fewer, and those that need a second tile have their weights read twice.
+    // Tiles of warpgroups cost no more for few rows, other wide ones do.
+    let flat = if gpu.warpgroups() { FLAT.rows / 2 } else { FLAT.rows };
+    let tiles = experts * WIDE.of(rows_per_expert, columns);
     match math.dtype {
         _ if !aligned => ANY,
         DType::F32 => SQUARE,
-        _ if rows_per_expert <= 32 => FLAT,
-        _ if gpu.warpgroups() => wide(gpu, WARPGROUPS, WIDE.of(rows, columns)),
+        _ if rows_per_expert <= flat => FLAT,
+        _ if gpu.warpgroups() => wide(gpu, WARPGROUPS, tiles),
         _ if rows_per_expert < 256 => SQUARE,
-        _ => wide(gpu, WIDE, WIDE.of(rows, columns)),
+        _ => wide(gpu, WIDE, tiles),
     }
 }
 
@@ -208,7 +212,7 @@ pub(crate) mod tests {
         };
         assert_eq!([32, 33, 255, 256].map(|rows| tile((8, 0), rows)), [FLAT, SQUARE, SQUARE, WIDE]);
         assert_eq!(
-            [32, 33, 255, 256].map(|rows| tile((9, 0), rows)),
+            [16, 17, 33, 256].map(|rows| tile((9, 0), rows)),
             [FLAT, WARPGROUPS, WARPGROUPS, WARPGROUPS]
         );
         let float = Math { dtype: DType::F32, tf32: true };
