@@ -228,14 +228,12 @@ def moe_mlp(
     """
     x_TH, w1, w2, b1, b2 = _autocast(x_TH, w1, w2, b1, b2)
     layer = x_TH, weights_TK, w1, w2, b1, b2
-    rows = (None, None, None) if plan is None else _rows(plan)
-    ids = ids_TK if plan is None else None
+    routing = (ids_TK,) if plan is None else _rows(plan)
     refused = None
-    if ops.is_direct((*layer, ids, *rows)):
+    if ops.is_direct(layer + routing):
         try:
             dense, flipped = _dense(*layer, transposed)
-            ids = None if ids is None else ids.contiguous()
-            return ops.direct_mlp(dense, ids, rows, (activation, flipped, interleaved))
+            return ops.direct_mlp(dense, routing, (activation, flipped, interleaved))
         except Exception as error:
             refused = error
     # For the others, and to say in the words of this function what the kernel refused.
@@ -337,7 +335,7 @@ def unpermute(y_RH: Tensor, plan: RoutingPlan, weights_TK: Tensor | None = None)
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors as torch.autocast, where it is on, casts the arguments of a matrix product."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or first.is_meta:
+    if not torch._C._is_any_autocast_enabled() or not isinstance(first, Tensor) or first.is_meta:
         return tensors
     device = "cuda" if first.is_cuda else "cpu"
     if not torch.is_autocast_enabled(device):
@@ -426,7 +424,7 @@ def _check_weights(weights: Tensor, name: str, beside: Tensor, plan: RoutingPlan
 def _wide(weights: Tensor, beside: Tensor) -> Tensor:
     """Routing weights in the dtype of the sums."""
     dtype = wide(beside.dtype)
-    if weights.dtype != dtype:
+    if weights.dtype is not dtype:
         _check.floats("weights", weights)
         weights = weights.to(dtype)
     return weights.contiguous()
