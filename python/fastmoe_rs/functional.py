@@ -226,7 +226,8 @@ def moe_mlp(
     Returns:
         [T, H] in the dtype of x.
     """
-    x_TH, w1, w2, b1, b2 = _autocast(x_TH, w1, w2, b1, b2)
+    if torch._C._is_any_autocast_enabled():
+        x_TH, w1, w2, b1, b2 = _autocast(x_TH, w1, w2, b1, b2)
     layer = x_TH, weights_TK, w1, w2, b1, b2
     routing = (ids_TK,) if plan is None else _rows(plan)
     refused = None
@@ -271,7 +272,8 @@ def grouped_mm(x_RK: Tensor, w_ENK: Tensor, offsets_E1: Tensor, *, bias: Tensor 
         [R, N] in the dtype of x; rows past offsets[E] are 0. Differentiable in x, w and bias, any number of
         times; a `main_grad` of w is served as in `moe_mlp`.
     """
-    x_RK, w_ENK, bias = _autocast(x_RK, w_ENK, bias)
+    if torch._C._is_any_autocast_enabled():
+        x_RK, w_ENK, bias = _autocast(x_RK, w_ENK, bias)
     _check.floating("x", x_RK, "[R, K]")
     _check.floating("w", w_ENK, "[E, N, K]")
     experts, columns, _ = w_ENK.shape
@@ -335,7 +337,7 @@ def unpermute(y_RH: Tensor, plan: RoutingPlan, weights_TK: Tensor | None = None)
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors as torch.autocast, where it is on, casts the arguments of a matrix product."""
     first = tensors[0]
-    if not torch._C._is_any_autocast_enabled() or not isinstance(first, Tensor) or first.is_meta:
+    if not isinstance(first, Tensor) or first.is_meta:
         return tensors
     device = "cuda" if first.is_cuda else "cpu"
     if not torch.is_autocast_enabled(device):
