@@ -233,7 +233,7 @@ def moe_mlp(
     refused = None
     if ops.is_direct(layer + routing):
         try:
-            dense, flipped = _dense(*layer, transposed)
+            dense, flipped = _dense(x_TH, weights_TK, w1, w2, b1, b2, transposed)
             return ops.direct_mlp(dense, routing, (activation, flipped, interleaved))
         except Exception as error:
             refused = error
