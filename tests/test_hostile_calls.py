@@ -79,6 +79,15 @@ def test_arrays_that_step_backwards_or_nowhere():
             call("permute", x=given)
 
 
+@pytest.mark.parametrize("strides", [(), (4 * H,), (4,)])
+def test_an_array_with_fewer_strides_than_sizes(strides):
+    class Array:
+        __array_interface__ = np.zeros((T, H), np.float32).__array_interface__ | {"strides": strides}
+
+    with pytest.raises(ValueError, match=r"^x: expected a C-contiguous tensor, got strides"):
+        call("permute", x=Array())
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

@@ -226,16 +226,15 @@ def moe_mlp(
     Returns:
         [T, H] in the dtype of x.
     """
-    x_TH, w1, w2, b1, b2 = _autocast(x_TH, w1, w2, b1, b2)
+    if torch._C._is_any_autocast_enabled():
+        x_TH, w1, w2, b1, b2 = _autocast(x_TH, w1, w2, b1, b2)
     layer = x_TH, weights_TK, w1, w2, b1, b2
-    rows = (None, None, None) if plan is None else _rows(plan)
-    ids = ids_TK if plan is None else None
+    routing = (ids_TK,) if plan is None else _rows(plan)
     refused = None
-    if ops.is_direct((*layer, ids, *rows)):
+    if ops.is_direct(layer + routing):
         try:
-            dense, flipped = _dense(*layer, transposed)
-            ids = None if ids is None else ids.contiguous()
-            return ops.direct_mlp(dense, ids, rows, (activation, flipped, interleaved))
+            dense, flipped = _dense(x_TH, weights_TK, w1, w2, b1, b2, transposed)
+            return ops.direct_mlp(dense, routing, (activation, flipped, interleaved))
         except Exception as error:
             refused = error
     # For the others, and to say in the words of this function what the kernel refused.
@@ -273,7 +272,8 @@ def grouped_mm(x_RK: Tensor, w_ENK: Tensor, offsets_E1: Tensor, *, bias: Tensor 
         [R, N] in the dtype of x; rows past offsets[E] are 0. Differentiable in x, w and bias, any number of
         times; a `main_grad` of w is served as in `moe_mlp`.
     """
-    x_RK, w_ENK, bias = _autocast(x_RK, w_ENK, bias)
+    if torch._C._is_any_autocast_enabled():
+        x_RK, w_ENK, bias = _autocast(x_RK, w_ENK, bias)
     _check.floating("x", x_RK, "[R, K]")
     _check.floating("w", w_ENK, "[E, N, K]")
     experts, columns, _ = w_ENK.shape
@@ -426,7 +426,7 @@ def _check_weights(weights: Tensor, name: str, beside: Tensor, plan: RoutingPlan
 def _wide(weights: Tensor, beside: Tensor) -> Tensor:
     """Routing weights in the dtype of the sums."""
     dtype = wide(beside.dtype)
-    if weights.dtype != dtype:
+    if weights.dtype is not dtype:
         _check.floats("weights", weights)
         weights = weights.to(dtype)
     return weights.contiguous()

@@ -28,7 +28,7 @@ _POOLED = os.environ.get("FASTMOE_BACKEND") != "emulator"
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of routing weights and sums beside tensors of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 _NAMES: dict[torch.dtype, Any] = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
@@ -212,10 +212,10 @@ def mlp(
             inverse,
             out,
             hidden,
-            activation=activation,
-            transposed=transposed,
-            interleaved=interleaved,
-            threads=torch.get_num_threads(),
+            activation,
+            transposed,
+            interleaved,
+            torch.get_num_threads(),
         )
     return out, hidden
 
@@ -271,12 +271,12 @@ def mlp_backward(
             grad_b1,
             grad_w2 if sum_w2 is None else sum_w2,
             grad_b2,
-            activation=activation,
-            transposed=transposed,
-            interleaved=interleaved,
-            add_w1=sum_w1 is not None,
-            add_w2=sum_w2 is not None,
-            threads=torch.get_num_threads(),
+            activation,
+            transposed,
+            interleaved,
+            torch.get_num_threads(),
+            sum_w1 is not None,
+            sum_w2 is not None,
         )
     return grad_x, grad_weights, grad_w1, grad_w2, grad_b1, grad_b2
 

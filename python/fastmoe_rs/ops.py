@@ -21,8 +21,7 @@ from torch.nn import Parameter
 from . import kernels, main_grad
 
 _LIBRARY = torch.library.Library("fastmoe_rs", "DEF")
-_DENSE = frozenset({Tensor, Parameter})
-_PLAIN = frozenset({type(None), bool, int, float, str, tuple, list})
+_PLAIN = frozenset({bool, int, float, str, tuple, list})
 
 Setup = Callable[[Any, tuple[Any, ...], Any], None]
 Backward = Callable[..., tuple[Any, ...]]
@@ -67,10 +66,11 @@ def is_direct(args: tuple[Any, ...]) -> bool:
     if torch._C._get_tracing_state() is not None:
         return False
     for arg in args:
-        if type(arg) in _DENSE:
+        kind = type(arg)
+        if kind is Tensor or kind is Parameter:
             if arg.is_neg():
                 return False
-        elif type(arg) not in _PLAIN:
+        elif arg is not None and kind not in _PLAIN:
             return False
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("fastmoe_rs: torch.func transforms are not supported (grad, vmap, jvp)")
@@ -233,20 +233,25 @@ def _mlp_grads(ctx: Any, grad_out: Tensor, backward: Callable[..., Any]) -> tupl
     """The gradients of x, weights, w1, w2, b1 and b2, but for what is added to a main_grad."""
     needs = ctx.needs_input_grad[:6]
     arguments = grad_out.contiguous(), *ctx.saved_tensors, *ctx.options, needs
-    sums = _main_grads(ctx, arguments, w1=needs[2], w2=needs[3])
+    sums = _main_grads(ctx, arguments, needs[2:4], ("w1", "w2"))
     if sums is None:
         return backward(*arguments)
     grads = kernels.mlp_backward(*arguments, sums=sums)
     return *grads[:2], *_added(ctx, sums, grads[2:4]), *grads[4:]
 
 
-def _main_grads(ctx: Any, arguments: tuple[Any, ...], **needs: bool) -> list[Tensor | None] | None:
+def _main_grads(
+    ctx: Any, arguments: tuple[Any, ...], needs: tuple[bool, ...], names: tuple[str, ...]
+) -> list[Tensor | None] | None:
     """What the gradients of the weights are added to; None where none is, or something must see gradients."""
-    if not any(hasattr(leaf, "main_grad") for leaf in ctx.owners):
+    for leaf in ctx.owners:
+        if hasattr(leaf, "main_grad"):
+            break
+    else:
         return None
     sums = [
         main_grad.target(name, leaf) if need else None
-        for (name, need), leaf in zip(needs.items(), ctx.owners, strict=True)
+        for name, need, leaf in zip(names, needs, ctx.owners, strict=True)
     ]
     if all(target is None for target in sums) or torch.is_grad_enabled() or not is_direct(arguments):
         return None
@@ -277,10 +282,9 @@ class _Mlp(torch.autograd.Function):
         rows: tuple[Any, ...],
         options: tuple[Any, ...],
     ) -> Tensor:
-        offsets, gather, inverse = rows
         if ids is not None:
-            offsets = kernels.packed_plan(ids, w1.shape[0])
-        saved = x, weights, w1, w2, b1, b2, offsets, gather, inverse
+            rows = kernels.packed_plan(ids, w1.shape[0]), None, None
+        saved = x, weights, w1, w2, b1, b2, *rows
         kernel: Callable[..., Any] = kernels.mlp
         out, hidden = kernel(*saved, *options, True, ids)
         ctx.save_for_backward(*saved, hidden)
@@ -297,17 +301,17 @@ class _Mlp(torch.autograd.Function):
     jvp = staticmethod(_no_jvp("moe_mlp"))
 
 
-def direct_mlp(
-    dense: tuple[Any, ...], ids: Tensor | None, rows: tuple[Any, ...], options: tuple[Any, ...]
-) -> Tensor:
+def direct_mlp(dense: tuple[Any, ...], routing: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
     """`mlp` of direct tensors.
 
     Args:
         dense: x, weights, w1, w2, b1 and b2.
-        ids: None where a plan is followed.
-        rows: offsets, gather and inverse of the plan, or three times None.
+        routing: the ids alone, or offsets, gather and inverse of the plan to follow.
         options: activation, transposed and interleaved.
     """
+    ids, rows = None, routing
+    if len(routing) == 1:
+        ids, rows = routing[0].contiguous(), (None, None, None)
     if torch.is_grad_enabled():
         for tensor in dense:
             if tensor is not None and tensor.requires_grad:
@@ -330,7 +334,7 @@ def _grouped_mm_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     grad_x = grad_w = grad_bias = None
     if needs_x:
         grad_x = grouped_mm(grad_out, w, None, offsets, not ctx.transposed)
-    sums = _main_grads(ctx, (grad_out, x, w), w=needs_w)
+    sums = _main_grads(ctx, (grad_out, x, w), (needs_w,), ("w",))
     if sums is not None:
         grad_w, grad_bias = kernels.grouped_mm_grad_weight(
             grad_out, x, offsets, ctx.transposed, needs_bias, sum_w=sums[0]

@@ -3,6 +3,7 @@
 use crate::driver::{Access, Device, Driver, Kernel, Region, Stream};
 use crate::libcuda::Libcuda;
 use crate::{Result, emulator};
+use arrayvec::ArrayString;
 use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
 
@@ -60,6 +61,18 @@ impl Gpu {
     /// A device of a driver, with its kernels loaded.
     pub fn load(driver: &'static dyn Driver, index: i32) -> Result<Self> {
         Ok(Self { driver, index, device: driver.device(index)?, kernels: driver.load(index)? })
+    }
+
+    /// The kernel whose name has these parts, where they are not empty.
+    fn kernel(&self, parts: &[&str]) -> Result<Kernel> {
+        let mut name = ArrayString::<64>::new();
+        for part in parts.iter().filter(|part| !part.is_empty()) {
+            if !name.is_empty() {
+                name.push('_');
+            }
+            name.push_str(part);
+        }
+        self.kernels.get(name.as_str()).map_or_else(|| self.driver.kernel(&name), |kernel| Ok(*kernel))
     }
 
     /// Whether its kernels multiply by warpgroups.
@@ -122,14 +135,14 @@ pub struct Queue<'a> {
 }
 
 impl Queue<'_> {
-    /// Puts a kernel into the stream; `memory` is all that its parameters point to.
+    /// Puts the kernel whose name has these parts into the stream; `memory` is all that its parameters point to.
     ///
     /// # Safety
     /// `P` is the kernel's parameter struct, `repr(C)`, and its pointers are valid until the kernel has run, for what
     /// it does with them.
     pub unsafe fn launch<P: Copy>(
         &self,
-        name: &str,
+        name: &[&str],
         blocks: usize,
         params: &P,
         memory: &[Region],
@@ -137,8 +150,7 @@ impl Queue<'_> {
         if blocks == 0 {
             return Ok(());
         }
-        let loaded = self.gpu.kernels.get(name).copied();
-        let kernel = loaded.map_or_else(|| self.gpu.driver.kernel(name), Ok)?;
+        let kernel = self.gpu.kernel(name)?;
         // SAFETY: the struct lives for the call; drivers copy its bytes, padding included, and look at none of them.
         let params = unsafe { std::slice::from_raw_parts((&raw const *params).cast(), size_of::<P>()) };
         let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);

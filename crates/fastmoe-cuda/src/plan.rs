@@ -113,18 +113,23 @@ impl Plan<'_> {
             if rows.max(self.spec.rows()) <= SMALL_ROWS && self.spec.experts <= SMALL_EXPERTS {
                 let memory =
                     [ids, weights, workspace, first_bad, counts, offsets, gather, inverse, sorted_weights];
-                queue.launch(&format!("plan_small_{id}"), 1, &params, &memory)?;
+                queue.launch(&["plan_small", id], 1, &params, &memory)?;
             } else {
                 let memory = [ids, workspace, first_bad];
-                queue.launch(&format!("plan_count_{id}"), blocks, &params, &memory)?;
+                queue.launch(&["plan_count", id], blocks, &params, &memory)?;
                 let memory = [workspace, counts];
-                queue.launch("plan_scan", self.spec.experts.div_ceil(EXPERTS_OF_BLOCK), &params, &memory)?;
+                queue.launch(
+                    &["plan_scan"],
+                    self.spec.experts.div_ceil(EXPERTS_OF_BLOCK),
+                    &params,
+                    &memory,
+                )?;
                 let memory = [ids, weights, workspace, offsets, gather, inverse, sorted_weights];
-                queue.launch(&format!("plan_scatter_{id}"), blocks, &params, &memory)?;
+                queue.launch(&["plan_scatter", id], blocks, &params, &memory)?;
             }
             if self.drops_by_score() {
                 let memory = [weights, workspace, offsets, gather, inverse, sorted_weights];
-                queue.launch("plan_seat", self.spec.experts.max(1), &params, &memory)?;
+                queue.launch(&["plan_seat"], self.spec.experts.max(1), &params, &memory)?;
             }
             if self.check {
                 let row = match queue.read(bad_row)?[0] {

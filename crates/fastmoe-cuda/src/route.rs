@@ -122,7 +122,7 @@ impl Route<'_> {
         let resident = queue.gpu.device.resident(RESIDENT, SHARED);
         let blocks = blocks(queue.gpu, resident, self.tokens);
         // SAFETY: this is the kernel's struct, and as promised by the caller.
-        unsafe { queue.launch(&format!("route_{}", self.dtype.suffix()), blocks, &params, &memory) }
+        unsafe { queue.launch(&["route", self.dtype.suffix()], blocks, &params, &memory) }
     }
 }
 
@@ -242,10 +242,10 @@ impl RouteGrad<'_> {
         let blocks = blocks(queue.gpu, RESIDENT, self.tokens);
         // SAFETY: these are the structs of the kernels, and as promised by the caller.
         unsafe {
-            queue.launch(&format!("grad_route_{}", self.dtype.suffix()), blocks, &params, &memory)?;
+            queue.launch(&["grad_route", self.dtype.suffix()], blocks, &params, &memory)?;
             if !self.grad_expert_scale.is_null() {
                 let memory = [self.ids.read(), by_choice.read(), self.grad_expert_scale.write()];
-                queue.launch("grad_expert_scale", self.experts, &of_scale, &memory)?;
+                queue.launch(&["grad_expert_scale"], self.experts, &of_scale, &memory)?;
             }
         }
         Ok(())

@@ -75,7 +75,7 @@ impl Combine {
         let memory = [y.read(), inverse.read(), weights.read(), out.write()];
         let blocks = blocks(queue.gpu, RESIDENT, tokens * parts(dtype, columns));
         // SAFETY: this is the kernel's struct, and as promised by the caller.
-        unsafe { queue.launch(&format!("combine_{}", dtype.suffix()), blocks, &params, &memory) }
+        unsafe { queue.launch(&["combine", dtype.suffix()], blocks, &params, &memory) }
     }
 }
 
@@ -124,7 +124,7 @@ impl Permute {
         let memory = [x.read(), gather.read(), out.write()];
         let blocks = blocks(queue.gpu, RESIDENT, rows * parts(dtype, columns));
         // SAFETY: this is the kernel's struct, and as promised by the caller.
-        unsafe { queue.launch(&format!("permute_{}", dtype.suffix()), blocks, &params, &memory) }
+        unsafe { queue.launch(&["permute", dtype.suffix()], blocks, &params, &memory) }
     }
 }
 
@@ -171,7 +171,7 @@ impl SortWeights {
         let memory = [weights.read(), gather.read(), inverse.read(), sorted.write()];
         let blocks = blocks(queue.gpu, RESIDENT, slots.max(rows).div_ceil(32));
         // SAFETY: this is the kernel's struct, and as promised by the caller.
-        unsafe { queue.launch("sort_weights", blocks, &params, &memory) }
+        unsafe { queue.launch(&["sort_weights"], blocks, &params, &memory) }
     }
 }
 
@@ -248,7 +248,7 @@ impl UnpermuteGrad {
         ];
         let blocks = blocks(queue.gpu, RESIDENT, (self.tokens * self.top_k).max(self.rows));
         // SAFETY: this is the kernel's struct, and as promised by the caller.
-        unsafe { queue.launch(&format!("unpermute_grad_{}", self.dtype.suffix()), blocks, &params, &memory) }
+        unsafe { queue.launch(&["unpermute_grad", self.dtype.suffix()], blocks, &params, &memory) }
     }
 }
 
@@ -330,7 +330,7 @@ impl GradScore {
         // SAFETY: this is the kernel's struct, and as promised by the caller.
         unsafe {
             queue.launch(
-                &format!("grad_score_{}", self.dtype.suffix()),
+                &["grad_score", self.dtype.suffix()],
                 blocks(queue.gpu, RESIDENT, warps),
                 &params,
                 &memory,
@@ -423,11 +423,11 @@ impl GradBias {
         // SAFETY: this is the struct of both kernels, and as promised by the caller.
         unsafe {
             let part = blocks(queue.gpu, RESIDENT_BIAS, warps);
-            queue.launch(&format!("grad_bias_{suffix}"), part, &params, &memory)?;
+            queue.launch(&["grad_bias", suffix], part, &params, &memory)?;
             if splits > 1 {
                 let sum = blocks(queue.gpu, RESIDENT, (self.experts * self.columns).div_ceil(32));
                 let memory = [partial.read(), self.out.write()];
-                queue.launch(&format!("grad_bias_sum_{suffix}"), sum, &params, &memory)?;
+                queue.launch(&["grad_bias_sum", suffix], sum, &params, &memory)?;
             }
         }
         Ok(())

@@ -139,12 +139,13 @@ pub(crate) fn row_tiles(tile: Tile, rows: usize, experts: usize, columns: usize)
     if rows == 0 { 0 } else { (rows / tile.rows + experts + 1) * columns.div_ceil(tile.columns) }
 }
 
-pub(crate) fn name(kernel: &str, math: Math, tile: Tile, variant: &str) -> String {
+/// The parts of a kernel's name.
+pub(crate) fn name(kernel: &'static str, math: Math, tile: Tile, variant: &'static str) -> [&'static str; 5] {
+    let by = if tile.warpgroups { "wgmma" } else { "" };
     // Without alignment float32 is multiplied in full.
     let any = tile == ANY || tile == ANY_WEIGHT;
     let (math, variant) = if any { (math.dtype.suffix(), "any") } else { (math.name(), variant) };
-    let kernel = if tile.warpgroups { format!("{kernel}_wgmma") } else { kernel.to_owned() };
-    [&kernel, math, tile.name, variant].join("_")
+    [kernel, by, math, tile.name, variant]
 }
 
 #[cfg(test)]
@@ -188,8 +189,8 @@ pub(crate) mod tests {
     #[test]
     fn rows_that_are_not_aligned_are_never_tf32() {
         let tf32 = Math { dtype: DType::F32, tf32: true };
-        assert_eq!(name("up", tf32, SQUARE, "nt"), "up_tf32_128x128_nt");
-        assert_eq!(name("up", tf32, ANY, "nt"), "up_f32_64x128_any");
+        assert_eq!(name("up", tf32, SQUARE, "nt"), ["up", "", "tf32", "128x128", "nt"]);
+        assert_eq!(name("up", tf32, ANY, "nt"), ["up", "", "f32", "64x128", "any"]);
     }
 
     #[test]
@@ -217,7 +218,7 @@ pub(crate) mod tests {
         );
         let float = Math { dtype: DType::F32, tf32: true };
         assert_eq!(row_tile(&gpu((9, 0), 132, 227), float, true, [4096, 4096], 8), SQUARE);
-        assert_eq!(name("up", BF16, WARPGROUPS, "nt"), "up_wgmma_bf16_128x256_nt");
+        assert_eq!(name("up", BF16, WARPGROUPS, "nt"), ["up", "wgmma", "bf16", "128x256", "nt"]);
     }
 
     #[test]

@@ -3,11 +3,12 @@
 use fastmoe_cuda::{Buffer, DType as CudaType, Gpu, Math, Queue};
 use pyo3::intern;
 use pyo3::prelude::*;
+use smallvec::SmallVec;
 
 use crate::element::Element;
 use crate::error::Result;
 use crate::place::Place;
-use crate::tensor::{Tensor, common_place, wrong_dtype};
+use crate::tensor::{Tensor, common_place, disjoint, wrong_dtype};
 
 /// A backend, with what it needs to begin.
 pub enum Backend {
@@ -23,9 +24,16 @@ pub struct Device {
 }
 
 impl Backend {
-    /// The backend of the place where all arguments are.
-    pub fn of<'a>(tensors: impl IntoIterator<Item = Option<&'a Tensor>>) -> Result<Self> {
-        let place = common_place(tensors)?;
+    /// The backend of the place where all arguments are; fails also where outputs share memory.
+    pub fn of<'a>(
+        inputs: impl IntoIterator<Item = Option<&'a Tensor>>,
+        outputs: impl IntoIterator<Item = Option<&'a Tensor>>,
+    ) -> Result<Self> {
+        let mut tensors: SmallVec<[&Tensor; 20]> = inputs.into_iter().flatten().collect();
+        let inputs = tensors.len();
+        tensors.extend(outputs.into_iter().flatten());
+        disjoint(&tensors, inputs)?;
+        let place = common_place(&tensors)?;
         Ok(match place {
             Place::Cpu if !fastmoe_cuda::emulating() => Self::Cpu,
             Place::Cpu => Self::Cuda(Device { gpu: Gpu::get(0)?, place }),
@@ -100,8 +108,7 @@ fn allows_tf32(py: Python<'_>) -> PyResult<bool> {
 impl Tensor {
     /// The tensor as memory of a device.
     pub fn buffer(&self) -> Buffer {
-        let bytes = self.shape().iter().product::<usize>() * self.element().bytes();
-        Buffer { name: self.name(), address: self.ptr().addr() as u64, bytes }
+        Buffer { name: self.name(), address: self.ptr().addr() as u64, bytes: self.bytes() }
     }
 
     /// The floating-point type of the elements, if the CUDA kernels have it.

@@ -9,7 +9,7 @@ use crate::backend::{Backend, buffer, check_indices, math};
 use crate::call::{checked, compute, optional_input, optional_output, threads, update};
 use crate::element::Element;
 use crate::error::Result;
-use crate::tensor::{Tensor, disjoint};
+use crate::tensor::Tensor;
 
 #[pyfunction]
 #[pyo3(signature = (x, w, offsets, bias, out, *, transposed, threads))]
@@ -48,8 +48,7 @@ pub fn grouped_mm(
     let out = Tensor::output("out", out)?;
     out.expect(dtype, &[rows, outer], "R, N")?;
     let inputs = [Some(&x), Some(&w), Some(&offsets), bias.as_ref()];
-    disjoint([Some(&out)], inputs)?;
-    if let Backend::Cuda(device) = Backend::of(inputs.into_iter().chain([Some(&out)]))? {
+    if let Backend::Cuda(device) = Backend::of(inputs, [Some(&out)])? {
         offsets.expect_element(Element::I32)?;
         let problem = Product {
             math: math(py, &x)?,
@@ -108,8 +107,7 @@ pub fn grouped_mm_grad_weight(
     offsets.expect_shape(&[experts + 1], "E+1")?;
     let grad_bias = checked(optional_output("grad_bias", grad_bias)?, dtype, &[experts, outer], "E, N")?;
     let (inputs, outputs) = ([&grad_out, &x, &offsets].map(Some), [Some(&grad_w), grad_bias.as_ref()]);
-    disjoint(outputs, inputs)?;
-    if let Backend::Cuda(device) = Backend::of(inputs.into_iter().chain(outputs))? {
+    if let Backend::Cuda(device) = Backend::of(inputs, outputs)? {
         offsets.expect_element(Element::I32)?;
         let math = math(py, &x)?;
         let factor =

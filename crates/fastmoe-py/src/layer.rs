@@ -10,7 +10,7 @@ use crate::call::{optional_input, required_input};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::plan::NewPlan;
-use crate::tensor::{Tensor, disjoint};
+use crate::tensor::Tensor;
 
 /// How the expert weights are laid out, and the activation between them.
 #[derive(Clone, Copy)]
@@ -136,7 +136,7 @@ impl Layer {
         Ok(Self { layout, sizes, x, w1, b1, w2, b2, weights })
     }
 
-    fn inputs(&self) -> [Option<&Tensor>; 6] {
+    pub fn inputs(&self) -> [Option<&Tensor>; 6] {
         let Self { x, w1, b1, w2, b2, weights, .. } = self;
         [Some(x), Some(w1), b1.as_ref(), Some(w2), b2.as_ref(), Some(weights)]
     }
@@ -163,7 +163,6 @@ impl Layer {
     pub fn plan(&self, ids: Tensor, plan: &Tensor) -> Result<NewPlan> {
         let Sizes { tokens, experts, top_k, .. } = self.sizes;
         ids.expect_shape(&[tokens, top_k], "T, K")?;
-        disjoint([Some(plan)], self.inputs().into_iter().chain([Some(&ids)]))?;
         let [counts, offsets, gather, inverse] = self.unpack(plan)?;
         let spec = PlanSpec { tokens, top_k, experts, capacity: None, out_of_range: OutOfRange::Error };
         Ok(NewPlan { spec, ids, weights: None, counts, offsets, gather, inverse, sorted_weights: None })
@@ -171,6 +170,10 @@ impl Layer {
 }
 
 impl Rows {
+    pub fn inputs(&self) -> [Option<&Tensor>; 3] {
+        [&self.offsets, &self.gather, &self.inverse].map(Some)
+    }
+
     pub fn given(
         layer: &Layer,
         offsets: Option<&Bound<'_, PyAny>>,
@@ -204,11 +207,6 @@ impl Rows {
 }
 
 impl Problem {
-    pub fn inputs(&self) -> impl Iterator<Item = Option<&Tensor>> + Clone {
-        let Rows { offsets, gather, inverse } = &self.rows;
-        self.layer.inputs().into_iter().chain([offsets, gather, inverse].map(Some))
-    }
-
     pub fn hidden_shape(&self) -> [usize; 2] {
         [self.rows.gather.shape()[0], self.layer.sizes.up]
     }

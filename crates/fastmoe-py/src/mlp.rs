@@ -9,11 +9,11 @@ use crate::call::{compute, optional_input, optional_output, threads, update};
 use crate::element::Element;
 use crate::error::Result;
 use crate::layer::{Layer, Layout, Problem, Rows};
-use crate::tensor::{Tensor, disjoint};
+use crate::tensor::Tensor;
 
 #[pyfunction]
 #[pyo3(signature = (
-    x, w1, b1, w2, b2, weights, ids, offsets, gather, inverse, out, hidden, *,
+    x, w1, b1, w2, b2, weights, ids, offsets, gather, inverse, out, hidden,
     activation, transposed, interleaved, threads
 ))]
 pub fn mlp_forward(
@@ -38,17 +38,18 @@ pub fn mlp_forward(
     let threads = self::threads(threads)?;
     let layer = Layer::new(Layout::new(activation, transposed, interleaved)?, x, w1, b1, w2, b2, weights)?;
     let scratch;
-    let mut plan = match (optional_input("ids", ids)?, offsets) {
+    let packed = match (ids, offsets) {
         (None, _) => None,
-        (Some(ids), Some(plan)) => Some(layer.plan(ids, &Tensor::output("offsets", plan)?)?),
-        (Some(ids), None) => {
+        (Some(_), Some(plan)) => Some(Tensor::output("offsets", plan)?),
+        (Some(_), None) => {
             let (length, place) = (layer.packed_length(), layer.x.place());
             scratch = place.scratch(py, 4 * length)?;
             // SAFETY: the scratch memory is of this size, and dropped after the plan.
-            let offsets = unsafe { Tensor::int32("offsets", scratch.start(), length, place) };
-            Some(layer.plan(ids, &offsets)?)
+            Some(unsafe { Tensor::int32("offsets", scratch.start(), length, place) })
         }
     };
+    let ids = optional_input("ids", ids)?;
+    let mut plan = ids.zip(packed.as_ref()).map(|(ids, packed)| layer.plan(ids, packed)).transpose()?;
     let rows = match &plan {
         None => Rows::given(&layer, offsets, gather, inverse)?,
         Some(plan) => Rows::of(plan),
@@ -61,11 +62,10 @@ pub fn mlp_forward(
     if let Some(hidden) = &hidden {
         hidden.expect(sizes.dtype, &problem.hidden_shape(), problem.layer.layout.hidden_legend())?;
     }
-    let outputs = [Some(&out), hidden.as_ref()];
-    let of_plan = plan.as_ref().map_or([None; 2], |plan| [Some(&plan.ids), Some(&plan.counts)]);
-    let inputs = problem.inputs().chain(of_plan);
-    disjoint(outputs, inputs.clone())?;
-    if let Backend::Cuda(device) = Backend::of(inputs.chain(outputs))? {
+    let of_plan = plan.as_ref().map_or_else(|| problem.rows.inputs(), |plan| [Some(&plan.ids), None, None]);
+    let inputs = problem.layer.inputs().into_iter().chain(of_plan);
+    let outputs = [packed.as_ref(), Some(&out), hidden.as_ref()];
+    if let Backend::Cuda(device) = Backend::of(inputs, outputs)? {
         let mlp = problem.on_device(py)?;
         let plan = plan.as_ref().map(|plan| plan.on_device().map(|sort| (plan, sort))).transpose()?;
         let (out, hidden) = (out.buffer(), buffer(&hidden));
@@ -92,7 +92,7 @@ pub fn mlp_forward(
 #[pyfunction]
 #[pyo3(signature = (
     grad_out, x, w1, b1, w2, b2, weights, hidden, offsets, gather, inverse,
-    grad_x, grad_weights, grad_w1, grad_b1, grad_w2, grad_b2, *,
+    grad_x, grad_weights, grad_w1, grad_b1, grad_w2, grad_b2,
     activation, transposed, interleaved, threads, add_w1=false, add_w2=false
 ))]
 pub fn mlp_backward(
@@ -141,34 +141,29 @@ pub fn mlp_backward(
         optional_output("grad_w2", grad_w2)?,
         optional_output("grad_b2", grad_b2)?,
     ];
-    let up_shape = [sizes.experts, sizes.up];
-    let down_shape = [sizes.experts, sizes.hidden];
-    let shapes = [
-        problem.layer.x.shape(),
-        problem.layer.weights.shape(),
-        problem.layer.w1.shape(),
-        &up_shape,
-        problem.layer.w2.shape(),
-        &down_shape,
-    ];
-    let legends = ["T, H", "T, K", "like w1", "like b1", "like w2", "E, H"];
     let update = |grad: &Option<Tensor>, adds| {
         grad.as_ref().map_or(Ok(Update::Write), |grad| update(grad, sizes.dtype, adds))
     };
     let (up, down) = (update(&grads[2], add_w1)?, update(&grads[4], add_w2)?);
-    for ((grad, shape), legend) in grads.iter().zip(shapes).zip(legends) {
+    let Layer { x, weights, w1, w2, .. } = &problem.layer;
+    // The elements of w1 and w2 are those of `update`.
+    let expected: [(Option<Element>, &[usize], &str); 6] = [
+        (Some(x.element()), x.shape(), "T, H"),
+        (Some(weights.element()), weights.shape(), "T, K"),
+        (None, w1.shape(), "like w1"),
+        (Some(x.element()), &[sizes.experts, sizes.up], "like b1"),
+        (None, w2.shape(), "like w2"),
+        (Some(x.element()), &[sizes.experts, sizes.hidden], "E, H"),
+    ];
+    for (grad, (element, shape, legend)) in grads.iter().zip(expected) {
         if let Some(grad) = grad {
-            let element = match legend {
-                "T, K" => Element::of_weights(sizes.dtype),
-                "like w1" | "like w2" => grad.element(),
-                _ => sizes.dtype.into(),
-            };
-            grad.expect(element, shape, legend)?;
+            element.map_or(Ok(()), |element| grad.expect_element(element))?;
+            grad.expect_shape(shape, legend)?;
         }
     }
-    let inputs = problem.inputs().chain([Some(&grad_out), Some(&hidden)]);
-    disjoint(grads.iter().map(Option::as_ref), inputs.clone())?;
-    if let Backend::Cuda(device) = Backend::of(inputs.chain(grads.iter().map(Option::as_ref)))? {
+    let inputs = problem.layer.inputs().into_iter().chain(problem.rows.inputs());
+    let inputs = inputs.chain([Some(&grad_out), Some(&hidden)]);
+    if let Backend::Cuda(device) = Backend::of(inputs, grads.each_ref().map(Option::as_ref))? {
         let mlp = problem.on_device(py)?;
         let [x, weights, w1, b1, w2, b2] = grads.each_ref().map(buffer);
         let grads = fastmoe_cuda::MlpGrads { x, weights, w1: (w1, up), b1, w2: (w2, down), b2 };

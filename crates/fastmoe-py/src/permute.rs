@@ -9,7 +9,7 @@ use crate::backend::{Backend, buffer, check_indices};
 use crate::call::{checked, compute, optional_input, optional_output, threads};
 use crate::element::Element;
 use crate::error::Result;
-use crate::tensor::{Tensor, disjoint};
+use crate::tensor::Tensor;
 
 #[pyfunction]
 #[pyo3(signature = (x, gather, out, *, threads))]
@@ -28,8 +28,7 @@ pub fn permute(
     let [rows] = gather.dims("R")?;
     let out = Tensor::output("out", out)?;
     out.expect(dtype, &[rows, cols], "R, H")?;
-    disjoint([Some(&out)], [&x, &gather].map(Some))?;
-    if let Backend::Cuda(device) = Backend::of([&x, &gather, &out].map(Some))? {
+    if let Backend::Cuda(device) = Backend::of([&x, &gather].map(Some), [Some(&out)])? {
         gather.expect_element(Element::I32)?;
         let dtype = x.cuda_float()?;
         let (columns, x, out) = (cols, x.buffer(), out.buffer());
@@ -69,8 +68,8 @@ pub fn unpermute(
         checked(optional_input("weights", weights)?, Element::of_weights(dtype), &[tokens, top_k], "T, K")?;
     let out = Tensor::output("out", out)?;
     out.expect(dtype, &[tokens, cols], "T, H")?;
-    disjoint([Some(&out)], [Some(&y), Some(&inverse), weights.as_ref()])?;
-    if let Backend::Cuda(device) = Backend::of([Some(&y), Some(&inverse), weights.as_ref(), Some(&out)])? {
+    let inputs = [Some(&y), Some(&inverse), weights.as_ref()];
+    if let Backend::Cuda(device) = Backend::of(inputs, [Some(&out)])? {
         inverse.expect_element(Element::I32)?;
         let problem = Combine {
             dtype: y.cuda_float()?,
@@ -129,8 +128,7 @@ pub fn unpermute_backward(
         checked(optional_output("grad_weights", grad_weights)?, wide, &[tokens, top_k], "T, K")?;
     let inputs = [Some(&grad_out), Some(&y), weights.as_ref(), Some(&gather), Some(&inverse)];
     let outputs = [grad_y.as_ref(), grad_weights.as_ref()];
-    disjoint(outputs, inputs)?;
-    if let Backend::Cuda(device) = Backend::of(inputs.into_iter().chain(outputs))? {
+    if let Backend::Cuda(device) = Backend::of(inputs, outputs)? {
         for index in [&gather, &inverse] {
             index.expect_element(Element::I32)?;
         }

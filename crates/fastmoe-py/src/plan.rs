@@ -9,7 +9,7 @@ use crate::backend::{Backend, buffer};
 use crate::call::{at_least, compute, optional_input, optional_output, threads};
 use crate::element::{Element, Scalar};
 use crate::error::{Error, Result};
-use crate::tensor::{Tensor, disjoint, wrong_dtype};
+use crate::tensor::{Tensor, wrong_dtype};
 
 #[pyfunction]
 #[pyo3(signature = (
@@ -59,7 +59,7 @@ pub fn plan(
         sorted_weights: optional_output("sorted_weights", sorted_weights)?,
     };
     plan.check()?;
-    if let Backend::Cuda(device) = Backend::of(plan.inputs().into_iter().chain(plan.outputs()))? {
+    if let Backend::Cuda(device) = Backend::of(plan.inputs(), plan.outputs())? {
         let sort = plan.on_device()?;
         return device.run(py, sort.scratch(), |queue| plan.launch(&sort, queue));
     }
@@ -88,7 +88,7 @@ impl NewPlan {
         [Some(counts), Some(offsets), Some(gather), Some(inverse), sorted_weights.as_ref()]
     }
 
-    /// Fails unless shapes and dtypes are those of the spec, and the memory of every output is its own.
+    /// Fails unless shapes and dtypes are those of the spec.
     fn check(&self) -> Result<()> {
         let Self { spec, ids, weights, counts, offsets, gather, inverse, sorted_weights } = self;
         let padded = spec.capacity.is_some_and(|capacity| capacity.pad);
@@ -104,7 +104,7 @@ impl NewPlan {
         if let Some(sorted) = sorted_weights {
             sorted.expect_shape(&[spec.rows()], "rows of gather")?;
         }
-        disjoint(self.outputs(), self.inputs())
+        Ok(())
     }
 
     /// The problem of the CUDA backend, of a checked plan.

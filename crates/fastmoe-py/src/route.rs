@@ -8,7 +8,7 @@ use crate::backend::{Backend, buffer, check_ids};
 use crate::call::{at_least, checked, compute, optional_input, optional_output, threads};
 use crate::element::Element;
 use crate::error::Result;
-use crate::tensor::{Tensor, disjoint};
+use crate::tensor::Tensor;
 
 #[pyfunction]
 #[pyo3(signature = (
@@ -51,7 +51,6 @@ pub fn route(
     let scores = Tensor::output("scores", scores)?;
     scores.expect(wide, &[tokens, experts], "T, E")?;
     let inputs = [Some(&logits), bias.as_ref(), expert_scale.as_ref()];
-    disjoint([&ids, &weights, &scores].map(Some), inputs)?;
     let groups = Groups {
         n_group: at_least("n_group", 1, n_group)?,
         topk_group: at_least("topk_group", 1, topk_group)?,
@@ -70,7 +69,7 @@ pub fn route(
     };
     router.check(experts)?;
     let outputs = [Some(&ids), Some(&weights), Some(&scores)];
-    if let Backend::Cuda(device) = Backend::of(inputs.into_iter().chain(outputs))? {
+    if let Backend::Cuda(device) = Backend::of(inputs, outputs)? {
         let problem = fastmoe_cuda::Route {
             router: &router,
             dtype: logits.cuda_float()?,
@@ -151,7 +150,6 @@ pub fn route_backward(
         grad_scores.as_ref(),
     ]);
     let outputs = [Some(&grad_logits), grad_expert_scale.as_ref()];
-    disjoint(outputs, inputs.clone())?;
     let router = Router {
         softcap,
         score: score.parse()?,
@@ -162,7 +160,7 @@ pub fn route_backward(
         ..Router::new(top_k)
     };
     router.check(experts)?;
-    if let Backend::Cuda(device) = Backend::of(inputs.chain(outputs))? {
+    if let Backend::Cuda(device) = Backend::of(inputs, outputs)? {
         let problem = fastmoe_cuda::RouteGrad {
             router: &router,
             dtype: logits.cuda_float()?,

@@ -8,7 +8,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use smallvec::SmallVec;
 
-use crate::array::Array;
+use crate::array::{self, Array};
 use crate::element::{Element, Scalar};
 use crate::error::{Error, Result};
 use crate::place::Place;
@@ -20,9 +20,11 @@ use crate::place::Place;
 pub struct Tensor {
     name: &'static str,
     data: *mut u8,
+    bytes: usize,
     shape: SmallVec<[usize; 4]>,
     element: Element,
     place: Place,
+    read_only: bool,
 }
 
 // SAFETY: a view is an address with its extent; nothing in it belongs to a thread.
@@ -33,13 +35,13 @@ unsafe impl Sync for Tensor {}
 impl Tensor {
     /// A tensor to read.
     pub fn input(name: &'static str, object: &Bound<'_, PyAny>) -> Result<Self> {
-        Self::check(name, Array::describe(name, object)?)
+        array::tensor(name, object)
     }
 
     /// A tensor to write: not read-only, and not watched by autograd, which would miss the change.
     pub fn output(name: &'static str, object: &Bound<'_, PyAny>) -> Result<Self> {
-        let array = Array::describe(name, object)?;
-        if array.read_only {
+        let tensor = array::tensor(name, object)?;
+        if tensor.read_only {
             return Err(Error::wrong_value(name, "a read-only array", "a writable one to put the result in"));
         }
         if let Some(watched) = object.getattr_opt(intern!(object.py(), "requires_grad"))?
@@ -48,27 +50,35 @@ impl Tensor {
             let given = "a tensor that requires grad";
             return Err(Error::wrong_value(name, given, "one to put the result in"));
         }
-        Self::check(name, array)
+        Ok(tensor)
     }
 
-    fn check(name: &'static str, array: Array) -> Result<Self> {
-        let element = match &array.element {
-            Ok(element) => *element,
-            Err(given) => {
-                let wanted = "one that kernels have: float32, float64, bfloat16, float16, int32 or int64";
-                return Err(Error::wrong_type(name, format!("dtype {given}"), wanted));
-            }
-        };
-        if !array.contiguous() {
-            let (strides, shape) = (tuple(&array.strides), tuple(&array.shape));
-            let given = format!("strides {strides} bytes for shape {shape}");
+    /// The view of an array that can be used as it is.
+    pub fn new(name: &'static str, array: Array<'_>) -> Result<Self> {
+        let Array { data, shape, strides, step, element, read_only, place } = array;
+        let element = element.map_err(|given| {
+            let wanted = "one that kernels have: float32, float64, bfloat16, float16, int32 or int64";
+            Error::wrong_type(name, format!("dtype {given}"), wanted)
+        })?;
+        // A stride that bytes cannot count belongs to an axis along which nobody steps.
+        let mut bytes = element.bytes() as i64;
+        let mut dense = true;
+        for axis in (0..shape.len()).rev() {
+            let stride =
+                strides.map_or(bytes, |strides| strides.get(axis).map_or(0, |n| n.wrapping_mul(step)));
+            dense &= stride == bytes || shape[axis] == 1;
+            bytes = bytes.wrapping_mul(shape[axis]);
+        }
+        if !dense && !shape.contains(&0) {
+            let strides: Vec<_> = strides.unwrap_or_default().iter().map(|n| n.wrapping_mul(step)).collect();
+            let given = format!("strides {} bytes for shape {}", tuple(&strides), tuple(shape));
             return Err(Error::wrong_value(name, given, "a C-contiguous tensor; call .contiguous()"));
         }
-        if !array.data.addr().is_multiple_of(element.bytes()) {
+        if !data.addr().is_multiple_of(element.bytes()) {
             return Err(Error::wrong_value(name, "a misaligned array", "memory aligned to its elements"));
         }
-        let shape = array.shape.iter().map(|&n| n as usize).collect();
-        Ok(Self { name, data: array.data, shape, element, place: array.place })
+        let shape = shape.iter().map(|&n| n as usize).collect();
+        Ok(Self { name, data, bytes: bytes as usize, shape, element, place, read_only })
     }
 
     /// Dense int32 memory.
@@ -76,8 +86,8 @@ impl Tensor {
     /// # Safety
     /// The caller keeps `length` aligned numbers there for as long as the tensor is used.
     pub unsafe fn int32(name: &'static str, start: usize, length: usize, place: Place) -> Self {
-        let shape = SmallVec::from_slice(&[length]);
-        Self { name, data: start as *mut u8, shape, element: Element::I32, place }
+        let (data, bytes, shape) = (start as *mut u8, 4 * length, SmallVec::from_slice(&[length]));
+        Self { name, data, bytes, shape, element: Element::I32, place, read_only: false }
     }
 
     /// A tensor of one axis as several that follow each other in its memory; fails unless they fill it.
@@ -89,9 +99,9 @@ impl Tensor {
         }
         let mut data = self.data;
         Ok(std::array::from_fn(|part| {
-            let (name, shape) = parts[part];
-            let tensor = Self { name, data, shape: shape.into(), element: self.element, place: self.place };
-            data = data.wrapping_add(sizes[part] * self.element.bytes());
+            let ((name, shape), bytes) = (parts[part], sizes[part] * self.element.bytes());
+            let tensor = Self { name, data, bytes, shape: shape.into(), ..*self };
+            data = data.wrapping_add(bytes);
             tensor
         }))
     }
@@ -111,6 +121,9 @@ impl Tensor {
             .as_slice()
             .try_into()
             .map_err(|_| Error::wrong_value(self.name, self.given_shape(), format!("[{legend}]")))?;
+        if !sizes.contains(&0) {
+            return Ok(sizes);
+        }
         let mut axes = legend.split(", ").zip(sizes);
         match axes.find(|&(axis, size)| size == 0 && axis != "T" && axis != "R") {
             None => Ok(sizes),
@@ -159,6 +172,10 @@ impl Tensor {
         self.place
     }
 
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     pub fn ptr(&self) -> Ptr {
         self.data
     }
@@ -193,7 +210,7 @@ impl Tensor {
     }
 
     fn addresses(&self) -> Range<usize> {
-        self.data.addr()..self.data.addr() + self.count() * self.element.bytes()
+        self.data.addr()..self.data.addr() + self.bytes
     }
 }
 
@@ -210,10 +227,9 @@ fn tuple(sizes: &[impl Display]) -> String {
 }
 
 /// The place where all arguments are; fails when they are on several devices.
-pub fn common_place<'a>(tensors: impl IntoIterator<Item = Option<&'a Tensor>>) -> Result<Place> {
-    let mut tensors = tensors.into_iter().flatten();
-    let first = tensors.next().expect("every function has a tensor");
-    match tensors.find(|tensor| tensor.place != first.place) {
+pub fn common_place(tensors: &[&Tensor]) -> Result<Place> {
+    let first = tensors.first().expect("every function has a tensor");
+    match tensors.iter().find(|tensor| tensor.place != first.place) {
         None => Ok(first.place),
         Some(other) => {
             let given = format!("a tensor on {}", other.place);
@@ -223,22 +239,18 @@ pub fn common_place<'a>(tensors: impl IntoIterator<Item = Option<&'a Tensor>>) -
     }
 }
 
-/// Fails when an output shares memory with an input or with another output.
-pub fn disjoint<'a>(
-    outputs: impl IntoIterator<Item = Option<&'a Tensor>>,
-    inputs: impl IntoIterator<Item = Option<&'a Tensor>>,
-) -> Result<()> {
-    let mut others: SmallVec<[&Tensor; 16]> = inputs.into_iter().flatten().collect();
-    for output in outputs.into_iter().flatten() {
+/// Fails when an output, all tensors but the first `inputs`, shares memory with an input or with another output.
+pub fn disjoint(tensors: &[&Tensor], inputs: usize) -> Result<()> {
+    for (index, output) in tensors.iter().enumerate().skip(inputs) {
         let range = output.addresses();
-        for other in &others {
+        let shares = |other: &&&Tensor| {
             let taken = other.addresses();
-            if range.start.max(taken.start) < range.end.min(taken.end) {
-                let given = format!("memory shared with {}", other.name);
-                return Err(Error::wrong_value(output.name, given, "memory of its own"));
-            }
+            range.start.max(taken.start) < range.end.min(taken.end)
+        };
+        if let Some(other) = tensors[..index].iter().find(shares) {
+            let given = format!("memory shared with {}", other.name);
+            return Err(Error::wrong_value(output.name, given, "memory of its own"));
         }
-        others.push(output);
     }
     Ok(())
 }
