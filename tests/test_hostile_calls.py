@@ -84,7 +84,7 @@ def test_an_array_with_fewer_strides_than_sizes(strides):
     class Array:
         __array_interface__ = np.zeros((T, H), np.float32).__array_interface__ | {"strides": strides}
 
-    with pytest.raises(ValueError, match=r"^x: expected a C-contiguous tensor, got strides"):
+    with pytest.raises(ValueError, match=r"^x: got strides .* wanted a C-contiguous tensor"):
         call("permute", x=Array())
 
 
