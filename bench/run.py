@@ -4,6 +4,7 @@
     python bench/run.py --quick              the subset that guides tuning, about 4 minutes
     python bench/run.py --only float32-A     cells (mode-dtype-shape-Ttokens) and sections that contain a text
     python bench/run.py --isa avx2           as a machine without AVX-512, torch held to the same
+    python bench/run.py --resume RECORD      the cells for which its time was too short
 
 Every result is written to bench/results/ as soon as it is known, a page of tables and a chart at the end;
 `python bench/report.py` puts the newest full run into the README.
@@ -51,7 +52,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="default 2")
     parser.add_argument("--isa", choices=LIMITS, help="hold ours and the peers to this instruction set")
-    parser.add_argument("--out", type=Path, help="result file (default: bench/results/DATE-CPU-ISA.json)")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--out", type=Path, help="result file (default: bench/results/DATE-CPU-ISA.json)")
+    place.add_argument(
+        "--resume", type=Path, metavar="RECORD", help="a result file of this machine and commit"
+    )
     options = parser.parse_args(argv)
     options.matrix = options.matrix or "full"
     options.budget_minutes = options.budget_minutes or {"full": 25, "quick": 4, "smoke": 2}[options.matrix]
@@ -125,6 +130,15 @@ def run_layer(run: dict, cells: list[Cell], options: argparse.Namespace, end: fl
         print(line(result), flush=True)
 
 
+def resumed(path: Path, identity: dict) -> dict:
+    """The record of a run that was cut off, to be gone on with."""
+    run = json.loads(path.read_text())
+    same = ("cpu", "isa", "threads", "versions", "commit")
+    if other := [key for key in same if run["machine"][key] != identity[key]]:
+        sys.exit(f"--resume {path}: made with another {', '.join(other)}")
+    return run | {"left_out": []}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the matrix; exit status 1 when a path failed or gave a wrong answer."""
     options = arguments(argv)
@@ -148,21 +162,29 @@ def main(argv: list[str] | None = None) -> int:
     from routing import measure_overhead, measure_routing
 
     torch.set_num_threads(options.threads)
-    run: dict = {
-        "format": 1,
-        "command": sys.argv[1:] if argv is None else argv,
-        "matrix": options.matrix,
-        "machine": machine.identity(options.threads),
-        "ceilings": machine.ceilings(options.threads, smoke=smoke),
-        "cells": [],
-        "routing": [],
-        "overhead": [],
-        "left_out": [],
-    }
-    path = options.out or RESULTS / default_name(run["machine"], options.matrix)
+    identity = machine.identity(options.threads)
+    if options.resume:
+        run, path = resumed(options.resume, identity), options.resume
+        done = {cell["name"] for cell in run["cells"]}
+        cells, routing, overhead = [cell for cell in cells if cell.name not in done], [], []
+    else:
+        run = {
+            "format": 1,
+            "command": sys.argv[1:] if argv is None else argv,
+            "matrix": options.matrix,
+            "machine": identity,
+            "ceilings": machine.ceilings(options.threads, smoke=smoke),
+            "cells": [],
+            "routing": [],
+            "overhead": [],
+            "left_out": [],
+            "seconds": 0,
+        }
+        path = options.out or RESULTS / default_name(identity, options.matrix)
+    seconds_before = run["seconds"]
 
     def save() -> None:
-        run["seconds"] = round(time.perf_counter() - start, 1)
+        run["seconds"] = round(seconds_before + time.perf_counter() - start, 1)
         write(run, path)
 
     seconds = 0 if smoke else OTHER_SECONDS
@@ -170,9 +192,9 @@ def main(argv: list[str] | None = None) -> int:
         run["routing"] += measure_routing(cell, seconds)
     for mode in overhead:
         run["overhead"].append(measure_overhead(mode, seconds))
-    save()
     for result in (*run["routing"], *run["overhead"]):
         print(line(result), flush=True)
+    save()
     run_layer(run, cells, options, start + 60 * options.budget_minutes, save)
     print(f"{len(run['cells'])} of {len(cells)} cells in {run['seconds']:.0f} s: {path}")
     report.main([str(path)])

@@ -40,6 +40,31 @@ def test_run_records_every_path_of_every_cell(recorded: Path) -> None:
     assert len(record["overhead"]) == 2
 
 
+def test_resume_adds_the_cells_that_are_missing(recorded: Path, tmp_path: Path) -> None:
+    record = json.loads(recorded.read_text())
+    missing = record["cells"].pop()["name"]
+    record["left_out"] = [{"name": missing, "reason": "the budget was used up"}]
+    path = tmp_path / "cut.json"
+    path.write_text(json.dumps(record))
+    run("run.py", "--smoke", "--threads", 1, "--resume", path)
+    whole = json.loads(path.read_text())
+    assert [cell["name"] for cell in whole["cells"]] == [cell["name"] for cell in record["cells"]] + [missing]
+    assert whole["cells"][:-1] == record["cells"]
+    assert (whole["left_out"], whole["routing"]) == ([], record["routing"])
+
+
+def test_resume_refuses_the_record_of_another_commit(recorded: Path, tmp_path: Path) -> None:
+    record = json.loads(recorded.read_text())
+    record["machine"]["commit"] = "another"
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(record))
+    command = [sys.executable, BENCH / "run.py", "--smoke", "--threads", "1", "--resume", path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "made with another commit" in done.stderr
+    assert json.loads(path.read_text()) == record
+
+
 def test_report_fills_the_marked_section_only(recorded: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench:start -->\nold\n<!-- bench:end -->\nafter\n")
