@@ -65,7 +65,7 @@ fn physical_memory() -> usize {
     kib.map_or(8 << 30, |kib| kib << 10)
 }
 
-/// Memory of the system's own, not of the C library's heap, which would neither give it back nor get huge pages for it.
+/// Memory of the system's own, not of the C library's heap, which may keep what is given back to it.
 fn fresh(len: usize, bytes: usize) -> Option<MmapRaw> {
     let block = MmapRaw::from(MmapOptions::new().len(len).map_anon().ok()?);
     #[cfg(target_os = "linux")]
