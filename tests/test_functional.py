@@ -1,5 +1,7 @@
 """moe_mlp, grouped_mm, permute and unpermute against the reference, forward and backward."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -304,6 +306,19 @@ def test_grouped_mm(counts, transposed, bias, dtype):
         (x, w, offsets_of(*counts)),
         options,
     )
+
+
+@pytest.mark.cpu_only(reason="about what the CPU packs at a time, and large for an emulator")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_weights_that_are_packed_in_parts(dtype):
+    x = torch.randn(3000, 1024).to(dtype)
+    w = (torch.randn(6, 1024, 1024) / 32).to(dtype).requires_grad_()
+    offsets = offsets_of(0, 900, 1, 0, 2000, 99)
+    grad_out = torch.randn(3000, 1024).to(dtype)
+    functional.grouped_mm(x, w, offsets).backward(grad_out)
+    for expert, (start, end) in enumerate(pairwise(offsets)):
+        want = grad_out[start:end].double().T @ x[start:end].double()
+        assert_near(w.grad[expert], want, dtype)
 
 
 @needs_float64

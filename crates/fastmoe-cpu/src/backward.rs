@@ -3,10 +3,11 @@
 use crate::combine::Combine;
 use crate::dtype::Element;
 use crate::gemm::{Product, sums_len};
-use crate::grad_weight::{GradWeight, Matrix};
+use crate::grad_weight::GradWeight;
 use crate::layer::{BLOCK_COLS, Layer, PackedRows, WIDE_COLS, split_gate_up};
 use crate::machine::{Machine, Op};
 use crate::math::dot;
+use crate::matrix::Matrix;
 use crate::memory::Scratch;
 use crate::pack::{Rows, units};
 use crate::problem::{Mlp, MlpGrads, Ptr};

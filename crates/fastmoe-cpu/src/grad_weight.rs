@@ -2,10 +2,11 @@
 
 use crate::dtype::Element;
 use crate::gemm::{padded_cols, row_groups};
-use crate::layer::{PackedRows, Work};
+use crate::layer::Work;
 use crate::machine::{Machine, Op, Tile};
+use crate::matrix::Matrix;
 use crate::memory::Scratch;
-use crate::pack::{Rows, pack_panels_kn, pack_transposed, row_stride, units};
+use crate::pack::{row_stride, units};
 use crate::prefetch::Prefetch;
 use crate::problem::PtrMut;
 use crate::simd::{copy_past_caches, fence};
@@ -26,81 +27,6 @@ const PACK_COLS: usize = 512;
 const PACKED_BYTES: usize = 8 << 20;
 /// Tasks for each thread, so that threads end together.
 const TASKS: usize = 8;
-
-/// A matrix with one row for each sorted row.
-#[derive(Clone, Copy)]
-pub enum Matrix<'a, M: Machine, E> {
-    /// Rows of a tensor and their length.
-    Gathered(Rows<'a, E>, usize),
-    /// Packed rows and their length.
-    Packed(&'a PackedRows<M>, usize),
-}
-
-// SAFETY: tasks only read it.
-unsafe impl<M: Machine, E> Sync for Matrix<'_, M, E> {}
-
-impl<'a, M: Machine, E: Element<Acc = M::Acc>> Matrix<'a, M, E> {
-    fn cols(&self) -> usize {
-        match *self {
-            Self::Gathered(_, cols) | Self::Packed(_, cols) => cols,
-        }
-    }
-
-    fn cells(packed: &PackedRows<M>) -> Rows<'a, M::Cell> {
-        Rows::dense(packed.row(0).cast(), packed.stride * M::UNIT)
-    }
-
-    #[inline(always)]
-    unsafe fn transpose(&self, rows: &Range<usize>, cols: &Range<usize>, dst: *mut M::Acc, stride: usize) {
-        let (n, start) = (rows.len(), cols.start);
-        // SAFETY: as promised by the caller of `GradWeight::matrix`.
-        unsafe {
-            match *self {
-                Self::Gathered(src, _) => {
-                    pack_transposed::<M, E>(&src.skip(rows.start).column(start), n, cols.len(), dst, stride);
-                }
-                Self::Packed(src, _) => {
-                    let src = Self::cells(src).skip(rows.start).column(start);
-                    pack_transposed::<M, M::Cell>(&src, n, cols.len(), dst, stride);
-                }
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn panels(&self, rows: &Range<usize>, cols: &Range<usize>, dst: *mut M::Acc) {
-        let (n, start) = (rows.len(), cols.start);
-        // SAFETY: as promised by the caller of `GradWeight::matrix`.
-        unsafe {
-            match *self {
-                Self::Gathered(src, _) => {
-                    pack_panels_kn::<M, E>(&src.skip(rows.start).column(start), n, cols.len(), dst);
-                }
-                Self::Packed(src, _) => {
-                    let src = Self::cells(src).skip(rows.start).column(start);
-                    pack_panels_kn::<M, M::Cell>(&src, n, cols.len(), dst);
-                }
-            }
-        }
-    }
-
-    /// Row `r` as sums.
-    #[inline(always)]
-    unsafe fn widen(&self, r: usize, out: &mut [M::Acc]) {
-        // SAFETY: as promised by the caller of `GradWeight::bias`.
-        unsafe {
-            match *self {
-                Self::Gathered(src, cols) => match src.row(r) {
-                    Some(row) => E::widen(std::slice::from_raw_parts(row, cols), out),
-                    None => out.fill(M::Acc::ZERO),
-                },
-                Self::Packed(src, cols) => {
-                    M::Cell::widen(std::slice::from_raw_parts(src.row(r).cast(), cols), out);
-                }
-            }
-        }
-    }
-}
 
 /// The experts whose gradients are wanted.
 pub struct GradWeight<'a> {
@@ -455,5 +381,30 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for BiasTask<'_, M, E> {
         }
         // SAFETY: this row of `out` is this task's.
         E::narrow(&total, unsafe { std::slice::from_raw_parts_mut(out.add(self.expert * cols), cols) });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::work;
+    use crate::machine::Portable;
+
+    #[test]
+    fn experts_are_packed_in_parts_that_fit() {
+        let offsets = [0, 0, 400, 800, 800, 900, 3000, 3001];
+        let work = work(&offsets);
+        let (width, tasks) = (4096, 16);
+        let parts = |threads| {
+            let threads = Threads::new(threads);
+            GradWeight { offsets: &offsets, work: &work, threads }.parts::<Portable>(width, tasks)
+        };
+        let some = parts(2);
+        assert_eq!(some.experts, [0..2, 2..5, 5..6, 6..7]);
+        assert_eq!(some.starts, [0, 0, 0, 400, 400, 0, 0]);
+        assert_eq!(some.longest, row_stride::<Portable>(2100));
+        let all = parts(64);
+        assert_eq!(all.experts, [0..7], "smaller parts would leave threads idle");
+        assert!(all.longest > 3000);
     }
 }

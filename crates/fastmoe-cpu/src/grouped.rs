@@ -2,9 +2,10 @@
 
 use crate::dtype::Element;
 use crate::gemm::{Factor, Product, sums_len};
-use crate::grad_weight::{GradWeight, Matrix};
+use crate::grad_weight::GradWeight;
 use crate::layer::{PackedRows, WIDE_COLS, Work, block_cols, work};
 use crate::machine::{Machine, Op};
+use crate::matrix::Matrix;
 use crate::memory::Scratch;
 use crate::pack::Rows;
 use crate::problem::{GroupedMm, Ptr, PtrMut};

@@ -21,6 +21,7 @@ mod isa;
 mod layer;
 mod machine;
 mod math;
+mod matrix;
 pub mod memory;
 mod pack;
 mod permute;

@@ -1,0 +1,103 @@
+//! An operand of a weight gradient: sorted rows as a tensor has them, or as the pass has packed them.
+
+use crate::dtype::Element;
+use crate::layer::PackedRows;
+use crate::machine::Machine;
+use crate::pack::{Rows, pack_panels_kn, pack_transposed};
+use fastmoe_core::Float;
+use std::ops::Range;
+
+/// A matrix with one row for each sorted row.
+#[derive(Clone, Copy)]
+pub enum Matrix<'a, M: Machine, E> {
+    /// Rows of a tensor and their length.
+    Gathered(Rows<'a, E>, usize),
+    /// Packed rows and their length.
+    Packed(&'a PackedRows<M>, usize),
+}
+
+// SAFETY: tasks only read it.
+unsafe impl<M: Machine, E> Sync for Matrix<'_, M, E> {}
+
+impl<'a, M: Machine, E: Element<Acc = M::Acc>> Matrix<'a, M, E> {
+    /// Length of a row.
+    pub fn cols(&self) -> usize {
+        match *self {
+            Self::Gathered(_, cols) | Self::Packed(_, cols) => cols,
+        }
+    }
+
+    fn cells(packed: &PackedRows<M>) -> Rows<'a, M::Cell> {
+        Rows::dense(packed.row(0).cast(), packed.stride * M::UNIT)
+    }
+
+    /// Packs these columns, each as a row of A.
+    ///
+    /// # Safety
+    /// Reached only from code compiled for the machine; the ranges lie within the matrix, and `dst` has room for what is
+    /// packed.
+    #[inline(always)]
+    pub unsafe fn transpose(
+        &self,
+        rows: &Range<usize>,
+        cols: &Range<usize>,
+        dst: *mut M::Acc,
+        stride: usize,
+    ) {
+        let (n, start) = (rows.len(), cols.start);
+        // SAFETY: as promised by the caller.
+        unsafe {
+            match *self {
+                Self::Gathered(src, _) => {
+                    pack_transposed::<M, E>(&src.skip(rows.start).column(start), n, cols.len(), dst, stride);
+                }
+                Self::Packed(src, _) => {
+                    let src = Self::cells(src).skip(rows.start).column(start);
+                    pack_transposed::<M, M::Cell>(&src, n, cols.len(), dst, stride);
+                }
+            }
+        }
+    }
+
+    /// Packs these columns as panels of B.
+    ///
+    /// # Safety
+    /// Reached only from code compiled for the machine; the ranges lie within the matrix, and `dst` has room for what is
+    /// packed.
+    #[inline(always)]
+    pub unsafe fn panels(&self, rows: &Range<usize>, cols: &Range<usize>, dst: *mut M::Acc) {
+        let (n, start) = (rows.len(), cols.start);
+        // SAFETY: as promised by the caller.
+        unsafe {
+            match *self {
+                Self::Gathered(src, _) => {
+                    pack_panels_kn::<M, E>(&src.skip(rows.start).column(start), n, cols.len(), dst);
+                }
+                Self::Packed(src, _) => {
+                    let src = Self::cells(src).skip(rows.start).column(start);
+                    pack_panels_kn::<M, M::Cell>(&src, n, cols.len(), dst);
+                }
+            }
+        }
+    }
+
+    /// Row `r` as sums.
+    ///
+    /// # Safety
+    /// Reached only from code compiled for the machine; the row lies within the matrix, `out` is as long.
+    #[inline(always)]
+    pub unsafe fn widen(&self, r: usize, out: &mut [M::Acc]) {
+        // SAFETY: as promised by the caller.
+        unsafe {
+            match *self {
+                Self::Gathered(src, cols) => match src.row(r) {
+                    Some(row) => E::widen(std::slice::from_raw_parts(row, cols), out),
+                    None => out.fill(M::Acc::ZERO),
+                },
+                Self::Packed(src, cols) => {
+                    M::Cell::widen(std::slice::from_raw_parts(src.row(r).cast(), cols), out);
+                }
+            }
+        }
+    }
+}
