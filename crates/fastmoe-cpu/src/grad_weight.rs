@@ -404,7 +404,7 @@ mod tests {
         assert_eq!(some.starts, [0, 0, 0, 400, 400, 0, 0]);
         assert_eq!(some.longest, row_stride::<Portable>(2100));
         let all = parts(64);
-        assert_eq!(all.experts, [0..7], "smaller parts would leave threads idle");
+        assert_eq!(all.experts.len(), 1, "smaller parts would leave threads idle");
         assert!(all.longest > 3000);
     }
 }
