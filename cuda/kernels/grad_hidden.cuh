@@ -41,11 +41,11 @@ template <class S, Major MW> struct GradHidden {
   const GradHiddenParams<T>& p;
   const Activation activation{static_cast<Kind>(p.activation)};
 
-  PTX_D RowWalk walk() const { return {p.offsets, p.experts, p.rows, S::BM, ceil_div(p.intermediate, S::BN)}; }
+  PTX_D RowWalk<typename S::Teams> walk() const { return {p.offsets, p.experts, p.rows, S::BM, ceil_div(p.intermediate, S::BN)}; }
 
-  PTX_D int height(const RowWalk::Tile& tile) const { return tile.end - tile.row; }
+  PTX_D int height(const RowTile& tile) const { return tile.end - tile.row; }
 
-  template <class A, class B> PTX_D int start(const RowWalk::Tile& tile, A& a, B& b) const {
+  template <class A, class B> PTX_D int start(const RowTile& tile, A& a, B& b) const {
     if (!tile.used || (!p.grad_hidden && !p.slopes)) return 0;
     a.start(Rows<T>{p.grad_out, p.gather, p.hidden_size, p.tokens}, p.hidden_size,
             [&](int i) { return tile.row + i < tile.end ? tile.row + i : -1; });
@@ -54,9 +54,9 @@ template <class S, Major MW> struct GradHidden {
     return ceil_div(p.hidden_size, S::SLICE);
   }
 
-  PTX_D void begin(const RowWalk::Tile&, typename S::Sums& c) const { begin_with_zeros<S>(c); }
+  PTX_D void begin(const RowTile&, typename S::Sums& c) const { begin_with_zeros<S>(c); }
 
-  PTX_D void finish(const RowWalk::Tile& tile, typename S::Sums& c) const {
+  PTX_D void finish(const RowTile& tile, typename S::Sums& c) const {
     for_each_row<S>(c, [&](int i, int column, Run& run, Run& right) {
       const int row = tile.row + i;
       const bool exists = row < tile.end;

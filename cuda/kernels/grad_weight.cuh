@@ -30,14 +30,13 @@ template <class T> struct GradWeightParams {
 template <class S, Major MAJOR> struct GradWeight {
   using T = typename S::Element;
   static constexpr bool ALIGNED = MAJOR != Major::ANY;
-  using Tile = MatrixWalk::Tile;
   const GradWeightParams<T>& p;
 
-  PTX_D MatrixWalk walk() const { return {p.experts, ceil_div(p.m, S::BM), ceil_div(p.n, S::BN)}; }
+  PTX_D MatrixWalk<typename S::Teams> walk() const { return {p.experts, ceil_div(p.m, S::BM), ceil_div(p.n, S::BN)}; }
 
-  PTX_D int height(const Tile& tile) const { return p.m - tile.m * S::BM; }
+  PTX_D int height(const MatrixTile& tile) const { return p.m - tile.m * S::BM; }
 
-  template <class A, class B> PTX_D int start(const Tile& tile, A& a, B& b) const {
+  template <class A, class B> PTX_D int start(const MatrixTile& tile, A& a, B& b) const {
     const int first = row_offset(p.offsets, tile.expert, p.rows), rows = rows_of(tile.expert);
     if (rows <= 0) return 0;
     a.start(Rows<T>{p.a, p.gather_a, p.m, p.tokens}.from(BUG(weight_first_rows) ? 0 : first), rows,
@@ -47,9 +46,9 @@ template <class S, Major MAJOR> struct GradWeight {
     return ceil_div(rows, S::SLICE);
   }
 
-  PTX_D void begin(const Tile&, typename S::Sums& c) const { begin_with_zeros<S>(c); }
+  PTX_D void begin(const MatrixTile&, typename S::Sums& c) const { begin_with_zeros<S>(c); }
 
-  PTX_D void finish(const Tile& tile, typename S::Sums& c) const {
+  PTX_D void finish(const MatrixTile& tile, typename S::Sums& c) const {
     // Adding zeros would turn -0 into 0, and cost as much as adding numbers.
     if ((p.sum || p.adds) && !BUG(weight_adds_zeros) && rows_of(tile.expert) <= 0) return;
     for_each_row<S>(c, [&](int i, int column, Run& left, Run& right) {

@@ -34,11 +34,11 @@ template <class S, Major MW> struct Gemm {
     return at < p.columns ? at : -1;
   }
 
-  PTX_D RowWalk walk() const { return {p.offsets, p.experts, p.rows, S::BM, ceil_div(p.columns, S::BN)}; }
+  PTX_D RowWalk<typename S::Teams> walk() const { return {p.offsets, p.experts, p.rows, S::BM, ceil_div(p.columns, S::BN)}; }
 
-  PTX_D int height(const RowWalk::Tile& tile) const { return tile.end - tile.row; }
+  PTX_D int height(const RowTile& tile) const { return tile.end - tile.row; }
 
-  template <class A, class B> PTX_D int start(const RowWalk::Tile& tile, A& a, B& b) const {
+  template <class A, class B> PTX_D int start(const RowTile& tile, A& a, B& b) const {
     if (!tile.used) return 0;
     a.start(Rows<T>{p.a, {nullptr}, p.inner, 0}, p.inner, [&](int i) { return tile.row + i < tile.end ? tile.row + i : -1; });
     b.start(expert_matrix(p.w, tile.expert, p.columns, p.inner, p.transposed), p.inner,
@@ -46,12 +46,12 @@ template <class S, Major MW> struct Gemm {
     return ceil_div(p.inner, S::SLICE);
   }
 
-  PTX_D void begin(const RowWalk::Tile& tile, typename S::Sums& c) const {
+  PTX_D void begin(const RowTile& tile, typename S::Sums& c) const {
     begin_with_bias<S>(c, tile.used ? p.bias : Global<const T>{nullptr}, tile.expert, p.columns,
                        [&](int half, int i) { return column(tile.n, half, i); });
   }
 
-  PTX_D void finish(const RowWalk::Tile& tile, typename S::Sums& c) const {
+  PTX_D void finish(const RowTile& tile, typename S::Sums& c) const {
     for_each_row<S>(c, [&](int i, int column, const Run& left, const Run& right) {
       const int row = tile.row + i, at = tile.n * S::BN + column;
       const Global<T> y = p.y + static_cast<int64_t>(row) * p.columns;

@@ -5,12 +5,13 @@
 
 template <class S, Major MW> struct GradHiddenByWarpgroups : GradHidden<S, MW> {
   using T = typename S::Element;
+  static constexpr bool SHARES_A = false;
   // So many units that their gate and up columns fill the staged rows. A part of them is computed at a time.
   static constexpr int UNITS = STAGED / 2, PART = 16, PARTS = UNITS / PART, PAIRS = PART / 4;
   // Of a thread, [i] is of row i % 2 and unit lane_column(i / 2) of a part, and the next.
   using Values = float[PAIRS][2];
 
-  PTX_D void finish(const RowWalk::Tile& tile, typename S::Sums& c) const {
+  PTX_D void finish(const RowTile& tile, typename S::Sums& c) const {
     const GradHiddenParams<T>& p = this->p;
     const int I = p.intermediate, columns = this->activation.gated() ? 2 * I : I;
     const bool pairs = this->activation.gated() && p.interleaved;
@@ -79,7 +80,7 @@ template <class S, Major MW> struct GradHiddenByWarpgroups : GradHidden<S, MW> {
   }
 
   // Of the run that begins with `unit`.
-  PTX_D void store_slopes(const RowWalk::Tile& tile, int unit, const float (&slopes)[2]) const {
+  PTX_D void store_slopes(const RowTile& tile, int unit, const float (&slopes)[2]) const {
     const GradHiddenParams<T>& p = this->p;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -92,8 +93,8 @@ template <class S, Major MW> struct GradHiddenByWarpgroups : GradHidden<S, MW> {
   }
 };
 
-template <class S, Major MW> PTX_D void grad_hidden_wgmma(const GradHiddenParams<typename S::Element>& p) {
-  run_pipeline<S, Major::K, MW>(GradHiddenByWarpgroups<S, MW>{{p}}, Boxes<S, S::BM, Major::K, true>(), Boxes<S, S::BN, MW, false>());
+template <class S, Major MW> PTX_D void grad_hidden_wgmma(const Mapped<GradHiddenParams<typename S::Element>>& p) {
+  run_pipeline<S, Major::K, MW>(GradHiddenByWarpgroups<S, MW>{{p.params}}, Boxes<S, S::BM, Major::K, true>(), TensorBoxes<S, S::BN, MW>(p.b));
 }
 
 WARPGROUP_ROW_ENTRIES(grad_hidden, GradHiddenParams)

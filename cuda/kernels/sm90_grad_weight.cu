@@ -3,10 +3,16 @@
 #include "tile/entries.cuh"
 #include "tile/pipeline.cuh"
 
-template <class S> struct GradWeightByWarpgroups : GradWeight<S, Major::MN> {
+// Pairs of blocks share the factor that is not gathered.
+template <class S, bool SHARES_A_> struct GradWeightByWarpgroups : GradWeight<S, Major::MN> {
   using T = typename S::Element;
+  static constexpr bool SHARES_A = SHARES_A_;
 
-  PTX_D void finish(const MatrixWalk::Tile& tile, typename S::Sums& c) const {
+  PTX_D MatrixWalk<std::conditional_t<SHARES_A, ByColumns, ByRows>> walk() const {
+    return {this->p.experts, ceil_div(this->p.m, S::BM), ceil_div(this->p.n, S::BN)};
+  }
+
+  PTX_D void finish(const MatrixTile& tile, typename S::Sums& c) const {
     const GradWeightParams<T>& p = this->p;
     if ((p.sum || p.adds) && this->rows_of(tile.expert) <= 0) return;  // as GradWeight::finish
     const int first_row = tile.m * S::BM + S::warp_row(), first_column = tile.n * S::BN;
@@ -44,8 +50,13 @@ template <class S> struct GradWeightByWarpgroups : GradWeight<S, Major::MN> {
   }
 };
 
-template <class S, bool GATHER_A, bool GATHER_B> PTX_D void grad_weight_wgmma(const GradWeightParams<typename S::Element>& p) {
-  run_pipeline<S, Major::MN, Major::MN>(GradWeightByWarpgroups<S>{{p}}, Boxes<S, S::BM, Major::MN, GATHER_A>(), Boxes<S, S::BN, Major::MN, GATHER_B>());
+template <class S, bool GATHER_A, bool GATHER_B> PTX_D void grad_weight_wgmma(const Mapped<GradWeightParams<typename S::Element>>& p) {
+  static_assert(GATHER_A != GATHER_B);
+  const GradWeightByWarpgroups<S, GATHER_B> kernel{{p.params}};
+  if constexpr (GATHER_B)
+    run_pipeline<S, Major::MN, Major::MN>(kernel, TensorRows<S, S::BM>(p.a), Boxes<S, S::BN, Major::MN, true>());
+  else
+    run_pipeline<S, Major::MN, Major::MN>(kernel, Boxes<S, S::BM, Major::MN, true>(), TensorRows<S, S::BN>(p.b));
 }
 
 WARPGROUP_WEIGHT_ENTRIES(grad_weight, GradWeightParams)

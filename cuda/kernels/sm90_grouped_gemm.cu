@@ -5,8 +5,9 @@
 
 template <class S, Major MW> struct GemmByWarpgroups : Gemm<S, MW> {
   using T = typename S::Element;
+  static constexpr bool SHARES_A = false;
 
-  PTX_D void finish(const RowWalk::Tile& tile, typename S::Sums& c) const {
+  PTX_D void finish(const RowTile& tile, typename S::Sums& c) const {
     const GemmParams<T>& p = this->p;
     if (p.bias && tile.used)
       add_bias<S>(c, p.bias + static_cast<int64_t>(tile.expert) * p.columns, [&](int half, int i) { return this->column(tile.n, half, i); });
@@ -20,8 +21,8 @@ template <class S, Major MW> struct GemmByWarpgroups : Gemm<S, MW> {
   }
 };
 
-template <class S, Major MW> PTX_D void gemm_wgmma(const GemmParams<typename S::Element>& p) {
-  run_pipeline<S, Major::K, MW>(GemmByWarpgroups<S, MW>{{p}}, Boxes<S, S::BM, Major::K, false>(), Boxes<S, S::BN, MW, false>());
+template <class S, Major MW> PTX_D void gemm_wgmma(const Mapped<GemmParams<typename S::Element>>& p) {
+  run_pipeline<S, Major::K, MW>(GemmByWarpgroups<S, MW>{{p.params}}, TensorBoxes<S, S::BM, Major::K>(p.a), TensorBoxes<S, S::BN, MW>(p.b));
 }
 
 WARPGROUP_ROW_ENTRIES(gemm, GemmParams)

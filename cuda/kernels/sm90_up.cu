@@ -5,8 +5,9 @@
 
 template <class S, Major MB> struct UpByWarpgroups : Up<S, Major::K, MB> {
   using T = typename S::Element;
+  static constexpr bool SHARES_A = false;
 
-  PTX_D void finish(const RowWalk::Tile& tile, typename S::Sums& c) const {
+  PTX_D void finish(const RowTile& tile, typename S::Sums& c) const {
     const UpParams<T>& p = this->p;
     if (p.b1 && tile.used)
       add_bias<S>(c, p.b1 + static_cast<int64_t>(tile.expert) * this->columns(), [&](int half, int i) { return this->column(tile.n, half, i); });
@@ -58,8 +59,8 @@ template <class S, Major MB> struct UpByWarpgroups : Up<S, Major::K, MB> {
   }
 };
 
-template <class S, Major MB> PTX_D void up_wgmma(const UpParams<typename S::Element>& p) {
-  run_pipeline<S, Major::K, MB>(UpByWarpgroups<S, MB>{{p}}, Boxes<S, S::BM, Major::K, true>(), Boxes<S, S::BN, MB, false>());
+template <class S, Major MB> PTX_D void up_wgmma(const Mapped<UpParams<typename S::Element>>& p) {
+  run_pipeline<S, Major::K, MB>(UpByWarpgroups<S, MB>{{p.params}}, Boxes<S, S::BM, Major::K, true>(), TensorBoxes<S, S::BN, MB>(p.b));
 }
 
 WARPGROUP_ROW_ENTRIES(up, UpParams)

@@ -48,13 +48,13 @@ template <class S, Major MA, Major MB> struct Up {
     return at + half * (S::BN / 2) < columns() ? at + half * (S::BN / 2) : -1;
   }
 
-  PTX_D RowWalk walk() const {
+  PTX_D RowWalk<typename S::Teams> walk() const {
     return {p.offsets, p.experts, p.rows, S::BM, ceil_div(columns(), S::BN)};
   }
 
-  PTX_D int height(const RowWalk::Tile& tile) const { return tile.end - tile.row; }
+  PTX_D int height(const RowTile& tile) const { return tile.end - tile.row; }
 
-  template <class A, class B> PTX_D int start(const RowWalk::Tile& tile, A& a, B& b) const {
+  template <class A, class B> PTX_D int start(const RowTile& tile, A& a, B& b) const {
     if (!tile.used) return 0;
     const Rows<T> tokens{p.x, p.gather, p.hidden_size, p.tokens};
     a.start(tokens, p.hidden_size, [&](int i) { return tile.row + i < tile.end ? tile.row + i : -1; });
@@ -63,12 +63,12 @@ template <class S, Major MA, Major MB> struct Up {
     return ceil_div(p.hidden_size, S::SLICE);
   }
 
-  PTX_D void begin(const RowWalk::Tile& tile, typename S::Sums& c) const {
+  PTX_D void begin(const RowTile& tile, typename S::Sums& c) const {
     begin_with_bias<S>(c, tile.used ? p.b1 : Global<const T>{nullptr}, tile.expert, columns(),
                        [&](int half, int i) { return column(tile.n, half, i); });
   }
 
-  PTX_D void finish(const RowWalk::Tile& tile, typename S::Sums& c) const {
+  PTX_D void finish(const RowTile& tile, typename S::Sums& c) const {
     const Activation activation(static_cast<Kind>(p.activation));
     const int I = p.intermediate;
     for_each_row<S>(c, [&](int i, int column, const Run& left, const Run& right) {

@@ -22,6 +22,7 @@
 #include "ptx/device/cp_async.cuh"
 #include "ptx/device/mma.cuh"
 #include "ptx/device/mbarrier.cuh"
+#include "ptx/device/cluster.cuh"
 #include "ptx/device/tma.cuh"
 #include "ptx/device/wgmma.cuh"
 #else

@@ -1,5 +1,6 @@
 // From global memory to boxes in shared memory, by the threads of the first warpgroup. Thread t copies chunks of 16 bytes,
 // the (t % 8)-th of rows t / 8, t / 8 + 16, ..., all with the same swizzle; what lies outside the matrix becomes zeros.
+// What is not gathered comes by tensor_boxes.cuh instead.
 #pragma once
 #include "tile/operand.cuh"
 #include "tile/warpgroups.cuh"
@@ -18,42 +19,10 @@ struct BoxChunk {
   }
 };
 
-// The copies of a thread, as Operand in operand.cuh. The places of either half of the tile follow each other in memory, as
+// The copies of a thread, as Operand in operand.cuh, with what it does not look at: the barrier that counts bytes, and
+// whether the other block of the pair takes the same. The places of either half of the tile follow each other in memory, as
 // far as they are there. K-major, a box has the SIZE rows m or n of a slice; MN-major, SIZE / 64 boxes have its 64 rows k.
 template <class S, int SIZE, Major MAJOR, bool GATHER> class Boxes;
-
-template <class S, int SIZE> class Boxes<S, SIZE, Major::K, false> : BoxChunk {
-  using Element = typename S::Element;
-  static constexpr int COPIES = SIZE / APART;
-  Global<const uint8_t> from[2];  // the thread's first row of either half, at k
-  int64_t step;                   // bytes between its rows
-  uint32_t exists;
-  int left;                       // elements from k on
-
- public:
-  template <class Place> PTX_D void start(const Rows<Element>& rows, int k_end, Place place) {
-    left = k_end - column<S>();
-    step = APART * rows.pitch * sizeof(Element);
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int at = place(half * (SIZE / 2) + row());
-      from[half] = (rows.at(at < 0 ? 0 : at) + column<S>()).template as<const uint8_t>();
-    }
-    exists = 0;
-#pragma unroll 1
-    for (int i = 0; i < COPIES; i++) exists |= static_cast<uint32_t>(place(row() + i * APART) >= 0 || BUG(box_missing_row)) << i;
-  }
-  PTX_D void copy(Shared slice) {
-    const uint32_t now = left + BUG(box_k_tail) * S::CHUNK > 0 ? exists : 0;
-#pragma unroll
-    for (int i = 0; i < COPIES; i++) {
-      const Global<const uint8_t> row = from[2 * i / COPIES] + i % (COPIES / 2) * step;
-      cp_async<CHUNK_BYTES, TWO_SLICES>(to(slice) + i * APART * BOX_ROW_BYTES, row.template as<const void>(), now >> i & 1);
-    }
-    from[0] = from[0] + BOX_ROW_BYTES, from[1] = from[1] + BOX_ROW_BYTES;
-    left -= S::SLICE;
-  }
-};
 
 template <class S, int SIZE> class Boxes<S, SIZE, Major::K, true> : BoxChunk {
   using Element = typename S::Element;
@@ -74,7 +43,7 @@ template <class S, int SIZE> class Boxes<S, SIZE, Major::K, true> : BoxChunk {
       found[i] = at < 0 ? -1 : BUG(box_not_gathered) ? at : rows.index(at);
     }
   }
-  PTX_D void copy(Shared slice) {
+  PTX_D void copy(Shared slice, Shared, bool) {
 #pragma unroll
     for (int i = 0; i < COPIES; i++) {
       const Global<const uint8_t> row = from + static_cast<int64_t>(found[i]) * pitch;
@@ -126,7 +95,7 @@ template <class S, int SIZE> class Boxes<S, SIZE, Major::MN, false> {
     from = rows.at(Columns::row()).template as<const uint8_t>() + columns.first;
     left = k - Columns::row();
   }
-  PTX_D void copy(Shared slice) {
+  PTX_D void copy(Shared slice, Shared, bool) {
 #pragma unroll
     for (int i = 0; i < Columns::ROWS; i++)
       columns.copy_row(slice, i, from + i * Columns::APART * pitch, i * Columns::APART < left + BUG(box_rows_tail));
@@ -167,7 +136,7 @@ template <class S, int SIZE> class Boxes<S, SIZE, Major::MN, true> {
     end = k;
     look_ahead();
   }
-  PTX_D void copy(Shared slice) {
+  PTX_D void copy(Shared slice, Shared, bool) {
 #pragma unroll
     for (int i = 0; i < Columns::ROWS; i++) {
       const bool exists = static_cast<uint32_t>(next[i]) < static_cast<uint32_t>(count);

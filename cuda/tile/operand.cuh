@@ -12,6 +12,7 @@ template <class Element> struct Rows {
   Global<const int> gather;
   int64_t pitch;
   int count;
+  int first = 0, matrix = 0;  // where `base` lies in a tensor: at this row of this one of its matrices
 
   PTX_D int index(int row) const {
     if (!gather) return row;
@@ -24,7 +25,7 @@ template <class Element> struct Rows {
   // The rows from `first` on.
   PTX_D Rows from(int first) const {
     if (gather) return {base, gather + first, pitch, count};
-    return {at(first), gather, pitch, count};
+    return {at(first), gather, pitch, count, first};
   }
 };
 
@@ -32,7 +33,7 @@ template <class Element> struct Rows {
 template <class Element>
 PTX_D Rows<Element> expert_matrix(Global<const Element> all, int expert, int columns, int k, bool transposed) {
   const int64_t first = static_cast<int64_t>(BUG(operand_first_expert) ? 0 : expert) * columns * k;
-  return {all + (BUG(operand_narrow_weights) ? static_cast<uint32_t>(first) : first), {nullptr}, transposed ? columns : k, 0};
+  return {all + (BUG(operand_narrow_weights) ? static_cast<uint32_t>(first) : first), {nullptr}, transposed ? columns : k, 0, 0, expert};
 }
 
 // The copies of a thread of an operand that extends SIZE along m or n, all with the same swizzle.

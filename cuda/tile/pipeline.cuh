@@ -1,7 +1,7 @@
 // The life of a block of warpgroups (sm_90a): the first one copies slices of tile after tile into a ring in shared memory,
 // the others multiply them and store the sums. Two barriers for each place of the ring say when it is full and when empty.
 #pragma once
-#include "tile/boxes.cuh"
+#include "tile/tensor_boxes.cuh"
 
 namespace tile {
 
@@ -20,6 +20,9 @@ template <class S> struct Stage {
   }
 };
 
+// Threads of the first warpgroup that copy, or ask for copies.
+template <class A, class B> constexpr int COPIERS = BY_THREADS<A> || BY_THREADS<B> ? WARPGROUP : 32;
+
 template <class S, class Kernel, class A, class B> PTX_D void copy_tiles(const Kernel& kernel, A a, B b) {
   Stage<S> stage;
   auto walk = kernel.walk();
@@ -28,8 +31,8 @@ template <class S, class Kernel, class A, class B> PTX_D void copy_tiles(const K
     const int slices = kernel.start(tile, a, b);
     for (int s = 0; s < slices; s++, stage.advance()) {
       if (!BUG(pipeline_no_empty_wait)) mbarrier_wait(stage.empty(), stage.parity ^ 1);
-      a.copy(stage.slice());
-      b.copy(stage.slice() + S::A_BYTES);
+      a.copy(stage.slice(), stage.full(), Kernel::SHARES_A && tile.shares);
+      b.copy(stage.slice() + S::A_BYTES, stage.full(), !Kernel::SHARES_A && tile.shares);
       cp_async_mbarrier_arrive(stage.full());
     }
   }
@@ -52,10 +55,10 @@ template <class S, Major MAJOR> struct RingOperand {
   }
 };
 
-// c += A B^T of a slice, as far as the warpgroup's rows are concerned; does not wait for it.
-template <class S, Major MA, Major MB>
+// c += A B^T of a slice, as far as the warpgroup's rows are concerned; does not wait for it. FENCE: threads have copied it.
+template <class S, Major MA, Major MB, bool FENCE>
 PTX_D void multiply(typename S::Sums& c, const RingOperand<S, MA>& a, const RingOperand<S, MB>& b, int stage) {
-  if (!BUG(pipeline_no_fence)) fence_proxy_async();  // cp.async writes as threads do
+  if (FENCE && !BUG(pipeline_no_fence)) fence_proxy_async();  // cp.async writes as threads do
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < S::SLICE / 16; step++)
@@ -63,8 +66,9 @@ PTX_D void multiply(typename S::Sums& c, const RingOperand<S, MA>& a, const Ring
   wgmma_commit();
 }
 
-// A warpgroup that has no rows of a tile only says that it is done with the slices.
-template <class S, Major MA, Major MB, class Kernel> PTX_D void multiply_tiles(const Kernel& kernel) {
+// A warpgroup that has no rows of a tile only says that it is done with the slices. Both blocks of the cluster hear when
+// either is done with a place, since either may fill it for both.
+template <class S, Major MA, Major MB, bool FENCE, class Kernel> PTX_D void multiply_tiles(const Kernel& kernel) {
   Stage<S> stage;
   auto walk = kernel.walk();
   typename decltype(walk)::Tile tile;
@@ -72,7 +76,8 @@ template <class S, Major MA, Major MB, class Kernel> PTX_D void multiply_tiles(c
   const RingOperand<S, MA> a(shared_memory() + S::group() * GROUP_ROWS * BOX_ROW_BYTES);
   const RingOperand<S, MB> b(shared_memory() + S::A_BYTES);
   const auto release = [](Shared empty) {
-    if (thread_id() % 32 == 0) mbarrier_arrive(empty);
+    const int lane = thread_id() % 32;
+    if (lane < 2 - BUG(pipeline_release_one_block)) mbarrier_arrive_at(empty, BUG(pipeline_release_own) ? cluster_rank() : lane);
   };
   while (walk.next(tile)) {
     const int slices = kernel.start(tile, none, none);
@@ -84,7 +89,7 @@ template <class S, Major MA, Major MB, class Kernel> PTX_D void multiply_tiles(c
     for (int s = 0; s < slices; s++, stage.advance()) {
       if (!BUG(pipeline_no_full_wait)) mbarrier_wait(stage.full(), stage.parity);
       if (has_rows) {
-        multiply<S>(sums, a, b, stage.index);
+        multiply<S, MA, MB, FENCE>(sums, a, b, stage.index);
         if (BUG(pipeline_early_release)) release(stage.empty());
         wgmma_wait<1>();
       } else {
@@ -101,23 +106,25 @@ template <class S, Major MA, Major MB, class Kernel> PTX_D void multiply_tiles(c
 
 // `kernel` as in persistent.cuh, without `begin`, and
 //   int height(tile)              rows of C from the tile's first on
+//   bool SHARES_A                 pairs of blocks share rows of A rather than columns of B
 template <class S, Major MA, Major MB, class Kernel, class A, class B> PTX_D void run_pipeline(const Kernel& kernel, A a, B b) {
   if (thread_id() == 0) {
     Stage<S> stage;
     for (int i = 0; i < S::STAGES; i++, stage.advance()) {
-      mbarrier_init(stage.full(), WARPGROUP);
-      mbarrier_init(stage.empty(), 4 * S::GROUPS);
+      mbarrier_init(stage.full(), COPIERS<A, B>);
+      mbarrier_init(stage.empty(), 2 * 4 * S::GROUPS);
     }
     fence_mbarrier_init();
   }
-  sync_block();
+  if (!BUG(pipeline_no_first_sync)) sync_cluster();
   if (thread_id() < WARPGROUP) {
     setmaxnreg_dec<72>();
-    copy_tiles<S>(kernel, a, b);
+    if (thread_id() < COPIERS<A, B>) copy_tiles<S>(kernel, a, b);
   } else {
     setmaxnreg_inc<216>();
-    multiply_tiles<S, MA, MB>(kernel);
+    multiply_tiles<S, MA, MB, BY_THREADS<A> || BY_THREADS<B>>(kernel);
   }
+  if (!BUG(pipeline_no_last_sync)) sync_cluster();  // the other block still says when it is done with places
 }
 
 }  // namespace tile

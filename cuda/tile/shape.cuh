@@ -23,9 +23,12 @@ constexpr int RUN = 32;
 constexpr int NI = 8;  // tiles of 8 columns of a warp, the first four in its left run
 constexpr int SLICE_BYTES = 64, CHUNK_BYTES = 16;
 
+struct Singly;  // walk.cuh
+
 template <class Math_, int BM_, int BN_, int WM_, int STAGES_> struct Shape {
   using Math = Math_;
   using Element = ElementOf<Math>;
+  using Teams = Singly;
   static constexpr int BM = BM_, BN = BN_, WM = WM_, STAGES = STAGES_;
   static constexpr int SLICE = SLICE_BYTES / sizeof(Element), CHUNK = CHUNK_BYTES / sizeof(Element);
   static constexpr int WARPS_M = BM / WM, MI = WM / 16, THREADS = 32 * WARPS_M * (BN / (2 * RUN));

@@ -1,9 +1,10 @@
 // The shape of a tile that warpgroups compute (sm_90a), and the way of its sums to memory.
 //
 // C[m, n] = sum over k of A[m, k] B[n, k]. The first warpgroup copies slices of 64 elements along K into shared memory,
-// STAGES of them in flight; each of the others owns 64 rows of the tile, each of its warps 16.
+// STAGES of them in flight; each of the others owns 64 rows of the tile, each of its warps 16. Two blocks form a cluster,
+// and what both need of an operand is read once.
 #pragma once
-#include "tile/shape.cuh"
+#include "tile/pairs.cuh"
 
 namespace tile {
 
@@ -15,6 +16,7 @@ constexpr int STAGED = 128, STAGED_ROW_BYTES = 2 * STAGED;
 
 template <class Element_, int BM_, int BN_, int STAGES_> struct Warpgroups {
   using Element = Element_;
+  using Teams = ByRows;
   static constexpr int BM = BM_, BN = BN_, STAGES = STAGES_;
   static constexpr int SLICE = BOX, CHUNK = CHUNK_BYTES / sizeof(Element);
   static constexpr int GROUPS = BM / GROUP_ROWS, THREADS = WARPGROUP * (1 + GROUPS);
