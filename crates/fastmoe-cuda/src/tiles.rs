@@ -55,6 +55,11 @@ impl Tile {
         bytes as u32
     }
 
+    /// Tiles that a cluster of as many blocks computes at a time, each block one; they share an operand.
+    fn cluster(self) -> usize {
+        if self.warpgroups { 2 } else { 1 }
+    }
+
     /// The tiles of a result of so many rows.
     fn of(self, rows: usize, columns: usize) -> usize {
         rows.div_ceil(self.rows) * columns.div_ceil(self.columns)
@@ -128,15 +133,25 @@ pub(crate) fn aligned(dtype: DType, columns: &[usize], tensors: &[Buffer]) -> bo
         && tensors.iter().all(|tensor| tensor.address.is_multiple_of(16))
 }
 
-pub(crate) fn blocks(gpu: &Gpu, tile: Tile, tiles: usize) -> Result<usize> {
-    limits::rows("tiles of the result", tiles)?;
+/// The grid for so many clusters of tiles: of whole clusters, and of one even where a device could not run it at once.
+pub(crate) fn blocks(gpu: &Gpu, tile: Tile, clusters: usize) -> Result<usize> {
+    limits::rows("tiles of the result", tile.cluster() * clusters)?;
     let resident = gpu.device.resident(tile.resident, tile.shared());
-    Ok(tiles.min(gpu.device.multiprocessors as usize * resident))
+    let at_once = gpu.device.multiprocessors as usize * resident / tile.cluster();
+    Ok(tile.cluster() * clusters.min(at_once.max(1)))
 }
 
-/// Tiles over the sorted rows at most: every expert may end in a part of one, and so may the unused rows.
-pub(crate) fn row_tiles(tile: Tile, rows: usize, experts: usize, columns: usize) -> usize {
-    if rows == 0 { 0 } else { (rows / tile.rows + experts + 1) * columns.div_ceil(tile.columns) }
+/// Clusters of tiles over the sorted rows at most: every expert may end in a part of a tile, and so may the unused rows.
+/// Rows of tiles are taken in pairs, and the last of an odd number by itself.
+pub(crate) fn row_clusters(tile: Tile, rows: usize, experts: usize, columns: usize) -> usize {
+    let across = columns.div_ceil(tile.columns);
+    let (whole, ends) = (rows / tile.rows * across / tile.cluster(), across.div_ceil(tile.cluster()));
+    if rows == 0 { 0 } else { whole + (experts + 1) * ends }
+}
+
+/// Clusters of tiles of a gradient of weights `[rows, columns]` an expert.
+pub(crate) fn weight_clusters(tile: Tile, rows: usize, experts: usize, columns: usize) -> usize {
+    experts * tile.of(rows, columns).div_ceil(tile.cluster())
 }
 
 /// The parts of a kernel's name.
