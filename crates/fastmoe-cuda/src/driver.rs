@@ -42,6 +42,43 @@ pub struct Region {
     pub access: Access,
 }
 
+/// CUDA's `CUtensorMap`: what the tensor memory accelerator of Hopper has to know of a tensor.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TensorMap(pub [u64; 16]);
+
+impl TensorMap {
+    /// Of no tensor.
+    pub const NONE: Self = Self([0; 16]);
+}
+
+/// A tensor of 16-bit elements, and the boxes in which it is copied to shared memory: 64 elements wide, in CUDA's swizzle
+/// of 128 bytes, with zeros for what is outside the tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapSpec {
+    /// Its address.
+    pub address: u64,
+    /// Width, height and depth, none of them 0, of elements that follow each other in memory without gaps.
+    pub sizes: [usize; 3],
+    /// The height of a box; its depth is 1.
+    pub box_height: u32,
+    /// L2 fetches 256 bytes of a row at once, two boxes of them.
+    pub two_boxes: bool,
+}
+
+impl MapSpec {
+    /// Bytes of an element.
+    pub const ELEMENT: usize = 2;
+    /// Elements of a row of a box.
+    pub const BOX_WIDTH: u32 = 64;
+
+    /// Bytes from a row to the next, and from a matrix to the next.
+    pub fn strides(&self) -> [u64; 2] {
+        let [width, height, _] = self.sizes;
+        [width, width * height].map(|elements| (Self::ELEMENT * elements) as u64)
+    }
+}
+
 /// What a device is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {
@@ -83,6 +120,11 @@ pub trait Driver: Send + Sync {
     /// A kernel that [`load`](Self::load) did not give.
     fn kernel(&self, name: &str) -> Result<Kernel> {
         Err(Error::NoKernel { name: name.to_owned() })
+    }
+
+    /// The tensor map of a tensor. Drivers that run nothing need not make any.
+    fn tensor_map(&self, _device: i32, _spec: &MapSpec) -> Result<TensorMap> {
+        Ok(TensorMap::NONE)
     }
 
     /// Puts a kernel with one parameter struct into a stream.

@@ -2,7 +2,7 @@
 //!
 //! `FASTMOE_EMULATOR_FAULT=cuLaunchKernel=719` makes it fail as a driver does whose function returns this status.
 
-use crate::driver::{Access, Device, Driver, Kernel, Region, Stream};
+use crate::driver::{Access, Device, Driver, Kernel, MapSpec, Region, Stream, TensorMap};
 use crate::error::{self, Error, Result};
 use libloading::Library;
 use std::collections::HashMap;
@@ -18,6 +18,19 @@ struct Emulator {
     name: unsafe extern "C" fn(usize) -> Text,
     add_range: unsafe extern "C" fn(*const c_void, usize, Text, c_int),
     remove_range: unsafe extern "C" fn(*const c_void),
+    tensor_map: unsafe extern "C" fn(
+        *mut TensorMap,
+        *const c_void,
+        u32,
+        u64,
+        u64,
+        u64,
+        u64,
+        u64,
+        u32,
+        u32,
+        c_int,
+    ) -> Text,
     /// It runs one launch at a time.
     turn: Mutex<()>,
     names: OnceLock<Vec<&'static CStr>>,
@@ -60,6 +73,7 @@ impl Emulator {
                 name: *library.get(b"emulator_kernel_name\0").map_err(missing)?,
                 add_range: *library.get(b"emulator_add_range\0").map_err(missing)?,
                 remove_range: *library.get(b"emulator_remove_range\0").map_err(missing)?,
+                tensor_map: *library.get(b"emulator_tensor_map\0").map_err(missing)?,
                 turn: Mutex::default(),
                 names: OnceLock::new(),
                 idle: std::env::var("FASTMOE_EMULATOR_LAUNCH").is_ok_and(|launch| launch == "none"),
@@ -120,6 +134,35 @@ impl Driver for Emulator {
                 Ok((name, Kernel { function, threads, shared }))
             })
             .collect()
+    }
+
+    fn tensor_map(&self, _: i32, spec: &MapSpec) -> Result<TensorMap> {
+        let mut map = TensorMap::NONE;
+        if self.idle {
+            return Ok(map);
+        }
+        may_fail("cuTensorMapEncodeTiled")?;
+        let base = spec.address as *const c_void;
+        let [width, height, depth] = spec.sizes.map(|size| size as u64);
+        let [row, matrix] = spec.strides();
+        let (element, box_width) = (MapSpec::ELEMENT as u32, MapSpec::BOX_WIDTH);
+        // SAFETY: the map is a local of 128 bytes, aligned to 64; the emulator does not look at the tensor.
+        Self::check(unsafe {
+            (self.tensor_map)(
+                &mut map,
+                base,
+                element,
+                width,
+                height,
+                depth,
+                row,
+                matrix,
+                box_width,
+                spec.box_height,
+                1,
+            )
+        })?;
+        Ok(map)
     }
 
     unsafe fn launch(

@@ -1,6 +1,6 @@
 //! A device with its kernels loaded, and launches into a stream of it.
 
-use crate::driver::{Access, Device, Driver, Kernel, Region, Stream};
+use crate::driver::{Access, Device, Driver, Kernel, MapSpec, Region, Stream, TensorMap};
 use crate::libcuda::Libcuda;
 use crate::{Result, emulator};
 use arrayvec::ArrayString;
@@ -156,6 +156,11 @@ impl Queue<'_> {
         let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
         // SAFETY: as promised by the caller.
         unsafe { self.gpu.driver.launch(self.gpu.index, self.stream, kernel, blocks, params, memory) }
+    }
+
+    /// The tensor map of a tensor, none of none.
+    pub fn tensor_map(&self, spec: Option<MapSpec>) -> Result<TensorMap> {
+        spec.map_or(Ok(TensorMap::NONE), |spec| self.gpu.driver.tensor_map(self.gpu.index, &spec))
     }
 
     /// Sets a word of device memory, in the order of the stream.

@@ -11,6 +11,7 @@ mod dtype;
 mod emulator;
 mod error;
 mod gpu;
+mod grouped;
 mod libcuda;
 mod limits;
 mod mlp;

@@ -1,6 +1,6 @@
 //! NVIDIA's driver, loaded at run time by its C functions.
 
-use crate::driver::{Device, Driver, Kernel, Region, Stream};
+use crate::driver::{Device, Driver, Kernel, MapSpec, Region, Stream, TensorMap};
 use crate::error::{self, Error, Result, Status};
 use libloading::Library;
 use std::collections::HashMap;
@@ -61,6 +61,10 @@ functions! {
     launch_kernel = "cuLaunchKernel": fn(
         *mut c_void, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, *mut c_void, *mut *mut c_void,
         *mut *mut c_void
+    );
+    encode_tiled = "cuTensorMapEncodeTiled": fn(
+        *mut TensorMap, c_int, c_uint, *mut c_void, *const u64, *const u64, *const u32, *const u32, c_int, c_int, c_int,
+        c_int
     );
 }
 
@@ -248,6 +252,38 @@ impl Driver for Libcuda {
                 }
             }
             Ok(kernels)
+        })
+    }
+
+    fn tensor_map(&self, device: i32, spec: &MapSpec) -> Result<TensorMap> {
+        // As in cuda.h; a copy does not look at elements, so that all of 16 bits are the same to it.
+        const UINT16: c_int = 1;
+        const NOT_INTERLEAVED: c_int = 0;
+        const SWIZZLE_128B: c_int = 3;
+        const PROMOTION: [c_int; 2] = [0, 3]; // none, to 256 bytes
+        const ZEROS_OUTSIDE: c_int = 0;
+        self.within(device, || {
+            let mut map = TensorMap::NONE;
+            // SAFETY: the map is aligned to 64 bytes, and each array has the elements of three dimensions, strides those
+            // of two; the driver reads the arrays and not the tensor.
+            let status = unsafe {
+                (self.call.encode_tiled)(
+                    &mut map,
+                    UINT16,
+                    3,
+                    spec.address as *mut c_void,
+                    spec.sizes.map(|size| size as u64).as_ptr(),
+                    spec.strides().as_ptr(),
+                    [MapSpec::BOX_WIDTH, spec.box_height, 1].as_ptr(),
+                    [1; 3].as_ptr(),
+                    NOT_INTERLEAVED,
+                    SWIZZLE_128B,
+                    PROMOTION[usize::from(spec.two_boxes)],
+                    ZEROS_OUTSIDE,
+                )
+            };
+            self.check("cuTensorMapEncodeTiled", status)?;
+            Ok(map)
         })
     }
 

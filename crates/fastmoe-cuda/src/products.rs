@@ -1,7 +1,8 @@
 //! The grouped products: the launches of the `sm80_*.cu` kernels, whose parameter structs are mirrored here.
 
+use crate::grouped::{Grouped, rows_across, rows_along_inner, weights};
 use crate::limits;
-use crate::tiles::{Math, aligned, blocks, name, row_tile, row_tiles, weight_tile};
+use crate::tiles::{Math, aligned, row_clusters, row_tile, weight_clusters, weight_tile};
 use crate::{Buffer, Queue, Result};
 use fastmoe_core::Update;
 
@@ -98,18 +99,13 @@ impl Up {
         };
         let memory =
             [x.read(), gather.read(), offsets.read(), w1.read(), b1.read(), hidden.write(), act.write()];
+        let (variant, w1) = weights(w1, sizes.transposed, [sizes.hidden, sizes.up(), sizes.experts]);
         // Gate and up columns of a unit are in one tile.
-        let tiles = row_tiles(tile, sizes.rows, sizes.experts, sizes.up());
-        let variant = if sizes.transposed { "nn" } else { "nt" };
+        let clusters = row_clusters(tile, sizes.rows, sizes.experts, sizes.up());
+        let product =
+            Grouped { kernel: "up", math: sizes.math, tile, variant, clusters, operands: [None, w1] };
         // SAFETY: this is the kernel's struct, and as promised by the caller.
-        unsafe {
-            queue.launch(
-                &name("up", sizes.math, tile, variant),
-                blocks(queue.gpu, tile, tiles)?,
-                &params,
-                &memory,
-            )
-        }
+        unsafe { product.launch(queue, &params, &memory) }
     }
 }
 
@@ -174,10 +170,12 @@ impl Product {
             transposed: transposed.into(),
         };
         let memory = [a.read(), offsets.read(), w.read(), bias.read(), y.write()];
-        let blocks = blocks(queue.gpu, tile, row_tiles(tile, rows, experts, columns))?;
-        let variant = if transposed { "nn" } else { "nt" };
+        let (variant, w) = weights(w, transposed, [inner, columns, experts]);
+        let operands = [rows_along_inner(a, [inner, rows]), w];
+        let clusters = row_clusters(tile, rows, experts, columns);
+        let product = Grouped { kernel: "gemm", math, tile, variant, clusters, operands };
         // SAFETY: this is the kernel's struct, and as promised by the caller.
-        unsafe { queue.launch(&name("gemm", math, tile, variant), blocks, &params, &memory) }
+        unsafe { product.launch(queue, &params, &memory) }
     }
 }
 
@@ -263,17 +261,19 @@ impl GradHidden {
             self.scaled_act.write(),
             self.slopes.write(),
         ];
-        let tiles = row_tiles(tile, sizes.rows, sizes.experts, sizes.intermediate);
-        let variant = if sizes.transposed { "nt" } else { "nn" };
+        let inner = [sizes.hidden, sizes.intermediate, sizes.experts];
+        let (variant, w2) = weights(self.w2, !sizes.transposed, inner);
+        let clusters = row_clusters(tile, sizes.rows, sizes.experts, sizes.intermediate);
+        let product = Grouped {
+            kernel: "grad_hidden",
+            math: sizes.math,
+            tile,
+            variant,
+            clusters,
+            operands: [None, w2],
+        };
         // SAFETY: this is the kernel's struct, and as promised by the caller.
-        unsafe {
-            queue.launch(
-                &name("grad_hidden", sizes.math, tile, variant),
-                blocks(queue.gpu, tile, tiles)?,
-                &params,
-                &memory,
-            )
-        }
+        unsafe { product.launch(queue, &params, &memory) }
     }
 }
 
@@ -355,16 +355,12 @@ impl GradWeight {
         };
         let out = if update == Update::Write { out.write() } else { out.read_write() };
         let memory = [a.rows.read(), b.rows.read(), a.gather.read(), b.gather.read(), offsets.read(), out];
-        let tiles = experts * a.columns.div_ceil(tile.rows) * b.columns.div_ceil(tile.columns);
-        let variant = if a.gather.is_null() { "b" } else { "a" };
+        let plain = |factor: Factor| rows_across(factor.rows, [factor.columns, rows]);
+        let (variant, operands) =
+            if a.gather.is_null() { ("b", [plain(a), None]) } else { ("a", [None, plain(b)]) };
+        let clusters = weight_clusters(tile, a.columns, experts, b.columns);
+        let product = Grouped { kernel: "grad_weight", math, tile, variant, clusters, operands };
         // SAFETY: this is the kernel's struct, and as promised by the caller.
-        unsafe {
-            queue.launch(
-                &name("grad_weight", math, tile, variant),
-                blocks(queue.gpu, tile, tiles)?,
-                &params,
-                &memory,
-            )
-        }
+        unsafe { product.launch(queue, &params, &memory) }
     }
 }

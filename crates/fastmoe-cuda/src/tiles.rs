@@ -55,6 +55,11 @@ impl Tile {
         bytes as u32
     }
 
+    /// Tiles that a cluster of as many blocks computes at a time, each block one; they share an operand.
+    fn cluster(self) -> usize {
+        if self.warpgroups { 2 } else { 1 }
+    }
+
     /// The tiles of a result of so many rows.
     fn of(self, rows: usize, columns: usize) -> usize {
         rows.div_ceil(self.rows) * columns.div_ceil(self.columns)
@@ -128,15 +133,25 @@ pub(crate) fn aligned(dtype: DType, columns: &[usize], tensors: &[Buffer]) -> bo
         && tensors.iter().all(|tensor| tensor.address.is_multiple_of(16))
 }
 
-pub(crate) fn blocks(gpu: &Gpu, tile: Tile, tiles: usize) -> Result<usize> {
-    limits::rows("tiles of the result", tiles)?;
+/// The grid for so many clusters of tiles: of whole clusters, and of one even where a device could not run it at once.
+pub(crate) fn blocks(gpu: &Gpu, tile: Tile, clusters: usize) -> Result<usize> {
+    limits::rows("tiles of the result", tile.cluster() * clusters)?;
     let resident = gpu.device.resident(tile.resident, tile.shared());
-    Ok(tiles.min(gpu.device.multiprocessors as usize * resident))
+    let at_once = gpu.device.multiprocessors as usize * resident / tile.cluster();
+    Ok(tile.cluster() * clusters.min(at_once.max(1)))
 }
 
-/// Tiles over the sorted rows at most: every expert may end in a part of one, and so may the unused rows.
-pub(crate) fn row_tiles(tile: Tile, rows: usize, experts: usize, columns: usize) -> usize {
-    if rows == 0 { 0 } else { (rows / tile.rows + experts + 1) * columns.div_ceil(tile.columns) }
+/// Clusters of tiles over the sorted rows at most: every expert may end in a part of a tile, and so may the unused rows.
+/// Rows of tiles are taken in pairs, and the last of an odd number by itself.
+pub(crate) fn row_clusters(tile: Tile, rows: usize, experts: usize, columns: usize) -> usize {
+    let across = columns.div_ceil(tile.columns);
+    let (whole, ends) = (rows / tile.rows * across / tile.cluster(), across.div_ceil(tile.cluster()));
+    if rows == 0 { 0 } else { whole + (experts + 1) * ends }
+}
+
+/// Clusters of tiles of a gradient of weights `[rows, columns]` an expert.
+pub(crate) fn weight_clusters(tile: Tile, rows: usize, experts: usize, columns: usize) -> usize {
+    experts * tile.of(rows, columns).div_ceil(tile.cluster())
 }
 
 /// The parts of a kernel's name.
@@ -228,5 +243,55 @@ pub(crate) mod tests {
         assert_eq!(blocks(gpu((8, 0), 108, 163), FLAT), 216);
         assert_eq!(blocks(gpu((8, 9), 142, 99), FLAT), 142);
         assert_eq!(blocks(gpu((8, 9), 142, 99), SQUARE), 284);
+    }
+
+    #[test]
+    fn grids_are_of_whole_clusters() {
+        let blocks = |multiprocessors, clusters| {
+            super::blocks(&gpu((9, 0), multiprocessors, 227), WARPGROUPS, clusters).unwrap()
+        };
+        assert_eq!(
+            [0, 1, 2, 66, 67, 1 << 20].map(|clusters| blocks(132, clusters)),
+            [0, 2, 4, 132, 132, 132]
+        );
+        assert_eq!([1, 2, 3, 131].map(|multiprocessors| blocks(multiprocessors, 1 << 20)), [2, 2, 2, 130]);
+        let gpu = gpu((9, 0), 132, 227);
+        let error = super::blocks(&gpu, WARPGROUPS, (1 << 29) + 1).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "tiles of the result: got 1073741826, wanted at most 1073741824 on a GPU"
+        );
+    }
+
+    /// As the kernels take them: rows of tiles in pairs, and what an odd number leaves in pairs of columns.
+    fn pairs(m: usize, n: usize) -> usize {
+        m / 2 * n + m % 2 * n.div_ceil(2)
+    }
+
+    #[test]
+    fn clusters_are_as_many_as_experts_may_need() {
+        const ROWS: [usize; 7] = [0, 1, 128, 129, 256, 257, 400];
+        for n in 1..5 {
+            let given = |rows: [usize; 3]| row_clusters(WARPGROUPS, rows.iter().sum(), 2, 256 * n);
+            // Of two experts and behind them.
+            let needed = |rows: [usize; 3]| rows.map(|rows| pairs(rows.div_ceil(128), n)).iter().sum();
+            for i in 0..ROWS.len().pow(3) {
+                let rows = [i % 7, i / 7 % 7, i / 49].map(|i| ROWS[i]);
+                assert!((needed(rows)..).contains(&given(rows)), "{rows:?} {n}");
+            }
+            for rows in [[1, 1, 1], [257, 1, 257]] {
+                assert_eq!(given(rows), needed(rows), "no split of as many rows needs more");
+            }
+            assert_eq!(given([0; 3]), 0);
+        }
+    }
+
+    #[test]
+    fn clusters_of_weights_are_those_of_their_tiles() {
+        for (m, n) in (0..6).flat_map(|m| (0..6).map(move |n| (m, n))) {
+            let clusters = |tile| weight_clusters(tile, 128 * m, 3, 256 * n);
+            assert_eq!([WIDE, WARPGROUPS].map(clusters), [3 * m * n, 3 * pairs(m, n)]);
+            assert_eq!(pairs(m, n), pairs(n, m), "whichever factor is shared");
+        }
     }
 }
