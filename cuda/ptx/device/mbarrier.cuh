@@ -14,6 +14,10 @@ PTX_D void mbarrier_arrive(Shared barrier) {
 PTX_D void mbarrier_arrive_expect(Shared barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier.at), "r"(bytes) : "memory");
 }
+// `bytes` more are expected in this phase; no arrival.
+PTX_D void mbarrier_expect(Shared barrier, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier.at), "r"(bytes) : "memory");
+}
 // Arrives when all earlier cp.async of this thread have landed; the arrival is not added to the expected count.
 PTX_D void cp_async_mbarrier_arrive(Shared barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier.at) : "memory");

@@ -1,7 +1,8 @@
-// Copies of two-dimensional boxes between global and shared memory by the tensor memory accelerator (sm_90).
+// Copies of boxes between three-dimensional tensors and shared memory by the tensor memory accelerator (sm_90).
 //
-// Coordinates count elements, the contiguous dimension first. What lies outside the tensor is read as zero and not
-// written. One thread issues a copy.
+// A tensor is `depth` matrices of `height` rows of `width` elements, a box a part of one matrix: its first element is
+// number x of row y of matrix z. What lies outside the tensor is read as zero and not written, however far away. One
+// thread issues a copy.
 #pragma once
 #include "ptx/device/types.cuh"
 
@@ -13,14 +14,20 @@ using TensorMap = CUtensorMap;
 namespace ptx {
 
 PTX_D void prefetch_tensor_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
-// The bytes of the box are counted on `barrier`.
-PTX_D void tma_load(Shared to, const TensorMap* map, Shared barrier, int x, int y) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4}], [%2];"
-               ::"r"(to.at), "l"(map), "r"(barrier.at), "r"(x), "r"(y) : "memory");
+// All bytes of the box are counted on `barrier`.
+PTX_D void tma_load(Shared to, const TensorMap* map, Shared barrier, int x, int y, int z) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5}], [%2];"
+               ::"r"(to.at), "l"(map), "r"(barrier.at), "r"(x), "r"(y), "r"(z) : "memory");
 }
-PTX_D void tma_store(const TensorMap* map, Shared from, int x, int y) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2,%3}], [%1];"
-               ::"l"(map), "r"(from.at), "r"(x), "r"(y) : "memory");
+// The box goes to this place in both blocks of the cluster, and is counted on the barrier at this place in each.
+PTX_D void tma_load_pair(Shared to, const TensorMap* map, Shared barrier, int x, int y, int z) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+               " [%0], [%1, {%3,%4,%5}], [%2], %6;"
+               ::"r"(to.at), "l"(map), "r"(barrier.at), "r"(x), "r"(y), "r"(z), "h"(uint16_t{3}) : "memory");
+}
+PTX_D void tma_store(const TensorMap* map, Shared from, int x, int y, int z) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2,%3,%4}], [%1];"
+               ::"l"(map), "r"(from.at), "r"(x), "r"(y), "r"(z) : "memory");
 }
 PTX_D void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until at most N of this thread's newest store groups still read shared memory.
