@@ -67,8 +67,8 @@ template <bool GATHER> PTX_D void produce(const Params& p, int steps) {
         if (BUG(ring_producer_parity)) mbarrier_wait(s.empty, s.parity);
         else if (!BUG(ring_no_empty_wait)) mbarrier_wait(s.empty, s.parity ^ 1);
         mbarrier_arrive_expect(s.full, a_bytes + b_bytes - (BUG(ring_expects_less) ? 128 : 0) + (BUG(ring_expects_more) ? 128 : 0));
-        tma_load(s.a, &p.x, s.full, k * depth, walk.row);
-        tma_load(s.b, &p.w, s.full, k * depth, walk.expert * p.n + walk.column);
+        tma_load(s.a, &p.x, s.full, k * depth, walk.row, 0);
+        tma_load(s.b, &p.w, s.full, k * depth, walk.expert * p.n + walk.column, 0);
       }
   } else {
     for (int t = block_id(); walk.to(t); t += block_count()) {
@@ -82,7 +82,7 @@ template <bool GATHER> PTX_D void produce(const Params& p, int steps) {
         mbarrier_wait(s.empty, s.parity ^ 1);
         if (thread_id() == 0) {
           mbarrier_arrive_expect(s.full, b_bytes);
-          tma_load(s.b, &p.w, s.full, k * depth, walk.expert * p.n + walk.column);
+          tma_load(s.b, &p.w, s.full, k * depth, walk.expert * p.n + walk.column, 0);
         }
         for (int i = 0; i < 8; i++) {
           const int r = thread_id() / 8 + i * 16, c = k * depth + chunk * 8;
@@ -116,7 +116,7 @@ PTX_D void write(const Params& p, const Walk& walk, const float (&sum)[64], int 
   if (whole) {
     if (warp == 0 && elect_one()) {
       for (int half = 0; half < 2 && walk.column + half * 64 < p.n; half++)
-        tma_store(&p.y, out + (half * tile * 128 + group * 64 * 128), walk.column + half * 64, walk.row + group * 64);
+        tma_store(&p.y, out + (half * tile * 128 + group * 64 * 128), walk.column + half * 64, walk.row + group * 64, 0);
       tma_store_commit();
       if (!BUG(ring_store_no_wait)) tma_store_wait_read<0>();
     }
@@ -187,9 +187,9 @@ template <class T> PTX_D void transposed(const TransposedParams& p) {
     mbarrier_init(full, 1);
     fence_mbarrier_init();
     mbarrier_arrive_expect(full, 8192 + 16384);
-    tma_load(a, &p.a, full, 0, 0);
-    tma_load(b, &p.b, full, 0, 0);
-    tma_load(b + 8192u, &p.b, full, 64, 0);
+    tma_load(a, &p.a, full, 0, 0, 0);
+    tma_load(b, &p.b, full, 0, 0, 0);
+    tma_load(b + 8192u, &p.b, full, 64, 0, 0);
   }
   sync_block();
   mbarrier_wait(full, 0);

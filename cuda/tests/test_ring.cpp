@@ -14,7 +14,7 @@ static void check_ring(const std::vector<int>& sizes, int n, int k, bool gather)
   auto starts = input<int>("offsets", experts + 1, [&](int64_t i) { return offsets[i]; });
   auto y = output<bf16>("y", int64_t{rows} * n);
   const auto map = [](const auto& b, int64_t width, int64_t height, uint32_t box_height) {
-    return emulator::make_tensor_map(b.values().data(), 2, width, height, width * 2, 64, box_height, true);
+    return emulator::make_tensor_map(b.values().data(), 2, width, height, 1, width * 2, height * width * 2, 64, box_height, true);
   };
   launch(gather ? "test_ring_gather" : "test_ring", 2,
          ring::Params{map(x, k, tokens, 128), map(w, k, int64_t{experts} * n, 128), map(y, n, std::max(rows, 1), 64), x, index, starts, y, experts, n, k});
@@ -46,8 +46,8 @@ template <class T> static void check_transposed(const char* kernel) {
   auto a = input<T>("a", 64 * 64, [](int64_t) { return normal(); });
   auto b = input<T>("b", 64 * 128, [](int64_t) { return normal(); });
   auto y = output<float>("y", 64 * 128);
-  launch(kernel, 1, ring::TransposedParams{emulator::make_tensor_map(a.values().data(), 2, 64, 64, 128, 64, 64, true),
-                                           emulator::make_tensor_map(b.values().data(), 2, 128, 64, 256, 64, 64, true), y});
+  launch(kernel, 1, ring::TransposedParams{emulator::make_tensor_map(a.values().data(), 2, 64, 64, 1, 128, 8192, 64, 64, true),
+                                           emulator::make_tensor_map(b.values().data(), 2, 128, 64, 1, 256, 16384, 64, 64, true), y});
   const auto sum = [&](int64_t at, bool absolute) {
     double s = 0;
     for (int i = 0; i < 64; i++) {
