@@ -46,7 +46,7 @@ void Block::end() {
     if (warp.block == this) known.join(warp.known.seen, cluster.agents);
   for (int agent = 0; agent < cluster.agents; agent++)
     if (reached[agent].stamp > known.of[agent])
-      fail(reached[agent].where, "the block may end before this is done in its memory by %s: no sync_cluster lies between",
+      fail(reached[agent].where, "this by %s in the block's memory is not ordered before the block has returned from the kernel",
            cluster.agent_name(agent).c_str());
 }
 
