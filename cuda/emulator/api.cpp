@@ -47,11 +47,12 @@ void emulator_add_range(const void* base, size_t bytes, const char* name, Emulat
 }
 void emulator_remove_range(const void* base) { emulator::remove_range(base); }
 
-const char* emulator_tensor_map(void* map, const void* base, uint32_t element_bytes, uint64_t width, uint64_t height,
-                                uint64_t stride_bytes, uint32_t box_width, uint32_t box_height, int swizzle128) {
+const char* emulator_tensor_map(void* map, const void* base, uint32_t element_bytes, uint64_t width, uint64_t height, uint64_t depth,
+                                uint64_t row_bytes, uint64_t matrix_bytes, uint32_t box_width, uint32_t box_height, int swizzle128) {
   return message([&] {
-    *static_cast<emulator::TensorMap*>(map) =
-        emulator::make_tensor_map(base, element_bytes, width, height, stride_bytes, box_width, box_height, swizzle128);
+    if (reinterpret_cast<uintptr_t>(map) % alignof(emulator::TensorMap)) throw emulator::Failure("tensor map: it must be aligned to 64 bytes");
+    *static_cast<emulator::TensorMap*>(map) = emulator::make_tensor_map(base, element_bytes, width, height, depth, row_bytes, matrix_bytes,
+                                                                        box_width, box_height, swizzle128);
   });
 }
 

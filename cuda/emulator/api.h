@@ -11,7 +11,8 @@
 extern "C" {
 #endif
 
-/* Runs all blocks to their end. `params` is the kernel's parameter struct of `params_bytes` bytes. */
+/* Runs all blocks to their end, a multiple of the size of the kernel's clusters. `params` is the kernel's parameter struct
+ * of `params_bytes` bytes. */
 const char* emulator_launch(const char* kernel, int64_t blocks, const void* params, size_t params_bytes);
 /* The launch shape that was given to PTX_KERNEL. */
 const char* emulator_kernel(const char* kernel, uint32_t* threads, uint32_t* shared_bytes, size_t* params_bytes);
@@ -24,9 +25,10 @@ enum EmulatorUse { EMULATOR_READ_ONLY, EMULATOR_WRITE_ONCE, EMULATOR_READ_WRITE 
 void emulator_add_range(const void* base, size_t bytes, const char* name, enum EmulatorUse use);
 void emulator_remove_range(const void* base);
 
-/* Fills the 128 bytes of a two-dimensional tensor map: sizes in elements, the contiguous one first. */
-const char* emulator_tensor_map(void* map, const void* base, uint32_t element_bytes, uint64_t width, uint64_t height,
-                                uint64_t stride_bytes, uint32_t box_width, uint32_t box_height, int swizzle128);
+/* Fills the 128 bytes of a three-dimensional tensor map: `depth` matrices, `matrix_bytes` apart, of `height` rows, `row_bytes`
+ * apart, of `width` elements. A box is a part of one matrix. */
+const char* emulator_tensor_map(void* map, const void* base, uint32_t element_bytes, uint64_t width, uint64_t height, uint64_t depth,
+                                uint64_t row_bytes, uint64_t matrix_bytes, uint32_t box_width, uint32_t box_height, int swizzle128);
 
 /* How launches are run from now on. */
 enum EmulatorCompletion { EMULATOR_LATE, EMULATOR_EARLY, EMULATOR_RANDOM };

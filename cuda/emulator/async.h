@@ -9,6 +9,7 @@
 namespace emulator {
 
 struct Block;
+struct Cluster;
 struct Fiber;
 
 // One cp.async. A null source stands for zeros.
@@ -18,7 +19,7 @@ struct Copy {
   int bytes, group;
   uint32_t stamp;
   bool landed = false, handed_over = false;  // handed over: an mbarrier is told when it has landed
-  void land();
+  void land(Block& block);
 };
 
 // Those of one thread that it has not waited for, oldest first.
@@ -28,7 +29,7 @@ struct CopyQueue {
   int group = 0;  // the one that the next commit closes
   bool empty() const { return first == copies.size(); }
   void drop_waited();
-  void land_until(uint32_t stamp);
+  void land_until(Block& block, uint32_t stamp);
 };
 
 void start_copy(uint32_t to, const void* from, int bytes, bool predicate, const Where& where);
@@ -37,12 +38,13 @@ void wait_copies(int newest_left);
 // Anything else asynchronous: run() does the work and signals its end.
 struct Pending {
   std::function<void()> run;
+  const Block* block;              // whose shared memory it works on
   const Fiber* storer = nullptr;  // of a store by TMA, with its group
   int group = 0;
   Where where;
 };
-void enqueue(Block& block, Pending work);
-void run_pending(Block& block, size_t i);
-bool happens_at_once(Block& block);
+void enqueue(Pending work);
+void run_pending(Cluster& cluster, size_t i);
+bool happens_at_once(Cluster& cluster);
 
 }  // namespace emulator

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "emulator/block.h"
+#include "emulator/cluster.h"
 #include "emulator/launch.h"
 
 namespace emulator {
@@ -22,12 +22,12 @@ void fail(const Where& where, const char* format, ...) {
   vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
   Fiber& self = *current;
-  Block& block = *self.block;
+  Cluster& cluster = *self.cluster;
   char who[200];
-  snprintf(who, sizeof who, "%s, block %d, warp %d, lane %d: ", block.kernel->name, block.id, self.warp->id, self.lane);
-  block.error = short_place(where) + ": " + who + text;
-  switch_to(self.context, block.host);
-  abort();  // nobody comes back to a block that failed
+  snprintf(who, sizeof who, "%s, block %d, warp %d, lane %d: ", cluster.kernel->name, self.block->id, self.warp->number, self.lane);
+  cluster.error = short_place(where) + ": " + who + text;
+  switch_to(self.context, cluster.host);
+  abort();  // nobody comes back to a cluster that failed
 }
 
 }  // namespace emulator

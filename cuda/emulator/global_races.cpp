@@ -28,7 +28,7 @@ void GlobalShadow::visit(size_t offset, size_t bytes, bool writes, bool atomic, 
   }
   if (earlier)
     fail(where, "race: %s of %s at byte %zu is not ordered after a %s by block %u, warp %d, lane %d at %s", writes ? "write" : "read", name,
-         offset, earlier, conflict.block, conflict.warp, conflict.lane, short_place(conflict.where).c_str());
+         offset, earlier, conflict.block, current->cluster->warps[conflict.warp].number, conflict.lane, short_place(conflict.where).c_str());
 }
 
 }  // namespace emulator

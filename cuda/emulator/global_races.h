@@ -1,6 +1,6 @@
 // Finds accesses to global memory that nothing orders: by different threads of a launch to the same bytes of what the kernel
 // both reads and writes, one of them a write. The clocks of races.h tell what is ordered within a block; blocks run in any
-// order.
+// order, and those of a cluster hand nothing on through global memory either.
 #pragma once
 #include <cstdint>
 #include <mutex>

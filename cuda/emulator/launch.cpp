@@ -1,7 +1,5 @@
 #include "emulator/launch.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -9,14 +7,13 @@
 #include <mutex>
 #include <thread>
 
+#include "emulator/cluster.h"
 #include "emulator/memory.h"
-#include "emulator/scheduler.h"
-#include "emulator/shared.h"
 
 namespace emulator {
 namespace {
 
-constexpr size_t page = 4096, max_params_bytes = 4096;
+constexpr size_t max_params_bytes = 4096;
 constexpr uint32_t max_shared_bytes = 227 * 1024;
 
 std::map<std::string, const Kernel*>& table() {
@@ -24,45 +21,35 @@ std::map<std::string, const Kernel*>& table() {
   return kernels;
 }
 
-size_t shared_pages(uint32_t bytes) { return (bytes + page - 1) / page * page; }
-
-void run_threads() {
-  entered();
-  for (;;) {
-    current->block->kernel->body(current->block->params);
-    finish();
-  }
-}
-
-// Blocks that have ended well, kept for the next launch of the same shape.
+// Clusters that have ended well, kept for the next launch of the same shape.
 class Pool {
  public:
-  std::unique_ptr<Block> take(const Kernel& k) {
+  std::unique_ptr<Cluster> take(const Kernel& k) {
     const std::lock_guard lock(mutex_);
-    for (auto& b : blocks_)
-      if (b->threads == k.threads && b->shared_bytes == k.shared_bytes) {
-        std::swap(b, blocks_.back());
-        auto block = std::move(blocks_.back());
-        blocks_.pop_back();
-        return block;
+    for (auto& c : clusters_)
+      if (c->blocks.size() == static_cast<size_t>(k.cluster) && c->blocks[0]->threads == k.threads && c->blocks[0]->shared_bytes == k.shared_bytes) {
+        std::swap(c, clusters_.back());
+        auto cluster = std::move(clusters_.back());
+        clusters_.pop_back();
+        return cluster;
       }
-    return std::make_unique<Block>(k.threads, k.shared_bytes);
+    return std::make_unique<Cluster>(k.cluster, k.threads, k.shared_bytes);
   }
-  void give(std::unique_ptr<Block> block) {
+  void give(std::unique_ptr<Cluster> cluster) {
     const std::lock_guard lock(mutex_);
-    if (blocks_.size() == 8) blocks_.erase(blocks_.begin());
-    blocks_.push_back(std::move(block));
+    if (clusters_.size() == 8) clusters_.erase(clusters_.begin());
+    clusters_.push_back(std::move(cluster));
   }
 
  private:
   std::mutex mutex_;
-  std::vector<std::unique_ptr<Block>> blocks_;
+  std::vector<std::unique_ptr<Cluster>> clusters_;
 } pool;
 
 }  // namespace
 
-Kernel::Kernel(const char* name, int threads, uint32_t shared_bytes, size_t params_bytes, void (*body)(const void*))
-    : name(name), threads(threads), shared_bytes(shared_bytes), params_bytes(params_bytes), body(body) {
+Kernel::Kernel(const char* name, int threads, uint32_t shared_bytes, int cluster, size_t params_bytes, void (*body)(const void*))
+    : name(name), threads(threads), shared_bytes(shared_bytes), cluster(cluster), params_bytes(params_bytes), body(body) {
   table()[name] = this;
 }
 
@@ -78,80 +65,17 @@ std::vector<const Kernel*> kernels() {
   return all;
 }
 
-Block::Block(int threads, uint32_t shared_bytes)
-    : threads(threads), warp_count(threads / 32), agents((2 * warp_count + 7) & ~7), shared_bytes(shared_bytes),
-      fibers(threads), warps(warp_count), stacks(std::make_unique<Stacks>(threads)) {
-  // Pages that may not be touched on both sides: what lies past the end by more than the checks see.
-  char* memory = static_cast<char*>(mmap(nullptr, shared_pages(shared_bytes) + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-  mprotect(memory + page, shared_pages(shared_bytes), PROT_READ | PROT_WRITE);
-  shared = reinterpret_cast<uint8_t*>(memory + page);
-  shadow.resize(shared_bytes, warp_count);
-  for (int i = 0; i < threads; i++) {
-    Fiber& f = fibers[i];
-    f.id = i;
-    f.lane = i % 32;
-    f.warp = &warps[i / 32];
-    f.block = this;
-    prepare(f.context, (*stacks)[i], Stacks::bytes, run_threads);
-  }
-  for (int w = 0; w < warp_count; w++) {
-    warps[w].id = w;
-    warps[w].block = this;
-  }
-}
-
-Block::~Block() { munmap(shared - page, shared_pages(shared_bytes) + 2 * page); }
-
-void Block::start(int block_id) {
-  id = block_id;
-  random_state = (settings.seed + 1) * 0x9e3779b97f4a7c15u ^ (static_cast<uint64_t>(id) * 0xd1b54a32d192ed03u + 77);
-  for (int i = 0; i < 4; i++) random();
-  memset(shared, 0xff, shared_bytes);  // NaN in every format
-  for (NamedBarrier& b : named) b = {};
-  mbarriers.clear();
-  pending.clear();
-  shared_version++;
-  // Stamps go on from block to block, so that the records of the last one count as long known.
-  for (const Warp& w : warps) highest_stamp = std::max({highest_stamp, w.known.seen.of[w.id], w.issued});
-  live = threads;
-  for (Warp& w : warps) {
-    for (int agent = 0; agent < agents; agent++) w.known.seen.of[agent] = w.known.fenced.of[agent] = highest_stamp;
-    release(w);
-    w.issued = highest_stamp;
-    w.ready = w.live = ~0u;
-    w.arrived = 0;
-    w.epoch++;
-    w.products = {};
-  }
-  ready_warps = warp_count == 32 ? ~0u : (1u << warp_count) - 1;
-  for (Fiber& f : fibers) {
-    f.done = false;
-    f.copies = {};
-    f.stores = {};
-    f.products = {};
-    f.polled = nullptr;
-  }
-}
-
-void Block::run(int block_id) {
-  start(block_id);
-  prepare_own(host);
-  current = &fibers[settings.shuffle ? random() % fibers.size() : 0];
-  switch_to(host, current->context);
-  current = nullptr;
-  if (!error.empty()) throw Failure(error);
-  check_warpgroups(*this);
-}
-
 void launch(const std::string& name, int64_t blocks, const void* params, size_t params_bytes) {
   const Kernel& k = kernel(name);
   if (params_bytes != k.params_bytes)
     throw Failure(name + ": parameters of " + std::to_string(params_bytes) + " bytes; the kernel has " + std::to_string(k.params_bytes));
   if (params_bytes > max_params_bytes) throw Failure(name + ": more than 4096 bytes of parameters");
   if (k.threads <= 0 || k.threads > 1024 || k.threads % 32) throw Failure(name + ": threads must be a multiple of 32 up to 1024");
+  if (k.threads * k.cluster > 32 * max_warps) throw Failure(name + ": a cluster of more than 1024 threads, which is not emulated");
   if (k.shared_bytes > max_shared_bytes) throw Failure(name + ": more than 227 KiB of shared memory");
   if (blocks <= 0 || blocks > INT32_MAX) throw Failure(name + ": a grid of " + std::to_string(blocks) + " blocks");
+  if (blocks % k.cluster)
+    throw Failure(name + ": a grid of " + std::to_string(blocks) + " blocks is no multiple of the " + std::to_string(k.cluster) + " of a cluster");
   alignas(64) char copy[max_params_bytes];
   memcpy(copy, params, params_bytes);
   start_ranges();
@@ -160,22 +84,21 @@ void launch(const std::string& name, int64_t blocks, const void* params, size_t 
   std::mutex mutex;
   std::string error;
   const auto work = [&] {
-    auto block = pool.take(k);
-    block->kernel = &k;
-    block->params = copy;
-    block->count = static_cast<int>(blocks);
+    auto cluster = pool.take(k);
+    cluster->kernel = &k;
+    cluster->params = copy;
     try {
-      for (int64_t i; (i = next++) < blocks;) block->run(static_cast<int>(i));
+      for (int64_t first; (first = next.fetch_add(k.cluster)) < blocks;) cluster->run(static_cast<int>(first), static_cast<int>(blocks));
     } catch (const Failure& failure) {
       next = blocks;
       const std::lock_guard lock(mutex);
       if (error.empty()) error = failure.what();
       return;
     }
-    pool.give(std::move(block));
+    pool.give(std::move(cluster));
   };
   std::vector<std::thread> helpers;
-  for (int64_t i = 1; i < std::min<int64_t>(settings.workers, blocks); i++) helpers.emplace_back(work);
+  for (int64_t i = 1; i < std::min<int64_t>(settings.workers, blocks / k.cluster); i++) helpers.emplace_back(work);
   work();
   for (std::thread& t : helpers) t.join();
   if (!error.empty()) throw Failure(error);

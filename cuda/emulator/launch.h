@@ -13,10 +13,11 @@ struct Kernel {
   const char* name;
   int threads;
   uint32_t shared_bytes;
+  int cluster;  // blocks
   size_t params_bytes;
   void (*body)(const void* params);
   // Adds itself to the table.
-  Kernel(const char* name, int threads, uint32_t shared_bytes, size_t params_bytes, void (*body)(const void*));
+  Kernel(const char* name, int threads, uint32_t shared_bytes, int cluster, size_t params_bytes, void (*body)(const void*));
 };
 
 const Kernel& kernel(const std::string& name);  // throws Failure

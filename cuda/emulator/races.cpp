@@ -2,11 +2,12 @@
 
 #include <string>
 
+#include "emulator/cluster.h"
+
 namespace emulator {
 
 void Shadow::resize(uint32_t bytes, int warps) {
   const size_t granules = bytes / 16 + 1;
-  warps_ = warps;
   agents_ = (2 * warps + 7) & ~7;
   writes_.assign(granules, {});
   writers_.assign(granules, {});
@@ -16,8 +17,9 @@ void Shadow::resize(uint32_t bytes, int warps) {
 }
 
 void Shadow::fail_race(const char* what, uint32_t g, int agent, const char* earlier, const Where& then, const Where& where) const {
-  fail(where, "race: %s of shared bytes %u..%u is not ordered after a %s by %swarp %d at %s", what, g * 16, g * 16 + 15, earlier,
-       agent >= warps_ ? "the asynchronous work of " : "", agent % warps_, short_place(then).c_str());
+  fail(where, "race: %s of shared bytes %u..%u%s is not ordered after a %s by %s at %s", what, g * 16, g * 16 + 15,
+       this == &current->block->shadow ? "" : " of the other block", earlier, current->cluster->agent_name(agent).c_str(),
+       short_place(then).c_str());
 }
 
 void Shadow::fail_lanes(const char* what, uint32_t g, int lane, const char* earlier, const Where& then, const Where& where) const {

@@ -145,7 +145,7 @@ class Shadow {
   [[noreturn]] void fail_lanes(const char* what, uint32_t granule, int lane, const char* earlier, const Where& then, const Where& where) const;
   [[noreturn]] void fail_unfenced(uint32_t granule, const Where& where) const;
 
-  int warps_ = 0, agents_ = 0;
+  int agents_ = 0;
   std::vector<Write> writes_;
   std::vector<Lanes> writers_, readers_;
   std::vector<uint32_t> read_stamps_;  // [granule][agent]

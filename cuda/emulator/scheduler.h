@@ -1,6 +1,6 @@
-// Which thread of the block runs next.
+// Which thread of the cluster runs next.
 #pragma once
-#include "emulator/block.h"
+#include "emulator/cluster.h"
 
 namespace emulator {
 
@@ -11,9 +11,9 @@ void wake(Warp& warp, uint32_t lanes);
 void yield();
 // Perhaps another thread runs first, where the order is shuffled.
 inline void preempt() {
-  if (settings.shuffle && current->block->random() % 32 == 0) yield();
+  if (settings.shuffle && current->cluster->random() % 32 == 0) yield();
 }
-// The current thread has returned from the kernel. Comes back when the block starts anew.
+// The current thread has returned from the kernel. Comes back when the cluster starts anew.
 void finish();
 
 // What others know of this warp from now on does not cover what it does next.

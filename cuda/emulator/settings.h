@@ -16,7 +16,7 @@ struct Settings {
   bool shuffle = false;  // the order of threads is drawn from `seed`; otherwise each runs until it has to wait
   uint64_t seed = 1;     // also draws the errors of approximations and the lane that elect_one picks; 0 means no errors
   bool races = true;     // look for unordered accesses to shared memory
-  int workers = 1;       // operating system threads, each running one block at a time
+  int workers = 1;       // operating system threads, each running one cluster at a time
 };
 inline Settings settings;
 

@@ -7,19 +7,20 @@
 
 namespace emulator {
 
-// A two-dimensional tensor and the box that one copy takes; as large as CUDA's CUtensorMap.
+// A three-dimensional tensor and the box, one matrix deep, that a copy takes; as large as CUDA's CUtensorMap.
 struct alignas(64) TensorMap {
   uint64_t base;                           // address
-  uint64_t width, height, stride_bytes;    // in elements; from one row to the next
+  uint64_t width, height, depth;           // elements of a row, rows of a matrix, matrices
+  uint64_t row_bytes, matrix_bytes;        // from one to the next
   uint32_t box_width, box_height, element_bytes;
   uint32_t swizzled;                       // 128-byte swizzle
-  uint64_t mark, unused[9];
+  uint64_t mark, unused[7];
 };
 static_assert(sizeof(TensorMap) == 128);
 
 // Refuses what cuTensorMapEncodeTiled refuses: throws Failure.
-TensorMap make_tensor_map(const void* base, uint32_t element_bytes, uint64_t width, uint64_t height, uint64_t stride_bytes,
-                          uint32_t box_width, uint32_t box_height, bool swizzled);
+TensorMap make_tensor_map(const void* base, uint32_t element_bytes, uint64_t width, uint64_t height, uint64_t depth, uint64_t row_bytes,
+                          uint64_t matrix_bytes, uint32_t box_width, uint32_t box_height, bool swizzled);
 
 // The bulk groups of one thread's stores, with the stamps of those not waited for.
 struct StoreGroups {
@@ -28,8 +29,13 @@ struct StoreGroups {
   int group = 0;
 };
 
-void tensor_load(uint32_t to, const TensorMap* map, uint32_t barrier, int x, int y, const Where& where);
-void tensor_store(const TensorMap* map, uint32_t from, int x, int y, const Where& where);
+// The first element of a box.
+struct Corner { int x, y, z; };
+
+void tensor_load(uint32_t to, const TensorMap* map, uint32_t barrier, Corner corner, const Where& where);
+// To the same place in both blocks of the cluster.
+void tensor_load_pair(uint32_t to, const TensorMap* map, uint32_t barrier, Corner corner, const Where& where);
+void tensor_store(const TensorMap* map, uint32_t from, Corner corner, const Where& where);
 void commit_stores();
 void wait_stores(int newest_left);
 

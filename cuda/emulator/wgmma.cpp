@@ -26,7 +26,7 @@ void check_descriptor(uint64_t d, const Where& where) {
   if (d >> 49 & 7) fail(where, "wgmma descriptor: the base offset must be 0");
 }
 
-// Where eight elements lie that are contiguous in shared memory: K-major row `line`, K from 8 * chunk; or MN-major depth
+// Where in the block's window eight elements lie that are contiguous in shared memory: K-major row `line`, K from 8 * chunk; or MN-major depth
 // `line`, rows from 8 * chunk.
 uint32_t chunk_address(uint64_t d, bool transposed, int line, int chunk) {
   const uint32_t rows = start(d) + static_cast<uint32_t>(line % 8 * 128 + line / 8 * static_cast<int>(stride(d)));
@@ -35,12 +35,13 @@ uint32_t chunk_address(uint64_t d, bool transposed, int line, int chunk) {
 
 // visit(address, line, chunk) for the operand's rows first..first+count-1.
 template <class Visit> void operand(uint64_t d, bool transposed, int first, int count, Visit&& visit) {
+  const uint32_t window = current->block->rank * shared_window;
   if (transposed)
     for (int k = 0; k < depth; k++)
-      for (int chunk = first / 8; chunk < (first + count) / 8; chunk++) visit(chunk_address(d, true, k, chunk), k, chunk);
+      for (int chunk = first / 8; chunk < (first + count) / 8; chunk++) visit(window + chunk_address(d, true, k, chunk), k, chunk);
   else
     for (int row = first; row < first + count; row++)
-      for (int chunk = 0; chunk < depth / 8; chunk++) visit(chunk_address(d, false, row, chunk), row, chunk);
+      for (int chunk = 0; chunk < depth / 8; chunk++) visit(window + chunk_address(d, false, row, chunk), row, chunk);
 }
 
 void check_operand(uint64_t d, bool transposed, int first, int count, uint32_t stamp, const Where& where) {
@@ -50,7 +51,7 @@ void check_operand(uint64_t d, bool transposed, int first, int count, uint32_t s
     shared_at(block, address, 16, 16, "wgmma operand", where);
     if (!settings.races) return;
     block.shadow.check_fenced(shared_offset(address), warp.known, where);
-    block.shadow.read(shared_offset(address), 16, {block.async_agent(warp), stamp, warp.id, no_lane, 0}, warp.known, where);
+    block.shadow.read(shared_offset(address), 16, {block.cluster.async_agent(warp), stamp, warp.id, no_lane, 0}, warp.known, where);
   });
 }
 
@@ -104,7 +105,7 @@ void run_products(Warp& warp, int groups) {
     for (; i < queue.size() && queue[i].group < groups && queue[i].registers[0] == first.registers[0] && queue[i].columns == first.columns; i++) {
       const Product& p = queue[i];
       float a[16 * depth];
-      read_operand(block, p.a, p.a_transposed, p.format, warp.id % 4 * 16, 16, a, depth, 1);
+      read_operand(block, p.a, p.a_transposed, p.format, warp.number % 4 * 16, 16, a, depth, 1);
       if (!p.accumulate) memset(rows, 0, sizeof(float) * 16 * p.columns);
       multiply(rows, p.columns, a, depth, panel(block, p), p.columns, 16, p.columns, depth);
     }
@@ -132,7 +133,7 @@ void issue_product(const Product& product, float* registers) {
     queue.back().stamp = ++warp.issued;
     warp.products.group_stamps.resize(self.products.group + 1, warp.issued);
     warp.products.group_stamps.back() = warp.issued;
-    check_operand(product.a, product.a_transposed, warp.id % 4 * 16, 16, warp.issued, where);
+    check_operand(product.a, product.a_transposed, warp.number % 4 * 16, 16, warp.issued, where);
     check_operand(product.b, product.b_transposed, 0, product.columns, warp.issued, where);
     for (uint64_t part : {product.a, product.b, uint64_t{product.accumulate}})
       warp.products.hash = (warp.products.hash ^ part) * 0x9e3779b97f4a7c15u + 1;
@@ -161,17 +162,19 @@ void wait_products(int newest_left, const Where& where) {
     run_products(warp, groups);
     const auto& stamps = warp.products.group_stamps;
     if (groups <= 0 || stamps.empty()) return;
-    uint32_t& seen = warp.known.seen.of[warp.block->async_agent(warp)];
+    uint32_t& seen = warp.known.seen.of[warp.cluster->async_agent(warp)];
     seen = std::max(seen, stamps[std::min<size_t>(groups, stamps.size()) - 1]);
   });
 }
 
-void check_warpgroups(const Block& block) {
-  for (int w = 0; w + 3 < block.warp_count; w += 4)
-    for (int i = 1; i < 4; i++)
-      if (block.warps[w].products.hash != block.warps[w + i].products.hash)
-        throw Failure(std::string(block.kernel->name) + ", block " + std::to_string(block.id) + ": warps " + std::to_string(w) + " and " +
-                      std::to_string(w + i) + ", of one warpgroup, issued different wgmma");
+void check_warpgroups(const Cluster& cluster) {
+  for (const Warp& warp : cluster.warps) {
+    const Warp& first = cluster.warps[warp.id - warp.number % 4];
+    const bool whole = first.number + 4 <= warp.block->threads / 32;
+    if (whole && warp.products.hash != first.products.hash)
+      throw Failure(std::string(cluster.kernel->name) + ", block " + std::to_string(warp.block->id) + ": warps " +
+                    std::to_string(first.number) + " and " + std::to_string(warp.number) + ", of one warpgroup, issued different wgmma");
+  }
 }
 
 }  // namespace emulator

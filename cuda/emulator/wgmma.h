@@ -7,8 +7,7 @@
 
 namespace emulator {
 
-struct Block;
-struct Warp;
+struct Cluster;
 
 enum class Format { bf16, f16 };
 
@@ -52,6 +51,6 @@ struct Panel {
 };
 
 // The warps of each warpgroup have issued the same products; throws Failure where not.
-void check_warpgroups(const Block& block);
+void check_warpgroups(const Cluster& cluster);
 
 }  // namespace emulator

@@ -9,7 +9,8 @@
 //   bf16, f16   16 bits of storage; arithmetic is in float
 //
 // Grids are one-dimensional. A kernel is a function template over its parameter struct, made an entry point by
-// PTX_KERNEL(name, threads, min_blocks, shared_bytes, body, Params).
+// PTX_KERNEL(name, threads, min_blocks, shared_bytes, body, Params), or by PTX_CLUSTER_KERNEL with the same arguments where
+// pairs of blocks work together.
 //
 // BUG(name) is false. Only tests on the CPU make one of them true, to see that it is noticed (emulator/bug.h).
 #pragma once

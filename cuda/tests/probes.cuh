@@ -169,14 +169,14 @@ PTX_D void boxes(const Params& p) {
   if (t < 32 && elect_one()) {
     prefetch_tensor_map(&p.from);
     mbarrier_arrive_expect(full, 8192);
-    tma_load(box, &p.from, full, 24, 96);
+    tma_load(box, &p.from, full, 24, 96, 0);
   }
   mbarrier_wait(full, 0);
   for (int i = 0; i < 16; i++) put(p, 32 + i, load_shared<uint32_t>(box + (i * 128 + t) * 4));
   fence_proxy_async();
   sync_block();
   if (t < 32 && elect_one()) {
-    tma_store(&p.to, box, 0, 0);
+    tma_store(&p.to, box, 0, 0, 0);
     tma_store_commit();
     tma_store_wait_read<0>();
     tma_store_wait<0>();

@@ -23,7 +23,7 @@ struct Probe {
   explicit Probe(const char* kernel)
       : in(input<uint32_t>("in", probes::in_words, [](int64_t) { return some_word(); })),
         out(output<uint32_t>("out", probes::out_words)) {
-    const auto map = [](const auto& b) { return emulator::make_tensor_map(b.values().data(), 2, 64, 128, 128, 64, 64, true); };
+    const auto map = [](const auto& b) { return emulator::make_tensor_map(b.values().data(), 2, 64, 128, 1, 128, 16384, 64, 64, true); };
     launch(kernel, 1, probes::Params{map(in), map(out), in, out});
   }
   uint32_t half(int64_t i) const { return in[i / 2] >> i % 2 * 16 & 0xffff; }

@@ -4,20 +4,23 @@
 
 using namespace ptx;
 
-static void check_ring(const std::vector<int>& sizes, int n, int k, bool gather) {
+static void check_ring(const std::vector<int>& sizes, int n, int k, ring::Kind kind) {
   std::vector<int> offsets{0};
   for (int size : sizes) offsets.push_back(offsets.back() + size);
-  const int rows = offsets.back(), experts = static_cast<int>(sizes.size()), tokens = gather ? rows / 2 + 1 : std::max(rows, 1);
+  const int rows = offsets.back(), experts = static_cast<int>(sizes.size());
+  const bool gather = kind == ring::gathered, pair = kind == ring::paired;
+  const int tokens = gather ? rows / 2 + 1 : std::max(rows, 1);
   auto x = input<bf16>("x", int64_t{tokens} * k, [](int64_t) { return normal(); });
   auto w = input<bf16>("w", int64_t{experts} * n * k, [](int64_t) { return normal(); });
   auto index = input<int>("gather", rows, [&](int64_t i) { return gather ? uniform(0, tokens - 1) : i; });
   auto starts = input<int>("offsets", experts + 1, [&](int64_t i) { return offsets[i]; });
   auto y = output<bf16>("y", int64_t{rows} * n);
-  const auto map = [](const auto& b, int64_t width, int64_t height, uint32_t box_height) {
-    return emulator::make_tensor_map(b.values().data(), 2, width, height, width * 2, 64, box_height, true);
+  const auto map = [](const auto& b, int64_t width, int64_t height, int64_t depth, uint32_t box_height) {
+    return emulator::make_tensor_map(b.values().data(), 2, width, height, depth, width * 2, height * width * 2, 64, box_height, true);
   };
-  launch(gather ? "test_ring_gather" : "test_ring", 2,
-         ring::Params{map(x, k, tokens, 128), map(w, k, int64_t{experts} * n, 128), map(y, n, std::max(rows, 1), 64), x, index, starts, y, experts, n, k});
+  launch(gather ? "test_ring_gather" : pair ? "test_ring_pair" : "test_ring", pair ? 4 : 2,
+         ring::Params{map(x, k, tokens, 1, 128), map(w, k, n, experts, pair ? 64 : 128), map(y, n, std::max(rows, 1), 1, 64), x, index, starts, y,
+                      experts, n, k});
   for (int e = 0; e < experts; e++)
     for (int r = offsets[e]; r < offsets[e + 1]; r++)
       for (int c = 0; c < n; c++) {
@@ -34,20 +37,22 @@ static void check_ring(const std::vector<int>& sizes, int n, int k, bool gather)
 }
 
 static const std::vector<std::vector<int>> ragged = {{64, 64}, {1}, {0, 5, 0, 130, 64, 1, 0}, {128, 0, 129}, {0, 0}, {63, 65, 127}};
-static void check_some(bool gather) {
-  check_ring(ragged[uniform(0, 5)], static_cast<int>(uniform(1, 18)) * 8, static_cast<int>(uniform(1, 36)) * 8, gather);
+static void check_some(ring::Kind kind) {
+  check_ring(ragged[uniform(0, 5)], static_cast<int>(uniform(1, 18)) * 8, static_cast<int>(uniform(1, 36)) * 8, kind);
 }
-TEST(ring) { check_some(false); }
-TEST(ring_many_steps) { check_ring({130, 64}, 136, 456, false); }
-TEST(ring_gather) { check_some(true); }
-TEST(ring_gather_many_steps) { check_ring({65, 129}, 72, 456, true); }
+TEST(ring) { check_some(ring::plain); }
+TEST(ring_many_steps) { check_ring({130, 64}, 136, 456, ring::plain); }
+TEST(ring_gather) { check_some(ring::gathered); }
+TEST(ring_gather_many_steps) { check_ring({65, 129}, 72, 456, ring::gathered); }
+TEST(ring_pair) { check_some(ring::paired); }
+TEST(ring_pair_many_steps) { check_ring({65, 260}, 136, 456, ring::paired); }
 
 template <class T> static void check_transposed(const char* kernel) {
   auto a = input<T>("a", 64 * 64, [](int64_t) { return normal(); });
   auto b = input<T>("b", 64 * 128, [](int64_t) { return normal(); });
   auto y = output<float>("y", 64 * 128);
-  launch(kernel, 1, ring::TransposedParams{emulator::make_tensor_map(a.values().data(), 2, 64, 64, 128, 64, 64, true),
-                                           emulator::make_tensor_map(b.values().data(), 2, 128, 64, 256, 64, 64, true), y});
+  launch(kernel, 1, ring::TransposedParams{emulator::make_tensor_map(a.values().data(), 2, 64, 64, 1, 128, 8192, 64, 64, true),
+                                           emulator::make_tensor_map(b.values().data(), 2, 128, 64, 1, 256, 16384, 64, 64, true), y});
   const auto sum = [&](int64_t at, bool absolute) {
     double s = 0;
     for (int i = 0; i < 64; i++) {

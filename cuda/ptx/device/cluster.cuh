@@ -18,10 +18,16 @@ PTX_D int cluster_rank() {
 PTX_D void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// Arrives at the barrier at this place in the shared memory of the block of that rank; it may be the own one.
+// Arrives at the barrier at this place in the shared memory of the block of that rank; it may be the own one. All that
+// this thread has written is visible to whoever waits in that block: the memory system is waited for, in each call.
 PTX_D void mbarrier_arrive_at(Shared barrier, int rank) {
   asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
                "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier.at), "r"(rank) : "memory");
+}
+// The same for a thread that has only read, such as one that gives memory back to be overwritten: nothing is waited for.
+PTX_D void mbarrier_release_at(Shared barrier, int rank) {
+  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+               "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier.at), "r"(rank) : "memory");
 }
 
 }  // namespace ptx

@@ -12,6 +12,9 @@ inline void mbarrier_arrive(Shared barrier, Where where = Where::current()) { em
 inline void mbarrier_arrive_expect(Shared barrier, uint32_t bytes, Where where = Where::current()) {
   emulator::arrive_mbarrier(barrier.at, bytes, where);
 }
+inline void mbarrier_expect(Shared barrier, uint32_t bytes, Where where = Where::current()) {
+  emulator::expect_bytes(barrier.at, bytes, where);
+}
 inline void cp_async_mbarrier_arrive(Shared barrier, Where where = Where::current()) { emulator::arrive_after_copies(barrier.at, where); }
 inline bool mbarrier_try_wait(Shared barrier, uint32_t parity, Where where = Where::current()) {
   return emulator::try_wait_mbarrier(barrier.at, parity, where);

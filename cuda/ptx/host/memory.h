@@ -33,7 +33,7 @@ template <class T> void store(Global<T> to, T value, Where where = Where::curren
   *to.host_address() = value;
 }
 
-inline Shared shared_memory() { return {emulator::shared_base}; }
+inline Shared shared_memory() { return {emulator::shared_address(*emulator::current->block)}; }
 
 template <class T> T load_shared(Shared from, Where where = Where::current()) {
   emulator::preempt();

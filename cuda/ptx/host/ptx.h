@@ -8,6 +8,7 @@
 #include "ptx/host/cp_async.h"
 #include "ptx/host/mma.h"
 #include "ptx/host/mbarrier.h"
+#include "ptx/host/cluster.h"
 #include "ptx/host/tma.h"
 #include "ptx/host/wgmma.h"
 #include "emulator/bug.h"
