@@ -230,6 +230,17 @@ class TestRunning:
         for grad, want in zip(torch.autograd.grad(out, inputs), expected, strict=True):
             assert torch.equal(grad, want)
 
+    def test_tensor_maps(self, fault):
+        """Kernels of warpgroups have them: for bfloat16, with more than 16 rows an expert."""
+        x, w = torch.randn(64, 64).bfloat16(), torch.randn(2, 512, 64).bfloat16()
+        offsets = torch.tensor([0, 30, 64])
+        expected = functional.grouped_mm(x, w, offsets)
+        fault("cuTensorMapEncodeTiled", 1)
+        with pytest.raises(RuntimeError, match=r"^CUDA: error 1 in cuTensorMapEncodeTiled: asked for"):
+            functional.grouped_mm(x, w, offsets)
+        fault()
+        assert torch.equal(functional.grouped_mm(x, w, offsets), expected)
+
     def test_scratch_memory_that_torch_does_not_have(self):
         """On a GPU torch raises OutOfMemoryError here, on the CPU a RuntimeError of its own."""
         code = """

@@ -1,6 +1,7 @@
 """`python -m fastmoe_rs doctor --explain` reckons with the launches of a GPU that is not there."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -29,6 +30,14 @@ def test_bytes_are_those_of_the_tensors():
     assert up["bound"] == "FLOPs"
     assert up["roofline_us"] == pytest.approx(1e6 * 2 * 4096 * 8 * 2 * 768 * 2048 / 989.4e12)
     assert up["grid"] == 132
+
+
+@pytest.mark.parametrize(("multiprocessors", "grid"), [(132, 132), (131, 130), (1, 2)])
+def test_blocks_of_warpgroups_come_in_pairs(multiprocessors, grid):
+    report = explain(QWEN, replace(H200, multiprocessors=multiprocessors))
+    products = [kernel for kernel in report["forward_backward"]["kernels"] if "_wgmma_" in kernel["kernel"]]
+    assert len(products) == 6
+    assert {kernel["grid"] for kernel in products} == {grid}
 
 
 def test_few_tokens_read_few_experts():

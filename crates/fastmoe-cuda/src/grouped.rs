@@ -20,7 +20,7 @@ impl Grouped {
     /// # Safety
     /// As [`Queue::launch`]; `P` is the struct of the kernel whose tile is not of warpgroups.
     pub unsafe fn launch<P: Copy>(&self, queue: &Queue<'_>, params: &P, memory: &[Region]) -> Result<()> {
-        /// As in cuda/tile/pipeline.cuh.
+        /// As in cuda/tile/tensor_boxes.cuh.
         #[repr(C)]
         #[derive(Clone, Copy)]
         struct Mapped<P> {

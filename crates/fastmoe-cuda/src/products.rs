@@ -1,4 +1,4 @@
-//! The grouped products: the launches of the `sm80_*.cu` kernels, whose parameter structs are mirrored here.
+//! The grouped products: the launches of the `sm80_*.cu` and `sm90_*.cu` kernels, whose parameter structs are mirrored here.
 
 use crate::grouped::{Grouped, rows_across, rows_along_inner, weights};
 use crate::limits;
