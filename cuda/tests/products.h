@@ -19,6 +19,7 @@ struct Entry {
   int stages = 2;  // of its ring
 
   bool any() const { return variant == "any"; }
+  bool warpgroups() const { return name.find("_wgmma_") != std::string::npos; }
   bool tf32() const { return math == "tf32"; }
   // Every activation in turn, over the entry points and over the runs.
   Reference activation() const { return Reference(static_cast<tile::Kind>((index + emulator::settings.seed) % 10)); }

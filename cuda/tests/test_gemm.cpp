@@ -1,7 +1,7 @@
 // The grouped product over sorted rows against float64.
 #include "kernels/sm80_grouped_gemm.cu"
 #include "kernels/sm90_grouped_gemm.cu"
-#include "tests/products.h"
+#include "tests/pairs.h"
 
 using namespace test;
 
@@ -17,7 +17,10 @@ template <class Math> void check_gemm(const Entry& entry, const SortedRows& rows
   const auto y = output<T>("y", static_cast<int64_t>(rows.rows) * N, entry.skip());
   GemmParams<T> p{a, offsets, w, bias, y, rows.rows, K, N, rows.experts(), transposed};
   if (!biased) p.bias = nullptr;
-  launch(entry.name.c_str(), uniform(1, 3), p);
+  launch_product(entry, p, [&](auto& left, auto& right) {
+    left = map_of(a, K, p.rows, 1);
+    right = map_of_weights(w, N, K, p.experts, transposed);
+  });
 
   const auto left = operand(a, K, {});
   const Weights right{reals(w), N, K, transposed};

@@ -1,7 +1,7 @@
 // The gradient of the hidden states, and what it leaves for the other gradients, against float64.
 #include "kernels/sm80_grad_hidden.cu"
 #include "kernels/sm90_grad_hidden.cu"
-#include "tests/products.h"
+#include "tests/pairs.h"
 
 using namespace test;
 
@@ -35,7 +35,7 @@ template <class Math> void check_grad_hidden(const Entry& entry) {
   if (!(wanted & 1)) p.grad_hidden = nullptr;
   if (!(wanted & 2)) p.scaled_act = nullptr;
   if (!(wanted & 4)) p.slopes = nullptr;
-  launch(entry.name.c_str(), uniform(1, 3), p);
+  launch_product(entry, p, [&](auto&, auto& b) { b = map_of_weights(w2, I, H, p.experts, !transposed); });
 
   const auto grad = operand(grad_out, H, gathered ? rows.gather : std::vector<int>());
   const Weights w{reals(w2), I, H, !transposed};

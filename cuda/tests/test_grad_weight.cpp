@@ -1,7 +1,7 @@
 // The gradients of weights against float64.
 #include "kernels/sm80_grad_weight.cu"
 #include "kernels/sm90_grad_weight.cu"
-#include "tests/products.h"
+#include "tests/pairs.h"
 
 using namespace test;
 
@@ -36,7 +36,12 @@ template <class Math> void check_grad_weight(const Entry& entry) {
       products.add(left[row][m] * right[row][n]);
     return products.near(entry.tf32());
   };
-  const auto run = [&] { launch(entry.name.c_str(), uniform(1, 3), p); };
+  const auto run = [&] {
+    launch_product(entry, p, [&](auto& left, auto& right) {
+      if (entry.variant == "b") left = map_of(a, M, p.rows, 1);
+      else right = map_of(b, N, p.rows, 1);
+    });
+  };
   const auto check_added = [&](const auto& sum) {
     const auto values = sum.values();
     const std::vector before(values.begin(), values.end());

@@ -1,7 +1,7 @@
 // The up projection with its activation against float64.
 #include "kernels/sm80_up.cu"
 #include "kernels/sm90_up.cu"
-#include "tests/products.h"
+#include "tests/pairs.h"
 
 using namespace test;
 
@@ -25,7 +25,7 @@ template <class Math> void check_up(const Entry& entry) {
   if (!gathered) p.gather = nullptr;
   if (!biased) p.b1 = nullptr;
   if (!keep) p.hidden = nullptr;
-  launch(entry.name.c_str(), uniform(1, 3), p);
+  launch_product(entry, p, [&](auto&, auto& b) { b = map_of_weights(w1, N, H, p.experts, transposed); });
 
   const auto a = operand(x, H, gathered ? rows.gather : std::vector<int>());
   const Weights w{reals(w1), N, H, transposed};

@@ -7,7 +7,8 @@
 #include "ptx/device/types.cuh"
 
 namespace ptx {
-using TensorMap = CUtensorMap;
+// CUtensorMap, whose own alignment is larger in some versions of cuda.h than the hardware asks for.
+struct alignas(64) TensorMap { uint64_t opaque[16]; };
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
