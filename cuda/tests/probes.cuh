@@ -186,16 +186,16 @@ PTX_KERNEL(probe_boxes, 128, 1, 8192 + 8, boxes, Params)
 
 // Boxes that lie outside as a whole, nearby and far away, are zeros; their bytes are counted.
 PTX_D void far_boxes(const Params& p) {
-  constexpr int far = 1 << 30, at[8][3] = {{64, 0, 0}, {0, 64, 0}, {0, 0, 2}, {-64, 0, 0}, {far, 0, 1}, {0, -far, 1}, {0, 0, far}, {-far, far, -far}};
+  constexpr int far = 1 << 30, at[5][3] = {{0, 0, 2}, {far, 0, 1}, {0, -far, 1}, {0, 0, far}, {-far, far, -far}};
   const int t = thread_id();
-  const Shared boxes = shared_memory(), full = boxes + 8 * 8192;
+  const Shared boxes = shared_memory(), full = boxes + 5 * 8192;
   if (t == 0) {
     mbarrier_init(full, 2);
     fence_mbarrier_init();
   }
   sync_block();
   if (t < 32 && elect_one()) {
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 5; i++) {
       mbarrier_expect(full, 8192);
       tma_load(boxes + i * 8192, &p.from, full, at[i][0], at[i][1], at[i][2]);
     }
@@ -203,13 +203,13 @@ PTX_D void far_boxes(const Params& p) {
   }
   if (t == 33) mbarrier_arrive(full);
   mbarrier_wait(full, 0);
-  for (int i = 0; i < 8; i++) {
+  for (int i = 0; i < 5; i++) {
     uint32_t all = 0;
     for (int j = 0; j < 16; j++) all |= load_shared<uint32_t>(boxes + i * 8192 + (j * 128 + t) * 4);
     put(p, i, all);
   }
 }
-PTX_KERNEL(probe_far_boxes, 128, 1, 8 * 8192 + 8, far_boxes, Params)
+PTX_KERNEL(probe_far_boxes, 128, 1, 5 * 8192 + 8, far_boxes, Params)
 
 // 64x64 by 64 deep: the numbers lie swizzled in shared memory, and the descriptors say along what.
 template <class T, bool TRANSPOSED> PTX_D void warpgroup(const Params& p) {
