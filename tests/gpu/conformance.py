@@ -27,7 +27,8 @@ PARAMS_BYTES = 320  # two tensor maps of 128 bytes, two pointers, rounded up to 
 ARCHS = ("80", "90a")
 PROBES = ["lanes", "conversions", "arithmetic", "approximations", "memory", "copies", "matrices"]
 PROBES += ["products_bf16", "products_f16", "products_tf32", "named_barriers"]
-HOPPER = ["boxes", "far_boxes", "warpgroup_bf16", "warpgroup_f16", "warpgroup_transposed", "arrivals", "pairs"]
+HOPPER = ["boxes", "far_boxes", "warpgroup_bf16", "warpgroup_f16", "warpgroup_transposed", "arrivals"]
+HOPPER += ["pairs"]
 PROBES += HOPPER
 BLOCKS = {"pairs": 2}  # one elsewhere
 # Of the tensor maps: 16-bit [2, 64, 64], in boxes of 64x64.
