@@ -35,12 +35,6 @@ void Block::start(int block_id) {
 }
 
 void Block::end() {
-  for (const Pending& work : cluster.pending)
-    if (work.block == this) fail(work.where, "the block ends while this is in flight");
-  for (const auto& [offset, barrier] : mbarriers)
-    if (barrier.bytes)
-      fail(barrier.where, "the block ends while its mbarrier at shared byte %u has been told to expect %lld bytes %s than came", offset,
-           static_cast<long long>(std::abs(barrier.bytes)), barrier.bytes < 0 ? "less" : "more");
   Clock known;
   for (const Warp& warp : cluster.warps)
     if (warp.block == this) known.join(warp.known.seen, cluster.agents);
@@ -48,6 +42,12 @@ void Block::end() {
     if (reached[agent].stamp > known.of[agent])
       fail(reached[agent].where, "this by %s in the block's memory is not ordered before the block has returned from the kernel",
            cluster.agent_name(agent).c_str());
+  for (const Pending& work : cluster.pending)
+    if (work.block == this) fail(work.where, "the block ends while this is in flight");
+  for (const auto& [offset, barrier] : mbarriers)
+    if (barrier.bytes)
+      fail(barrier.where, "the block ends while its mbarrier at shared byte %u has been told to expect %lld bytes %s than came", offset,
+           static_cast<long long>(std::abs(barrier.bytes)), barrier.bytes < 0 ? "less" : "more");
 }
 
 void reach(Block& block, int agent, uint32_t stamp, const char* what, const Where& where) {

@@ -9,6 +9,7 @@
 #include <cuda/ptx>
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/mma_sm80.hpp>
 #include <cute/arch/mma_sm90.hpp>
@@ -35,6 +36,8 @@ PAIR(mbarrier_init, (uint32_t b, uint32_t n), ptx::mbarrier_init({b}, n), theirs
 PAIR(mbarrier_arrive, (uint32_t b), ptx::mbarrier_arrive({b}), theirs::mbarrier_arrive(barrier(b)))
 PAIR(mbarrier_arrive_expect, (uint32_t b, uint32_t n), ptx::mbarrier_arrive_expect({b}, n),
      theirs::mbarrier_arrive_expect_tx(theirs::sem_release, theirs::scope_cta, theirs::space_shared, barrier(b), n))
+PAIR(mbarrier_expect, (uint32_t b, uint32_t n), ptx::mbarrier_expect({b}, n),
+     theirs::mbarrier_expect_tx(theirs::sem_relaxed, theirs::scope_cta, theirs::space_shared, barrier(b), n))
 PAIR(cp_async_mbarrier_arrive, (uint32_t b), ptx::cp_async_mbarrier_arrive({b}), cutlass::arch::cpasync_barrier_arrive_noinc(barrier(b)))
 PAIR(mbarrier_try_wait, (uint32_t b, uint32_t parity, int* out), *out = ptx::mbarrier_try_wait({b}, parity),
      *out = theirs::mbarrier_try_wait_parity(barrier(b), parity))
@@ -46,14 +49,25 @@ PAIR(setmaxnreg_dec, (), ptx::setmaxnreg_dec<40>(), cutlass::arch::warpgroup_reg
 PAIR(grid_dependency_wait, (), ptx::grid_dependency_wait(), cutlass::arch::wait_on_dependent_grids())
 PAIR(grid_dependency_launch, (), ptx::grid_dependency_launch(), cutlass::arch::launch_dependent_grids())
 
+// ---- cluster.cuh
+PAIR(cluster_rank, (uint32_t* out), *out = ptx::cluster_rank(), *out = cute::block_rank_in_cluster())
+PAIR(sync_cluster, (), ptx::sync_cluster(), cute::cluster_sync())
+PAIR(mbarrier_arrive_at, (uint32_t b, int rank), ptx::mbarrier_arrive_at({b}, rank),
+     theirs::mbarrier_arrive(theirs::sem_release, theirs::scope_cluster, theirs::space_cluster, barrier(cute::set_block_rank(b, rank))))
+PAIR(mbarrier_release_at, (uint32_t b, int rank), ptx::mbarrier_release_at({b}, rank),
+     cutlass::arch::ClusterBarrier::arrive(barrier(b), rank, true))
+
 // ---- tma.cuh
 #define MAP const __grid_constant__ CUtensorMap map
 PAIR(prefetch_tensor_map, (MAP), ptx::prefetch_tensor_map(&map),
      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map)))
-PAIR(tma_load, (MAP, uint32_t to, uint32_t b, int x, int y), ptx::tma_load({to}, &map, {b}, x, y), int xy[2] = {x, y};
-     theirs::cp_async_bulk_tensor(theirs::space_cluster, theirs::space_global, at<void>(to), &map, xy, barrier(b)))
-PAIR(tma_store, (MAP, uint32_t from, int x, int y), ptx::tma_store(&map, {from}, x, y), int xy[2] = {x, y};
-     theirs::cp_async_bulk_tensor(theirs::space_global, theirs::space_shared, &map, xy, at<void>(from)))
+PAIR(tma_load, (MAP, uint32_t to, uint32_t b, int x, int y, int z), ptx::tma_load({to}, &map, {b}, x, y, z), int xyz[3] = {x, y, z};
+     theirs::cp_async_bulk_tensor(theirs::space_cluster, theirs::space_global, at<void>(to), &map, xyz, barrier(b)))
+PAIR(tma_load_pair, (MAP, uint32_t to, uint32_t b, int x, int y, int z), ptx::tma_load_pair({to}, &map, {b}, x, y, z),
+     int xyz[3] = {x, y, z};
+     theirs::cp_async_bulk_tensor(theirs::space_cluster, theirs::space_global, at<void>(to), &map, xyz, barrier(b), uint16_t{3}))
+PAIR(tma_store, (MAP, uint32_t from, int x, int y, int z), ptx::tma_store(&map, {from}, x, y, z), int xyz[3] = {x, y, z};
+     theirs::cp_async_bulk_tensor(theirs::space_global, theirs::space_shared, &map, xyz, at<void>(from)))
 PAIR(tma_store_commit, (), ptx::tma_store_commit(), theirs::cp_async_bulk_commit_group())
 PAIR(tma_store_wait_read, (), ptx::tma_store_wait_read<1>(), theirs::cp_async_bulk_wait_group_read(theirs::n32_t<1>{}))
 PAIR(tma_store_wait, (), ptx::tma_store_wait<1>(), theirs::cp_async_bulk_wait_group(theirs::n32_t<1>{}))

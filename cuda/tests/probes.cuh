@@ -7,7 +7,7 @@ namespace probes {
 using namespace ptx;
 
 struct Params {
-  TensorMap from, to;  // 16-bit [64, 128] over `in` and `out`, boxes of 64x64, swizzled
+  TensorMap from, to;  // 16-bit [2, 64, 64] over `in` and `out`, boxes of 64x64, swizzled
   Global<const uint32_t> in;
   Global<uint32_t> out;
 };
@@ -156,8 +156,8 @@ PTX_D void named_barriers(const Params& p) {
 PTX_KERNEL(probe_named_barriers, 64, 1, 128, named_barriers, Params)
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-// A box is loaded from the middle, so that half of it lies outside and is zero; it is dumped as it lies in shared memory,
-// and stored elsewhere.
+// A box is loaded from the middle, so that half of it lies outside of its matrix and is zero; it is dumped as it lies in
+// shared memory, and stored where half of it lies outside again.
 PTX_D void boxes(const Params& p) {
   const int t = thread_id();
   const Shared box = shared_memory(), full = box + 8192;
@@ -169,20 +169,47 @@ PTX_D void boxes(const Params& p) {
   if (t < 32 && elect_one()) {
     prefetch_tensor_map(&p.from);
     mbarrier_arrive_expect(full, 8192);
-    tma_load(box, &p.from, full, 24, 96, 0);
+    tma_load(box, &p.from, full, 24, 32, 0);
   }
   mbarrier_wait(full, 0);
   for (int i = 0; i < 16; i++) put(p, 32 + i, load_shared<uint32_t>(box + (i * 128 + t) * 4));
   fence_proxy_async();
   sync_block();
   if (t < 32 && elect_one()) {
-    tma_store(&p.to, box, 0, 0, 0);
+    tma_store(&p.to, box, 8, -16, 1);
     tma_store_commit();
     tma_store_wait_read<0>();
     tma_store_wait<0>();
   }
 }
 PTX_KERNEL(probe_boxes, 128, 1, 8192 + 8, boxes, Params)
+
+// Boxes that lie outside as a whole, nearby and far away, are zeros; their bytes are counted.
+PTX_D void far_boxes(const Params& p) {
+  constexpr int far = 1 << 30, at[5][3] = {{0, 0, 2}, {far, 0, 1}, {0, -far, 1}, {0, 0, far}, {-far, far, -far}};
+  const int t = thread_id();
+  const Shared boxes = shared_memory(), full = boxes + 5 * 8192;
+  if (t == 0) {
+    mbarrier_init(full, 2);
+    fence_mbarrier_init();
+  }
+  sync_block();
+  if (t < 32 && elect_one()) {
+    for (int i = 0; i < 5; i++) {
+      mbarrier_expect(full, 8192);
+      tma_load(boxes + i * 8192, &p.from, full, at[i][0], at[i][1], at[i][2]);
+    }
+    mbarrier_arrive(full);
+  }
+  if (t == 33) mbarrier_arrive(full);
+  mbarrier_wait(full, 0);
+  for (int i = 0; i < 5; i++) {
+    uint32_t all = 0;
+    for (int j = 0; j < 16; j++) all |= load_shared<uint32_t>(boxes + i * 8192 + (j * 128 + t) * 4);
+    put(p, i, all);
+  }
+}
+PTX_KERNEL(probe_far_boxes, 128, 1, 5 * 8192 + 8, far_boxes, Params)
 
 // 64x64 by 64 deep: the numbers lie swizzled in shared memory, and the descriptors say along what.
 template <class T, bool TRANSPOSED> PTX_D void warpgroup(const Params& p) {
@@ -233,6 +260,40 @@ PTX_D void arrivals(const Params& p) {
   put(p, 4, static_cast<uint32_t>(popcount(ptx::ballot(elect_one()))));
 }
 PTX_KERNEL(probe_arrivals, 64, 1, 520, arrivals, Params)
+
+// Each of two blocks loads a box for both, whose bytes come before they are expected. Then each thread arrives at a barrier of
+// either block, in one way or the other. Results below 20 are the first block's.
+PTX_D void pairs(const Params& p) {
+  const int t = thread_id(), rank = cluster_rank(), first = rank * 20;
+  const Shared boxes = shared_memory(), full = boxes + 2 * 8192, met = full + 8;
+  if (t == 0) {
+    mbarrier_init(full, 1);
+    mbarrier_init(met, 256);
+    fence_mbarrier_init();
+  }
+  sync_cluster();
+  if (t < 32 && elect_one()) tma_load_pair(boxes + rank * 8192, &p.from, full, rank * 16, rank * 24, rank);
+  sync_cluster();
+  if (t == 0) {
+    mbarrier_expect(full, 8192);
+    mbarrier_arrive_expect(full, 8192);
+  }
+  mbarrier_wait(full, 0);
+  for (int i = 0; i < 16; i++) {
+    const Shared at = boxes + (i * 128 + t) * 4;
+    put(p, first + i, load_shared<uint32_t>(at) + 3 * load_shared<uint32_t>(at + 8192));
+  }
+  for (int to = 0; to < 2; to++)
+    if (t % 2) mbarrier_arrive_at(met, to);
+    else mbarrier_release_at(met, to);
+  mbarrier_wait(met, 0);
+  put(p, first + 16, static_cast<uint32_t>(rank));
+  put(p, first + 17, static_cast<uint32_t>(block_id()));
+  put(p, first + 18, static_cast<uint32_t>(block_count()));
+  put(p, first + 19, static_cast<uint32_t>(mbarrier_try_wait(met, 0)));
+  sync_cluster();
+}
+PTX_CLUSTER_KERNEL(probe_pairs, 128, 1, 2 * 8192 + 16, pairs, Params)
 #endif
 
 }  // namespace probes

@@ -20,11 +20,11 @@ uint32_t some_word() {
 
 struct Probe {
   test::Buffer<uint32_t> in, out;
-  explicit Probe(const char* kernel)
+  explicit Probe(const char* kernel, int blocks = 1)
       : in(input<uint32_t>("in", probes::in_words, [](int64_t) { return some_word(); })),
         out(output<uint32_t>("out", probes::out_words)) {
-    const auto map = [](const auto& b) { return emulator::make_tensor_map(b.values().data(), 2, 64, 128, 1, 128, 16384, 64, 64, true); };
-    launch(kernel, 1, probes::Params{map(in), map(out), in, out});
+    const auto map = [](const auto& b) { return emulator::make_tensor_map(b.values().data(), 2, 64, 64, 2, 128, 8192, 64, 64, true); };
+    launch(kernel, blocks, probes::Params{map(in), map(out), in, out});
   }
   uint32_t half(int64_t i) const { return in[i / 2] >> i % 2 * 16 & 0xffff; }
 };
@@ -172,15 +172,47 @@ TEST(named_barriers) {
   for (int t = 32; t < 64; t++) same(p.out[t], p.in[(t ^ 17) % 32], "named barriers");
 }
 
+// 16 bits of the box that starts at (x, y, z).
+static uint32_t boxed(const Probe& p, int row, int column, int x, int y, int z) {
+  return row + y < 64 && column + x < 64 ? p.half((z * 64 + row + y) * 64 + column + x) : 0;
+}
+static int swizzled(int row, int column) { return row * 64 + (column ^ (row & 7) << 3); }
+
 TEST(boxes) {
   Probe p("probe_boxes");
+  const auto half = [&](int64_t i) { return p.out[i / 2] >> i % 2 * 16 & 0xffff; };
   for (int row = 0; row < 64; row++)
     for (int column = 0; column < 64; column++) {
-      const uint32_t want = column + 24 < 64 && row + 96 < 128 ? p.half((row + 96) * 64 + column + 24) : 0;
-      const auto half = [&](int64_t i) { return p.out[i / 2] >> i % 2 * 16 & 0xffff; };
-      same(half(row * 64 + column), want, "tma_store");
-      same(half(32 * 128 * 2 + row * 64 + (column ^ (row & 7) << 3)), want, "tma_load");
+      const uint32_t stored = row < 48 && column >= 8 ? boxed(p, row + 16, column - 8, 24, 32, 0) : 0xffff;
+      same(half((64 + row) * 64 + column), stored, "tma_store");
+      same(half(row * 64 + column), 0xffffu, "what tma_store leaves alone");
+      same(half(32 * 128 * 2 + swizzled(row, column)), boxed(p, row, column, 24, 32, 0), "tma_load");
     }
+}
+
+TEST(far_boxes) {
+  Probe p("probe_far_boxes");
+  for (int i = 0; i < 5 * 128; i++) same(p.out[i], 0u, "outside of the tensor");
+}
+
+TEST(pairs) {
+  Probe p("probe_pairs", 2);
+  std::vector<uint16_t> boxes(2 * 4096);
+  for (int rank = 0; rank < 2; rank++)
+    for (int row = 0; row < 64; row++)
+      for (int column = 0; column < 64; column++)
+        boxes[rank * 4096 + swizzled(row, column)] = static_cast<uint16_t>(boxed(p, row, column, rank * 16, rank * 24, rank));
+  const auto word = [&](int i) { return boxes[2 * i] | uint32_t{boxes[2 * i + 1]} << 16; };
+  for (int rank = 0; rank < 2; rank++) {
+    const auto result = [&](int i, int t) { return p.out[(rank * 20 + i) * 128 + t]; };
+    for (int i = 0; i < 2048; i++) same(result(i / 128, i % 128), word(i) + 3 * word(2048 + i), "tma_load_pair");
+    for (int t = 0; t < 128; t++) {
+      same(result(16, t), static_cast<uint32_t>(rank), "cluster_rank");
+      same(result(17, t), static_cast<uint32_t>(rank), "block_id");
+      same(result(18, t), 2u, "block_count");
+      same(result(19, t), 1u, "arrivals from both blocks");
+    }
+  }
 }
 
 static void check_warpgroup(const char* kernel, bool transposed) {
@@ -260,6 +292,106 @@ TEST(faults) {
   }
 }
 
+// The same between the blocks of a cluster.
+struct FaultyPair {
+  TensorMap map;  // a box of 64x64, 8192 bytes
+  Global<int> work;
+  int fault;
+};
+PTX_D void faulty_pair(const FaultyPair& p) {
+  const int t = thread_id(), rank = cluster_rank(), fault = p.fault;
+  const Shared box = shared_memory(), bar = box + 8192, others = {bar.at ^ 1u << 24};
+  const bool first = t == 0;
+  if (first && fault != 0) {
+    mbarrier_init(bar, fault == 14 ? 2 : 1);
+    if (fault != 1) fence_mbarrier_init();
+  }
+  if (fault == 2) sync_block();
+  else if (fault == 3) { if (t < 16) sync_cluster(); else sync_warp(); }
+  else sync_cluster();
+  switch (fault) {
+    case 0: case 2: if (first) mbarrier_arrive_at(bar, rank ^ 1); break;
+    case 1: if (first) tma_load_pair(box, &p.map, bar, 0, 0, 0); break;
+    case 4: if (rank == 1) return; if (first) mbarrier_arrive_at(bar, 1); break;
+    case 5: if (rank == 1) return; if (first) tma_load_pair(box, &p.map, bar, 0, 0, 0); break;
+    case 6: load_shared<int>(others); break;
+    case 7: if (first) mbarrier_arrive(others); break;
+    case 8: cp_async<4>(others, p.work.as<const void>(), false); break;
+    case 9: if (first) mbarrier_arrive_at(bar, 2); break;
+    case 10: if (first) mbarrier_arrive_at(others, rank); break;
+    case 11: if (first) mbarrier_expect(bar, 16); break;
+    case 12:
+      if (first) mbarrier_arrive_expect(bar, 8192);
+      if (rank == 0 && t == 32) tma_load_pair(box, &p.map, bar, 0, 0, 0);
+      mbarrier_wait(bar, 0);
+      if (rank == 1 && t == 32) tma_load_pair(box, &p.map, bar, 0, 0, 0);
+      break;
+    case 13:
+      if (first) mbarrier_arrive_expect(bar, 4096);
+      if (rank == 0 && t == 32) tma_load_pair(box, &p.map, bar, 0, 0, 0);
+      mbarrier_wait(bar, 0);
+      break;
+    case 14:
+      if (first) for (int i = 0; i < 2; i++) mbarrier_arrive_expect(bar, 8);
+      sync_cluster();
+      if (first) mbarrier_release_at(bar, rank ^ 1);
+      break;
+    case 15: if (rank == 0) store_shared(box + t * 4, t); else if (first) tma_load_pair(box, &p.map, bar, 0, 0, 0); break;
+    case 16: if (rank == 0) mbarrier_wait(bar, 0); break;
+    case 17: if (rank == 0 && first) store(p.work, 1); sync_cluster(); if (rank == 1) load(p.work); break;
+    case 18: if (first) tma_load_pair(box, &p.map, bar, 0, 0, 0); break;
+    case 19: if (first) for (int i = 0; i < 129; i++) mbarrier_expect(bar, 8192); break;
+  }
+  sync_cluster();
+}
+PTX_CLUSTER_KERNEL(test_faulty_pair, 64, 1, 8192 + 8, faulty_pair, FaultyPair)
+PTX_KERNEL(test_faulty_single, 64, 1, 8192 + 8, faulty_pair, FaultyPair)
+
+TEST(faults_of_pairs) {
+  static const char* const messages[] = {"not initialised", "no fence_mbarrier_init", "shared byte", "lanes of the warp differ",
+      "returned from the kernel", "returned from the kernel", "out of bounds", "out of bounds", "out of bounds", "no block of rank 2",
+      "out of bounds", "16 bytes more than came", "the block", "deadlock", "more arrivals", "race", "deadlock", "of work at byte",
+      "race", "more than 2^20 - 1"};
+  auto in = input<bf16>("in", 64 * 64, [](int64_t) { return 1; });
+  const TensorMap map = emulator::make_tensor_map(in.values().data(), 2, 64, 64, 1, 128, 8192, 64, 64, true);
+  for (int fault = 0; fault < static_cast<int>(std::size(messages)); fault++) {
+    auto work = scratch("work", 64, 0);
+    expect_failure(messages[fault], [&] { launch("test_faulty_pair", 4, FaultyPair{map, work, fault}); });
+  }
+  auto work = scratch("work", 64, 0);
+  launch("test_faulty_pair", 4, FaultyPair{map, work, -1});
+  launch("test_faulty_single", 3, FaultyPair{map, work, -1});
+  expect_failure("no multiple of the 2", [&] { launch("test_faulty_pair", 3, FaultyPair{map, work, -1}); });
+  expect_failure("clusters have one block", [&] { launch("test_faulty_single", 1, FaultyPair{map, work, 18}); });
+  expect_failure("no block of rank 1", [&] { launch("test_faulty_single", 1, FaultyPair{map, work, 0}); });
+}
+
+TEST(tensor_maps) {
+  struct Request {
+    uint64_t base = 1024, width = 64, height = 64, depth = 2, row = 128, matrix = 8192;
+    uint32_t element = 2, box_width = 64, box_height = 64;
+    bool swizzled = true;
+  };
+  const auto make = [](const Request& r) {
+    emulator::make_tensor_map(reinterpret_cast<const void*>(r.base), r.element, r.width, r.height, r.depth, r.row, r.matrix, r.box_width,
+                              r.box_height, r.swizzled);
+  };
+  const uint64_t vast = uint64_t{1} << 32;
+  make({});
+  make({.width = vast, .height = vast, .depth = vast});
+  make({.box_width = 256, .box_height = 256, .swizzled = false});
+  expect_failure("the base", [&] { make({.base = 1032}); });
+  for (const Request& r : {Request{.width = 0}, {.height = 0}, {.depth = 0}, {.width = vast + 1}, {.height = vast + 1}, {.depth = vast + 1}})
+    expect_failure("sizes", [&] { make(r); });
+  for (const Request& r : {Request{.row = 136}, {.matrix = 8200}, {.row = uint64_t{1} << 40}, {.matrix = uint64_t{1} << 40}})
+    expect_failure("strides", [&] { make(r); });
+  for (const Request& r : {Request{.box_width = 0}, {.box_height = 0}, {.box_width = 264, .swizzled = false}, {.box_height = 257}})
+    expect_failure("sides of the box", [&] { make(r); });
+  expect_failure("a row of the box", [&] { make({.box_width = 12}); });
+  expect_failure("swizzled", [&] { make({.box_width = 72}); });
+  expect_failure("elements", [&] { make({.element = 3}); });
+}
+
 TEST(c_face) {
   uint32_t threads, shared_bytes;
   size_t params_bytes;
@@ -269,4 +401,11 @@ TEST(c_face) {
   const Faulty right{{nullptr}, {nullptr}, {nullptr}, {nullptr}, -1};
   expect(!emulator_launch("test_faulty", 3, &right, sizeof right), "launch");
   expect(emulator_launch("test_faulty", 3, &right, 1) != nullptr, "wrong size of parameters");
+  alignas(64) char map[128];
+  expect(!emulator_tensor_map(map, map, 2, 64, 64, 1, 128, 8192, 64, 64, 1), "tensor map");
+  expect(emulator_tensor_map(map, map, 2, 64, 64, 1, 100, 8192, 64, 64, 1) != nullptr, "wrong stride");
+  expect(emulator_tensor_map(map + 16, map, 2, 64, 64, 1, 128, 8192, 64, 64, 1) != nullptr, "misaligned map");
+  const FaultyPair pair{{}, {nullptr}, -1};
+  expect(!emulator_launch("test_faulty_pair", 2, &pair, sizeof pair), "clusters");
+  expect(emulator_launch("test_faulty_pair", 1, &pair, sizeof pair) != nullptr, "half a cluster");
 }

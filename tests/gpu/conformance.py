@@ -27,8 +27,12 @@ PARAMS_BYTES = 320  # two tensor maps of 128 bytes, two pointers, rounded up to 
 ARCHS = ("80", "90a")
 PROBES = ["lanes", "conversions", "arithmetic", "approximations", "memory", "copies", "matrices"]
 PROBES += ["products_bf16", "products_f16", "products_tf32", "named_barriers"]
-HOPPER = ["boxes", "warpgroup_bf16", "warpgroup_f16", "warpgroup_transposed", "arrivals"]
+HOPPER = ["boxes", "far_boxes", "warpgroup_bf16", "warpgroup_f16", "warpgroup_transposed", "arrivals"]
+HOPPER += ["pairs"]
 PROBES += HOPPER
+BLOCKS = {"pairs": 2}  # one elsewhere
+# Of the tensor maps: 16-bit [2, 64, 64], in boxes of 64x64.
+SIZES, STRIDES, BOX = (64, 64, 2), (128, 8192), (64, 64, 1)
 SHOWN = 8  # words of a probe that are printed where they differ
 # Floats at the ends of formats: zeros, subnormals, the largest and what rounds beyond them, infinities, NaN.
 EDGES = [0x00000000, 0x80000000, 0x00000001, 0x807FFFFF, 0x00800000, 0x33000001, 0x387FE000, 0x477FEFFF]
@@ -129,18 +133,15 @@ class Emulator:
                 c.c_void_p(at + 128 * i),
                 c.c_void_p(base),
                 2,
-                c.c_uint64(64),
-                c.c_uint64(128),
-                c.c_uint64(128),
-                64,
-                64,
+                *map(c.c_uint64, (*SIZES, *STRIDES)),
+                *BOX[:2],
                 1,
             )
             if error:
                 raise RuntimeError(error.decode())
         params = launch_params(c.string_at(at, 256), source, target)
         error = self.library.emulator_launch(
-            f"probe_{probe}".encode(), c.c_int64(1), params, c.c_size_t(len(params))
+            f"probe_{probe}".encode(), c.c_int64(BLOCKS.get(probe, 1)), params, c.c_size_t(len(params))
         )
         if error:
             raise RuntimeError(error.decode())
@@ -182,10 +183,10 @@ class Gpu:
     def tensor_map(self, base: int) -> bytes:
         storage = c.create_string_buffer(128 + 64)
         at = (c.addressof(storage) + 63) // 64 * 64
-        sizes, strides = (c.c_uint64 * 2)(64, 128), (c.c_uint64 * 1)(128)
-        box, steps = (c.c_uint32 * 2)(64, 64), (c.c_uint32 * 2)(1, 1)
-        # 16-bit elements (1), rank 2, no interleaving, 128-byte swizzle (3), no L2 promotion, zeros outside.
-        rest = (1, 2, c.c_void_p(base), sizes, strides, box, steps, 0, 3, 0, 0)
+        sizes, strides = (c.c_uint64 * 3)(*SIZES), (c.c_uint64 * 2)(*STRIDES)
+        box, steps = (c.c_uint32 * 3)(*BOX), (c.c_uint32 * 3)(1, 1, 1)
+        # 16-bit elements (1), rank 3, no interleaving, 128-byte swizzle (3), no L2 promotion, zeros outside.
+        rest = (1, 3, c.c_void_p(base), sizes, strides, box, steps, 0, 3, 0, 0)
         self.call("cuTensorMapEncodeTiled", c.c_void_p(at), *rest)
         return c.string_at(at, 128)
 
@@ -203,7 +204,8 @@ class Gpu:
         maps = self.tensor_map(source) + self.tensor_map(target) if self.hopper else bytes(256)
         params = c.create_string_buffer(launch_params(maps, source, target), PARAMS_BYTES)
         pointers = (c.c_void_p * 1)(c.addressof(params))
-        self.call("cuLaunchKernel", function, 1, 1, 1, threads[0], 1, 1, threads[1], None, pointers, None)
+        shape = (BLOCKS.get(probe, 1), 1, 1, threads[0], 1, 1, threads[1])
+        self.call("cuLaunchKernel", function, *shape, None, pointers, None)
         self.call("cuCtxSynchronize")
         out = c.create_string_buffer(4 * OUT_WORDS)
         self.call("cuMemcpyDtoH_v2", out, c.c_uint64(target), c.c_size_t(4 * OUT_WORDS))

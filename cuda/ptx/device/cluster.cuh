@@ -1,7 +1,10 @@
-// Two blocks that run together and reach each other's barriers (sm_90): the pair of a PTX_CLUSTER_KERNEL.
+// Two blocks that run together and reach each other's barriers (sm_90): a cluster of a PTX_CLUSTER_KERNEL.
 //
-// A block must not return while the other one may still reach it, nor reach for the other one before that has begun:
-// sync_cluster() is the first and the last thing that they do.
+// A block must not reach for the other one before that has begun and has initialised its barriers, nor return while the
+// other one may still reach it: sync_cluster() is the first thing that they do after that, and the last of all.
+//
+// No thread reads what one of the other block has written: arrivals from there say that memory has been read, and bytes
+// that are multicast are visible to whoever sees them counted. So mbarrier_wait is told of both without a wider scope.
 #pragma once
 #include "ptx/device/types.cuh"
 
@@ -18,13 +21,13 @@ PTX_D int cluster_rank() {
 PTX_D void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// Arrives at the barrier at this place in the shared memory of the block of that rank; it may be the own one. All that
-// this thread has written is visible to whoever waits in that block: the memory system is waited for, in each call.
+// Arrives at the barrier at this place in the shared memory of the block of that rank; it may be the own one. The arrival
+// comes after all that this thread has written, in the eyes of both blocks: each call waits for the memory system.
 PTX_D void mbarrier_arrive_at(Shared barrier, int rank) {
   asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
                "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier.at), "r"(rank) : "memory");
 }
-// The same for a thread that has only read, such as one that gives memory back to be overwritten: nothing is waited for.
+// The same where this thread has only read, and gives memory back to be overwritten: it waits for nothing.
 PTX_D void mbarrier_release_at(Shared barrier, int rank) {
   asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
                "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier.at), "r"(rank) : "memory");

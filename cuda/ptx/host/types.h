@@ -10,10 +10,10 @@
 #define PTX_KERNEL(name, threads, min_blocks, shared_bytes, body, ...) PTX_ENTRY(name, threads, shared_bytes, 1, body, __VA_ARGS__)
 #define PTX_CLUSTER_KERNEL(name, threads, min_blocks, shared_bytes, body, ...) \
   PTX_ENTRY(name, threads, shared_bytes, 2, body, __VA_ARGS__)
-#define PTX_ENTRY(name, threads, shared_bytes, cluster, body, ...)                                                                     \
+#define PTX_ENTRY(name, threads, shared_bytes, cluster, body, ...)                                                                  \
   static const emulator::Kernel name##_kernel(#name, threads, shared_bytes, cluster, sizeof(__VA_ARGS__), [](const void* params) { \
-    static_assert(std::is_trivially_copyable_v<__VA_ARGS__>, "parameters are copied as bytes");                                      \
-    body(*static_cast<const __VA_ARGS__*>(params));                                                                                   \
+    static_assert(std::is_trivially_copyable_v<__VA_ARGS__>, "parameters are copied as bytes");                                     \
+    body(*static_cast<const __VA_ARGS__*>(params));                                                                                  \
   });
 
 // CUDA's vectors, as far as they serve as units of access.
