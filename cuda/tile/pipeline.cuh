@@ -77,7 +77,7 @@ template <class S, Major MA, Major MB, bool FENCE, class Kernel> PTX_D void mult
   const RingOperand<S, MB> b(shared_memory() + S::A_BYTES);
   const auto release = [](Shared empty) {
     const int lane = thread_id() % 32;
-    if (lane < 2 - BUG(pipeline_release_one_block)) mbarrier_arrive_at(empty, BUG(pipeline_release_own) ? cluster_rank() : lane);
+    if (lane < 2 - BUG(pipeline_release_one_block)) mbarrier_release_at(empty, BUG(pipeline_release_own) ? cluster_rank() : lane);
   };
   while (walk.next(tile)) {
     const int slices = kernel.start(tile, none, none);
