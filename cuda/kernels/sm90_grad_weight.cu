@@ -6,18 +6,23 @@
 // Pairs of blocks share the factor that is not gathered.
 template <class S, bool SHARES_A_> struct GradWeightByWarpgroups : GradWeight<S, Major::MN> {
   using T = typename S::Element;
+  using Results = ResultRing<S>;
   static constexpr bool SHARES_A = SHARES_A_;
+  const TensorMap& out;
 
   PTX_D MatrixWalk<std::conditional_t<SHARES_A, ByColumns, ByRows>> walk() const {
     return {this->p.experts, ceil_div(this->p.m, S::BM), ceil_div(this->p.n, S::BN)};
   }
 
-  PTX_D void finish(const MatrixTile& tile, typename S::Sums& c) const {
+  PTX_D void prefetch(const MatrixTile&, Results&) const {}
+
+  PTX_D void finish(const MatrixTile& tile, typename S::Sums& c, Results& results) const {
     const GradWeightParams<T>& p = this->p;
     if ((p.sum || p.adds) && this->rows_of(tile.expert) <= 0) return;  // as GradWeight::finish
     const int first_row = tile.m * S::BM + S::warp_row(), first_column = tile.n * S::BN;
-    const int64_t matrix = static_cast<int64_t>(tile.expert) * p.m * p.n;
+    if (first_row >= p.m) return;
     if (p.sum || p.adds) {
+      const int64_t matrix = static_cast<int64_t>(tile.expert) * p.m * p.n;
 #pragma unroll
       for (int i = 0; i < S::BN / 2; i += 2) {
         const int row = S::lane_row(i / 2 % 2), column = S::lane_column(i / 4);
@@ -28,13 +33,11 @@ template <class S, bool SHARES_A_> struct GradWeightByWarpgroups : GradWeight<S,
       }
       return;
     }
-    const Staged<S> staged;
-    const Lines<T> lines(p.out + matrix, first_row, p.m, p.n);
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      put_half(staged, c, half);
-      const int first = first_column + half * STAGED;
-      staged.drain(lines, [&](int i) { return first + i < p.n ? first + i : -1; });
+    for (int quarter = 0; quarter < 4; quarter++) {
+      const ResultBox<S> box = results.next();
+      box.put_sums(c, quarter);
+      results.store(box, out, first_column + quarter * BOX, first_row, tile.expert);
     }
   }
 
@@ -52,7 +55,7 @@ template <class S, bool SHARES_A_> struct GradWeightByWarpgroups : GradWeight<S,
 
 template <class S, bool GATHER_A, bool GATHER_B> PTX_D void grad_weight_wgmma(const Mapped<GradWeightParams<typename S::Element>>& p) {
   static_assert(GATHER_A != GATHER_B);
-  const GradWeightByWarpgroups<S, GATHER_B> kernel{{p.params}};
+  const GradWeightByWarpgroups<S, GATHER_B> kernel{{p.params}, p.out[0]};
   if constexpr (GATHER_B)
     run_pipeline<S, Major::MN, Major::MN>(kernel, TensorRows<S, S::BM>(p.a), Boxes<S, S::BN, Major::MN, true>());
   else

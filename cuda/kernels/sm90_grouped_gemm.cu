@@ -5,24 +5,30 @@
 
 template <class S, Major MW> struct GemmByWarpgroups : Gemm<S, MW> {
   using T = typename S::Element;
+  using Results = ResultRing<S>;
   static constexpr bool SHARES_A = false;
+  const TensorMap& y;
 
-  PTX_D void finish(const RowTile& tile, typename S::Sums& c) const {
+  PTX_D void prefetch(const RowTile&, Results&) const {}
+
+  PTX_D void finish(const RowTile& tile, typename S::Sums& c, Results& results) const {
     const GemmParams<T>& p = this->p;
+    const int row = tile.row + S::warp_row();
+    if (row >= tile.end) return;
     if (p.bias && tile.used)
       add_bias<S>(c, p.bias + static_cast<int64_t>(tile.expert) * p.columns, [&](int half, int i) { return this->column(tile.n, half, i); });
-    const Staged<S> staged;
-    const Lines<T> lines(p.y, tile.row + S::warp_row(), tile.end, p.columns);
+    const Target<T> target{y, p.y, p.columns, p.columns};
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      put_half(staged, c, half);
-      staged.drain(lines, [&](int i) { return this->column(tile.n, half, i); });
+    for (int quarter = 0; quarter < 4; quarter++) {
+      const ResultBox<S> box = results.next();
+      box.put_sums(c, quarter);
+      results.store(box, target, tile.n * S::BN + quarter * BOX, row, tile.end);
     }
   }
 };
 
 template <class S, Major MW> PTX_D void gemm_wgmma(const Mapped<GemmParams<typename S::Element>>& p) {
-  run_pipeline<S, Major::K, MW>(GemmByWarpgroups<S, MW>{{p.params}}, TensorBoxes<S, S::BM, Major::K>(p.a), TensorBoxes<S, S::BN, MW>(p.b));
+  run_pipeline<S, Major::K, MW>(GemmByWarpgroups<S, MW>{{p.params}, p.out[0]}, TensorBoxes<S, S::BM, Major::K>(p.a), TensorBoxes<S, S::BN, MW>(p.b));
 }
 
 WARPGROUP_ROW_ENTRIES(gemm, GemmParams)

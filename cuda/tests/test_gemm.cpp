@@ -17,9 +17,10 @@ template <class Math> void check_gemm(const Entry& entry, const SortedRows& rows
   const auto y = output<T>("y", static_cast<int64_t>(rows.rows) * N, entry.skip());
   GemmParams<T> p{a, offsets, w, bias, y, rows.rows, K, N, rows.experts(), transposed};
   if (!biased) p.bias = nullptr;
-  launch_product(entry, p, [&](auto& left, auto& right) {
-    left = map_of(a, K, p.rows, 1);
-    right = map_of_weights(w, N, K, p.experts, transposed);
+  launch_product(entry, p, [&](auto& maps) {
+    maps.a = map_of(a, K, p.rows, 1);
+    maps.b = map_of_weights(w, N, K, p.experts, transposed);
+    maps.out[0] = map_of_results(y, N, p.rows);
   });
 
   const auto left = operand(a, K, {});

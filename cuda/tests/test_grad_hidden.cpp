@@ -35,7 +35,13 @@ template <class Math> void check_grad_hidden(const Entry& entry) {
   if (!(wanted & 1)) p.grad_hidden = nullptr;
   if (!(wanted & 2)) p.scaled_act = nullptr;
   if (!(wanted & 4)) p.slopes = nullptr;
-  launch_product(entry, p, [&](auto&, auto& b) { b = map_of_weights(w2, I, H, p.experts, !transposed); });
+  launch_product(entry, p, [&](auto& maps) {
+    const bool halves = gated && !interleaved;
+    maps.b = map_of_weights(w2, I, H, p.experts, !transposed);
+    map_hidden(maps.in, hidden, N, p.rows, halves);
+    map_hidden(maps.out, grad_hidden, N, p.rows, halves);
+    maps.out[2] = map_of_results(scaled_act, I, p.rows);
+  });
 
   const auto grad = operand(grad_out, H, gathered ? rows.gather : std::vector<int>());
   const Weights w{reals(w2), I, H, !transposed};

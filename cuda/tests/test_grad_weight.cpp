@@ -36,10 +36,12 @@ template <class Math> void check_grad_weight(const Entry& entry) {
       products.add(left[row][m] * right[row][n]);
     return products.near(entry.tf32());
   };
+  ptx::TensorMap map{};
   const auto run = [&] {
-    launch_product(entry, p, [&](auto& left, auto& right) {
-      if (entry.variant == "b") left = map_of(a, M, p.rows, 1);
-      else right = map_of(b, N, p.rows, 1);
+    launch_product(entry, p, [&](auto& maps) {
+      if (entry.variant == "b") maps.a = map_of(a, M, p.rows, 1);
+      else maps.b = map_of(b, N, p.rows, 1);
+      maps.out[0] = map;
     });
   };
   const auto check_added = [&](const auto& sum) {
@@ -56,6 +58,7 @@ template <class Math> void check_grad_weight(const Entry& entry) {
     case 0: {
       const auto out = output<T>("out", all, entry.skip());
       p.out = out;
+      if (entry.warpgroups()) map = map_of(out, N, M, p.experts, 16);
       run();
       return expect_near(out, want);
     }

@@ -25,7 +25,11 @@ template <class Math> void check_up(const Entry& entry) {
   if (!gathered) p.gather = nullptr;
   if (!biased) p.b1 = nullptr;
   if (!keep) p.hidden = nullptr;
-  launch_product(entry, p, [&](auto&, auto& b) { b = map_of_weights(w1, N, H, p.experts, transposed); });
+  launch_product(entry, p, [&](auto& maps) {
+    maps.b = map_of_weights(w1, N, H, p.experts, transposed);
+    map_hidden(maps.out, hidden, N, p.rows, gated && !interleaved);
+    maps.out[2] = map_of_results(out, I, p.rows);
+  });
 
   const auto a = operand(x, H, gathered ? rows.gather : std::vector<int>());
   const Weights w{reals(w1), N, H, transposed};

@@ -48,9 +48,8 @@
 
 // By warpgroups.
 #define WARPGROUP_ENTRY(kernel, Params, math, Math, variant, ...)                                              \
-  PTX_CLUSTER_KERNEL(kernel##_wgmma_##math##_128x256_##variant, (tile::Warpgroups<Math, 128, 256, 4>::THREADS), 1,   \
-                     (tile::Warpgroups<Math, 128, 256, 4>::SHARED_BYTES),                                            \
-                     (kernel##_wgmma<tile::Warpgroups<Math, 128, 256, 4>, __VA_ARGS__>), tile::Mapped<Params<Math>>)
+  PTX_CLUSTER_KERNEL(kernel##_wgmma_##math##_128x256_##variant, tile::WarpgroupTile<Math>::THREADS, 1, tile::WarpgroupTile<Math>::SHARED_BYTES, \
+                     (kernel##_wgmma<tile::WarpgroupTile<Math>, __VA_ARGS__>), tile::Mapped<Params<Math>>)
 #define WARPGROUP_ROWS(kernel, Params, math, Math)                        \
   WARPGROUP_ENTRY(kernel, Params, math, Math, nt, tile::Major::K)  \
   WARPGROUP_ENTRY(kernel, Params, math, Math, nn, tile::Major::MN)

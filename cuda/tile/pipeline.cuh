@@ -1,6 +1,7 @@
 // The life of a block of warpgroups (sm_90a): the first one copies slices of tile after tile into a ring in shared memory,
 // the others multiply them and store the sums. Two barriers for each place of the ring say when it is full and when empty.
 #pragma once
+#include "tile/results.cuh"
 #include "tile/tensor_boxes.cuh"
 
 namespace tile {
@@ -73,6 +74,7 @@ template <class S, Major MA, Major MB, bool FENCE, class Kernel> PTX_D void mult
   auto walk = kernel.walk();
   typename decltype(walk)::Tile tile;
   NoBoxes none;
+  typename Kernel::Results results;
   const RingOperand<S, MA> a(shared_memory() + S::group() * GROUP_ROWS * BOX_ROW_BYTES);
   const RingOperand<S, MB> b(shared_memory() + S::A_BYTES);
   const auto release = [](Shared empty) {
@@ -82,6 +84,7 @@ template <class S, Major MA, Major MB, bool FENCE, class Kernel> PTX_D void mult
   while (walk.next(tile)) {
     const int slices = kernel.start(tile, none, none);
     const bool has_rows = S::group() * GROUP_ROWS < kernel.height(tile);
+    if (has_rows) kernel.prefetch(tile, results);
     typename S::Sums sums;
 #pragma unroll
     for (float& sum : sums) sum = 0;
@@ -100,11 +103,14 @@ template <class S, Major MA, Major MB, bool FENCE, class Kernel> PTX_D void mult
     }
     if (!BUG(pipeline_no_last_wait)) wgmma_wait<0>();
     if (slices > 0 && !BUG(pipeline_early_release)) release(last);
-    if (has_rows) kernel.finish(tile, sums);
+    if (has_rows) kernel.finish(tile, sums, results);
   }
+  if (leads_warp()) tma_store_wait<0>();
 }
 
 // `kernel` as in persistent.cuh, without `begin`, and
+//   Results                       what a warp keeps of its boxes; the third argument of finish
+//   void prefetch(tile, results)  before the product of a tile of which the warpgroup has rows
 //   int height(tile)              rows of C from the tile's first on
 //   bool SHARES_A                 pairs of blocks share rows of A rather than columns of B
 template <class S, Major MA, Major MB, class Kernel, class A, class B> PTX_D void run_pipeline(const Kernel& kernel, A a, B b) {
@@ -114,14 +120,15 @@ template <class S, Major MA, Major MB, class Kernel, class A, class B> PTX_D voi
       mbarrier_init(stage.full(), COPIERS<A, B>);
       mbarrier_init(stage.empty(), 2 * 4 * S::GROUPS);
     }
+    for (int warp = 0; warp < 4 * S::GROUPS; warp++) mbarrier_init(S::loaded(warp), 1);
     fence_mbarrier_init();
   }
   if (!BUG(pipeline_no_first_sync)) sync_cluster();
   if (thread_id() < WARPGROUP) {
-    setmaxnreg_dec<72>();
+    setmaxnreg_dec<56>();
     if (thread_id() < COPIERS<A, B>) copy_tiles<S>(kernel, a, b);
   } else {
-    setmaxnreg_inc<216>();
+    setmaxnreg_inc<224>();
     multiply_tiles<S, MA, MB, BY_THREADS<A> || BY_THREADS<B>>(kernel);
   }
   if (!BUG(pipeline_no_last_sync)) sync_cluster();  // the other block still says when it is done with places

@@ -7,11 +7,10 @@
 
 namespace tile {
 
-// Parameters of a kernel behind its tensor maps: of those operands, dense in three dimensions, that come by boxes of 64
-// elements along memory.
-template <class Params_> struct Mapped {
-  using Params = Params_;
-  TensorMap a, b;
+// Parameters of a kernel behind its tensor maps, of boxes of 64 elements along memory: those operands that come by them, what
+// else is read, and what is written.
+template <class Params> struct Mapped {
+  TensorMap a, b, in[2], out[3];
   Params params;
 };
 

@@ -1,0 +1,86 @@
+// The way of a warp's results to memory: by boxes of its 16 rows and 64 columns in shared memory, which TMA stores while the
+// warp goes on. The first lane asks for the stores; what it asks for between two commits is a group.
+#pragma once
+#include "tile/warpgroups.cuh"
+
+namespace tile {
+
+// A matrix in memory in which results belong, its rows `pitch` elements apart; `map` is of the same, with boxes of 16 rows.
+template <class T> struct Target {
+  const TensorMap& map;
+  Global<T> first;
+  int64_t pitch;
+  int columns;
+};
+
+template <class S> struct ResultBox {
+  using T = typename S::Element;
+  static constexpr uint32_t BYTES = WARP_ROWS * BOX_ROW_BYTES;
+  Shared base;
+
+  // The i-th of the warp's.
+  PTX_D static ResultBox of_warp(uint32_t i) {
+    return {shared_memory() + (S::RESULTS_AT + S::warp_row() * S::BUFFERS * BOX_ROW_BYTES + i * BYTES)};
+  }
+  PTX_D Shared at(int row, int byte) const { return base + (row * BOX_ROW_BYTES + (byte ^ (row & 7) << 4)); }
+
+  // Elements `column` and the next one of row h of the thread; `column` is even.
+  PTX_D void put(int h, int column, float first, float second) const { store_shared(at(S::lane_row(h), 2 * column), pack<T>(first, second)); }
+  PTX_D void put_one(int h, int column, float value) const { store_shared(at(S::lane_row(h), 2 * column), from_float<T>(value)); }
+  PTX_D uint32_t get(int h, int column) const { return load_shared<uint32_t>(at(S::lane_row(h), 2 * column)); }
+
+  // Columns 64 `quarter` and on of the tile's sums.
+  PTX_D void put_sums(const typename S::Sums& c, int quarter) const {
+#pragma unroll
+    for (int j = 0; j < BOX / 8; j++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int i = quarter * BOX / 2 + 4 * j + 2 * h;
+        put(h, S::lane_column(j), c[i], c[i + 1]);
+      }
+  }
+
+  // At `column` of `row` of matrix z, as far as the tensor goes.
+  PTX_D void store(const TensorMap& map, int column, int row, int z) const {
+    if (leads_warp()) tma_store(&map, base, column, row, z);
+  }
+  // The same, its rows below `end`: where it has others as well, all lanes store instead.
+  PTX_D void store(const Target<T>& target, int column, int row, int end) const {
+    if (row + WARP_ROWS <= end || BUG(results_past_end)) return store(target.map, column, row, 0);
+    const int chunk = thread_id() % 8, left = column + chunk * S::CHUNK;
+    for (int i = thread_id() % 32 / 8; i < WARP_ROWS && row + i < end && left < target.columns; i += 4)
+      ptx::store((target.first + ((row + i) * target.pitch + left)).template as<uint4>(), load_shared<uint4>(at(i, chunk * CHUNK_BYTES)));
+  }
+};
+
+// Boxes have been filled, and may be stored.
+PTX_D void boxes_are_full() {
+  if (!BUG(results_no_fence)) fence_proxy_async();
+  if (!BUG(results_no_sync)) sync_warp();
+}
+// Waits until at most N of the newest groups are still to be read; others' boxes may be filled again.
+template <int N> PTX_D void boxes_are_free() {
+  if (leads_warp() && !BUG(results_no_wait)) tma_store_wait_read<N>();
+  sync_warp();
+}
+
+// The boxes of a warp used by turns, each a group of its own.
+template <class S> class ResultRing {
+  uint32_t turn = 0;
+
+ public:
+  PTX_D ResultBox<S> next() {
+    boxes_are_free<S::BUFFERS - 1>();
+    const ResultBox<S> box = ResultBox<S>::of_warp(turn);
+    turn = turn + 1 == S::BUFFERS ? 0 : turn + 1;
+    return box;
+  }
+  // Stores a box that is full; as ResultBox::store.
+  template <class To> PTX_D void store(const ResultBox<S>& box, const To& to, int column, int row, int last) {
+    boxes_are_full();
+    box.store(to, column, row, last);
+    if (leads_warp()) tma_store_commit();
+  }
+};
+
+}  // namespace tile
