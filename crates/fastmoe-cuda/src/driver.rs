@@ -58,8 +58,10 @@ impl TensorMap {
 pub struct MapSpec {
     /// Its address.
     pub address: u64,
-    /// Width, height and depth, none of them 0, of elements that follow each other in memory without gaps.
+    /// Width, height and depth, none of them 0.
     pub sizes: [usize; 3],
+    /// Elements from the start of a row to that of the next. There are no gaps between matrices.
+    pub pitch: usize,
     /// The height of a box; its depth is 1.
     pub box_height: u32,
     /// L2 fetches 256 bytes of a row at once, two boxes of them.
@@ -74,8 +76,8 @@ impl MapSpec {
 
     /// Bytes from a row to the next, and from a matrix to the next.
     pub fn strides(&self) -> [u64; 2] {
-        let [width, height, _] = self.sizes;
-        [width, width * height].map(|elements| (Self::ELEMENT * elements) as u64)
+        let [_, height, _] = self.sizes;
+        [self.pitch, self.pitch * height].map(|elements| (Self::ELEMENT * elements) as u64)
     }
 }
 

@@ -4,6 +4,9 @@ use crate::driver::{MapSpec, Region, TensorMap};
 use crate::tiles::{Math, Tile, blocks, name};
 use crate::{Buffer, Queue, Result};
 
+/// Rows of a result that a warp has.
+const RESULT_ROWS: u32 = 16;
+
 /// What a kernel is chosen by, and given beside its parameters.
 pub(crate) struct Grouped {
     pub kernel: &'static str,
@@ -12,8 +15,20 @@ pub(crate) struct Grouped {
     pub variant: &'static str,
     /// Clusters of tiles at most.
     pub clusters: usize,
-    /// A and B for warpgroups, none of an operand that is gathered or empty.
-    pub operands: [Option<MapSpec>; 2],
+    pub maps: Maps,
+}
+
+/// Of tensors that warpgroups do not read or write by themselves.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Maps {
+    /// An operand, unless it is gathered.
+    pub a: Option<MapSpec>,
+    /// The other one.
+    pub b: Option<MapSpec>,
+    /// What else is read.
+    pub inputs: [Option<MapSpec>; 2],
+    /// What is written, where it is wanted.
+    pub results: [Option<MapSpec>; 3],
 }
 
 impl Grouped {
@@ -24,18 +39,24 @@ impl Grouped {
         #[repr(C)]
         #[derive(Clone, Copy)]
         struct Mapped<P> {
-            a: TensorMap,
-            b: TensorMap,
+            maps: [TensorMap; 7],
             params: P,
         }
-        let Self { kernel, math, tile, variant, clusters, operands: [a, b] } = *self;
+        let Self { kernel, math, tile, variant, clusters, maps } = *self;
         let name = name(kernel, math, tile, variant);
         let blocks = blocks(queue.gpu, tile, clusters)?;
-        // SAFETY: as promised by the caller; kernels of warpgroups have the struct with two maps before it.
+        if blocks == 0 {
+            return Ok(());
+        }
+        // SAFETY: as promised by the caller; kernels of warpgroups have the struct with its maps before it.
         unsafe {
             if tile.warpgroups {
-                let (a, b) = (queue.tensor_map(a)?, queue.tensor_map(b)?);
-                queue.launch(&name, blocks, &Mapped { a, b, params: *params }, memory)
+                let Maps { a, b, inputs: [i, j], results: [x, y, z] } = maps;
+                let mut maps = [TensorMap::NONE; 7];
+                for (map, spec) in maps.iter_mut().zip([a, b, i, j, x, y, z]) {
+                    *map = queue.tensor_map(spec)?;
+                }
+                queue.launch(&name, blocks, &Mapped { maps, params: *params }, memory)
             } else {
                 queue.launch(&name, blocks, params, memory)
             }
@@ -66,7 +87,23 @@ pub(crate) fn rows_across(rows: Buffer, [columns, count]: [usize; 2]) -> Option<
     operand(rows, [columns, count, 1], 64, false)
 }
 
-/// None of an empty tensor, which has no map, and of which no kernel reads.
+/// Results `[R, N]` or `[E, M, N]`.
+pub(crate) fn results(tensor: Buffer, sizes: [usize; 3]) -> Option<MapSpec> {
+    operand(tensor, sizes, RESULT_ROWS, false)
+}
+
+/// Hidden states `[R, columns]`, in two maps where their gate and up columns are halves.
+pub(crate) fn hidden(tensor: Buffer, [columns, rows]: [usize; 2], halves: bool) -> [Option<MapSpec>; 2] {
+    let whole = results(tensor, [columns, rows, 1]);
+    if !halves {
+        return [whole, None];
+    }
+    let (width, up) = (columns / 2, (MapSpec::ELEMENT * columns / 2) as u64);
+    [0, up].map(|at| whole.map(|map| MapSpec { address: map.address + at, sizes: [width, rows, 1], ..map }))
+}
+
+/// None of a tensor that is not there.
 fn operand(tensor: Buffer, sizes: [usize; 3], box_height: u32, two_boxes: bool) -> Option<MapSpec> {
-    (!sizes.contains(&0)).then_some(MapSpec { address: tensor.address, sizes, box_height, two_boxes })
+    let spec = MapSpec { address: tensor.address, sizes, pitch: sizes[0], box_height, two_boxes };
+    (!tensor.is_null()).then_some(spec)
 }

@@ -1,6 +1,6 @@
 //! The grouped products: the launches of the `sm80_*.cu` and `sm90_*.cu` kernels, whose parameter structs are mirrored here.
 
-use crate::grouped::{Grouped, rows_across, rows_along_inner, weights};
+use crate::grouped::{self, Grouped, Maps, results, rows_across, rows_along_inner, weights};
 use crate::limits;
 use crate::tiles::{Math, aligned, row_clusters, row_tile, weight_clusters, weight_tile};
 use crate::{Buffer, Queue, Result};
@@ -35,6 +35,11 @@ impl Sizes {
     /// Columns of the up projection.
     pub fn up(&self) -> usize {
         if self.activation.1 { 2 * self.intermediate } else { self.intermediate }
+    }
+
+    /// Whether these are gate columns, then up columns.
+    fn halves(&self) -> bool {
+        self.activation.1 && !self.interleaved
     }
 }
 
@@ -102,8 +107,10 @@ impl Up {
         let (variant, w1) = weights(w1, sizes.transposed, [sizes.hidden, sizes.up(), sizes.experts]);
         // Gate and up columns of a unit are in one tile.
         let clusters = row_clusters(tile, sizes.rows, sizes.experts, sizes.up());
-        let product =
-            Grouped { kernel: "up", math: sizes.math, tile, variant, clusters, operands: [None, w1] };
+        let [gate, up] = grouped::hidden(hidden, [sizes.up(), sizes.rows], sizes.halves());
+        let act = results(act, [sizes.intermediate, sizes.rows, 1]);
+        let maps = Maps { b: w1, results: [gate, up, act], ..Maps::default() };
+        let product = Grouped { kernel: "up", math: sizes.math, tile, variant, clusters, maps };
         // SAFETY: this is the kernel's struct, and as promised by the caller.
         unsafe { product.launch(queue, &params, &memory) }
     }
@@ -171,9 +178,11 @@ impl Product {
         };
         let memory = [a.read(), offsets.read(), w.read(), bias.read(), y.write()];
         let (variant, w) = weights(w, transposed, [inner, columns, experts]);
-        let operands = [rows_along_inner(a, [inner, rows]), w];
+        let y = results(y, [columns, rows, 1]);
+        let maps =
+            Maps { a: rows_along_inner(a, [inner, rows]), b: w, results: [y, None, None], ..Maps::default() };
         let clusters = row_clusters(tile, rows, experts, columns);
-        let product = Grouped { kernel: "gemm", math, tile, variant, clusters, operands };
+        let product = Grouped { kernel: "gemm", math, tile, variant, clusters, maps };
         // SAFETY: this is the kernel's struct, and as promised by the caller.
         unsafe { product.launch(queue, &params, &memory) }
     }
@@ -264,14 +273,11 @@ impl GradHidden {
         let inner = [sizes.hidden, sizes.intermediate, sizes.experts];
         let (variant, w2) = weights(self.w2, !sizes.transposed, inner);
         let clusters = row_clusters(tile, sizes.rows, sizes.experts, sizes.intermediate);
-        let product = Grouped {
-            kernel: "grad_hidden",
-            math: sizes.math,
-            tile,
-            variant,
-            clusters,
-            operands: [None, w2],
-        };
+        let hidden = |tensor| grouped::hidden(tensor, [sizes.up(), sizes.rows], sizes.halves());
+        let [gate, up] = hidden(self.grad_hidden);
+        let scaled_act = results(self.scaled_act, [sizes.intermediate, sizes.rows, 1]);
+        let maps = Maps { a: None, b: w2, inputs: hidden(self.hidden), results: [gate, up, scaled_act] };
+        let product = Grouped { kernel: "grad_hidden", math: sizes.math, tile, variant, clusters, maps };
         // SAFETY: this is the kernel's struct, and as promised by the caller.
         unsafe { product.launch(queue, &params, &memory) }
     }
@@ -336,7 +342,7 @@ impl GradWeight {
             experts: i32,
         }
         let Self { math, tokens, rows, experts, offsets, a, b, out: (out, update) } = *self;
-        let aligned = aligned(math.dtype, &[a.columns, b.columns], &[a.rows, b.rows, out]);
+        let aligned = rows > 0 && aligned(math.dtype, &[a.columns, b.columns], &[a.rows, b.rows, out]);
         let tile = weight_tile(queue.gpu, math, aligned, [a.columns, b.columns], experts);
         let params = Params {
             a: a.rows.address,
@@ -353,13 +359,16 @@ impl GradWeight {
             n: limits::columns("columns of a gradient of weights", b.columns)?,
             experts: limits::rows("E (experts)", experts)?,
         };
-        let out = if update == Update::Write { out.write() } else { out.read_write() };
-        let memory = [a.rows.read(), b.rows.read(), a.gather.read(), b.gather.read(), offsets.read(), out];
+        let written = if update == Update::Write { out.write() } else { out.read_write() };
+        let memory =
+            [a.rows.read(), b.rows.read(), a.gather.read(), b.gather.read(), offsets.read(), written];
         let plain = |factor: Factor| rows_across(factor.rows, [factor.columns, rows]);
-        let (variant, operands) =
+        let (variant, [map_a, map_b]) =
             if a.gather.is_null() { ("b", [plain(a), None]) } else { ("a", [None, plain(b)]) };
+        let out = (update == Update::Write).then(|| results(out, [b.columns, a.columns, experts])).flatten();
+        let maps = Maps { a: map_a, b: map_b, results: [out, None, None], ..Maps::default() };
         let clusters = weight_clusters(tile, a.columns, experts, b.columns);
-        let product = Grouped { kernel: "grad_weight", math, tile, variant, clusters, operands };
+        let product = Grouped { kernel: "grad_weight", math, tile, variant, clusters, maps };
         // SAFETY: this is the kernel's struct, and as promised by the caller.
         unsafe { product.launch(queue, &params, &memory) }
     }

@@ -49,9 +49,12 @@ impl Tile {
     /// Bytes of shared memory of a block.
     fn shared(self) -> u32 {
         let of_stages = |slice: usize| self.stages * slice * (self.rows + self.columns);
-        // Warpgroups also have two barriers for each stage, and rows of results.
-        let bytes =
-            if self.warpgroups { of_stages(128) + 16 * self.stages + 256 * self.rows } else { of_stages(64) };
+        // Warpgroups also have two barriers for each stage, and each of their warps, of 16 rows, five boxes and a barrier.
+        let bytes = if self.warpgroups {
+            of_stages(128) + 16 * self.stages + (5 * 128 * 16 + 8) * self.rows / 16
+        } else {
+            of_stages(64)
+        };
         bytes as u32
     }
 
@@ -76,7 +79,7 @@ const FLAT: Tile = Tile { name: "32x128", rows: 32, columns: 128, stages: 8, res
 const ANY: Tile = Tile { name: "64x128", rows: 64, columns: 128, stages: 2, resident: 2, ..WIDE };
 const ANY_WEIGHT: Tile = Tile { resident: 3, ..ANY };
 // A warpgroup without rows does nothing, so that half a tile of rows costs half.
-const WARPGROUPS: Tile = Tile { warpgroups: true, ..WIDE };
+const WARPGROUPS: Tile = Tile { warpgroups: true, stages: 3, ..WIDE };
 
 /// The tile of a product over rows `[rows, columns]`.
 pub(crate) fn row_tile(
@@ -127,9 +130,9 @@ fn wide(gpu: &Gpu, tile: Tile, tiles: usize) -> Tile {
     if idle || gpu.device.shared_per_block < WIDE_TILE_SHARED { SQUARE } else { tile }
 }
 
-/// Whether rows of these lengths, in tensors at these places, start at multiples of 16 bytes.
+/// Whether rows of these lengths, in tensors at these places, start at multiples of 16 bytes. Those of no elements do not.
 pub(crate) fn aligned(dtype: DType, columns: &[usize], tensors: &[Buffer]) -> bool {
-    columns.iter().all(|columns| (columns * dtype.bytes()).is_multiple_of(16))
+    columns.iter().all(|columns| *columns > 0 && (columns * dtype.bytes()).is_multiple_of(16))
         && tensors.iter().all(|tensor| tensor.address.is_multiple_of(16))
 }
 
