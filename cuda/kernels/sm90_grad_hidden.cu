@@ -5,28 +5,40 @@
 
 // Of some units, a box of their gate columns and one of their up columns, or two of both.
 template <class S> struct HiddenBoxes {
+  using T = typename S::Element;
+  using Block = typename ResultBox<S>::Block;
   ResultBox<S> of[2];
 
-  // The hidden columns of `unit` and the next, of the thread's row h; `box` has them if they are pairs.
-  PTX_D void get(bool pairs, int box, int unit, int h, float (&gate)[2], float (&up)[2]) const {
-    using T = typename S::Element;
-    const int column = 2 * unit % BOX;  // of pairs
-    const ResultBox<S>& both = of[box];
-    const uint32_t first = pairs ? both.get(h, column) : of[0].get(h, unit), second = pairs ? both.get(h, column + 2) : of[1].get(h, unit);
-    const float a = low_half<T>(first), b = high_half<T>(first), c = low_half<T>(second), d = high_half<T>(second);
-    gate[0] = a, gate[1] = pairs ? c : b, up[0] = pairs ? b : c, up[1] = d;
-  }
-  PTX_D void put(bool pairs, int box, int unit, int h, const float (&gate)[2], const float (&up)[2]) const {
-    const int column = 2 * unit % BOX;
-    const ResultBox<S>& both = of[box];
-    if (pairs) {
-      both.put(h, column, gate[0], up[0]);
-      both.put(h, column + 2, gate[1], up[1]);
-    } else {
-      of[0].put(h, unit, gate[0], gate[1]);
-      of[1].put(h, unit, up[0], up[1]);
+  // The hidden columns of 16 units, number `part` of them.
+  PTX_D void get(bool pairs, int part, Block& gate, Block& up) const {
+    if (!pairs) {
+      of[0].get(part, gate);
+      of[1].get(part, up);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const uint32_t first = of[part / 2].get_pair(i % 2, column(part, i)), second = of[part / 2].get_pair(i % 2, column(part, i) + 2);
+      gate[i][0] = low_half<T>(first), up[i][0] = high_half<T>(first);
+      gate[i][1] = low_half<T>(second), up[i][1] = high_half<T>(second);
     }
   }
+  PTX_D void put(bool pairs, int part, const Block& gate, const Block& up) const {
+    if (!pairs) {
+      of[0].put(part, gate);
+      of[1].put(part, up);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      of[part / 2].put_pair(i % 2, column(part, i), gate[i][0], up[i][0]);
+      of[part / 2].put_pair(i % 2, column(part, i) + 2, gate[i][1], up[i][1]);
+    }
+  }
+
+ private:
+  // Of pairs, in their box.
+  PTX_D static int column(int part, int i) { return part % 2 * 32 + 2 * S::lane_column(i / 2); }
 };
 
 // Of a warp: hidden columns of two turns, one being loaded while gradients take the place of the other's, and a box of
@@ -63,9 +75,8 @@ template <class S, Major MW> struct GradHiddenByWarpgroups : GradHidden<S, MW> {
   using Results = HiddenTurns<S>;
   static constexpr bool SHARES_A = false;
   // Units of a turn. A part of them is computed at a time.
-  static constexpr int UNITS = BOX, PART = 16, PARTS = UNITS / PART, PAIRS = PART / 4;
-  // Of a thread, [i] is of row i % 2 and unit lane_column(i / 2) of a part, and the next.
-  using Values = float[PAIRS][2];
+  static constexpr int UNITS = BOX, PART = 16, PARTS = UNITS / PART, TURNS = S::BN / UNITS, AT_ONCE = 2;
+  using Values = typename ResultBox<S>::Block;
   // Of hidden or its gate columns, and of its up columns; of the gradient of these, and of scaled_act.
   const TensorMap (&in)[2], (&out)[3];
 
@@ -85,7 +96,7 @@ template <class S, Major MW> struct GradHiddenByWarpgroups : GradHidden<S, MW> {
 
   PTX_D void finish(const RowTile& tile, typename S::Sums& c, Results& turns) const {
     const GradHiddenParams<T>& p = this->p;
-    const int I = p.intermediate, row = tile.row + S::warp_row(), last = tile.n * S::BN + S::BN - UNITS;
+    const int I = p.intermediate, row = tile.row + S::warp_row();
     if (row >= tile.end) return;
     float weights[2];
 #pragma unroll
@@ -93,40 +104,52 @@ template <class S, Major MW> struct GradHiddenByWarpgroups : GradHidden<S, MW> {
       const int at = row + S::lane_row(h);
       weights[h] = !p.weights ? 1 : at < tile.end ? load_readonly(p.weights + at) : 0;
     }
+    if (tile.n * S::BN + S::BN > I) clear_behind(c, I - tile.n * S::BN);
 #pragma unroll 1
-    for (int first = tile.n * S::BN; first <= last; first += UNITS) {
-      const HiddenBoxes<S> boxes = turns.next();
-      boxes_are_free<0>();
-      if (first < last) load(turns, first + UNITS, row);
-      float slopes[2];
+    for (int turn = 0; turn < TURNS; turn += AT_ONCE) {
 #pragma unroll
-      for (int part = 0; part < PARTS; part++) {
-        if (part * PART % RUN == 0) slopes[0] = slopes[1] = 0;
-        Values grad, gate, up, act;
+      for (int next = 0; next < AT_ONCE; next++) {
+        const int first = tile.n * S::BN + (turn + next) * UNITS;
+        const HiddenBoxes<S> boxes = turns.next();
+        boxes_are_free<0>();
+        if (turn + next + 1 < TURNS) load(turns, first + UNITS, row);
+        float slopes[2];
 #pragma unroll
-        for (int i = 0; i < PAIRS; i++) {
-          boxes.get(pairs(), 2 * part / PARTS, part * PART + S::lane_column(i / 2), i % 2, gate[i], up[i]);
+        for (int part = 0; part < PARTS; part++) {
+          const auto sum = [&](int i, int b) -> float& { return c[(next * PARTS + part) * 8 + 2 * i + b]; };
+          if (part * PART % RUN == 0) slopes[0] = slopes[1] = 0;
+          Values grad, gate, up, act;
+          boxes.get(pairs(), part, gate, up);
 #pragma unroll
-          for (int b = 0; b < 2; b++) grad[i][b] = weights[i % 2] * c[(part * PAIRS + i) * 2 + b];
+          for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int b = 0; b < 2; b++) grad[i][b] = weights[i % 2] * sum(i, b);
+          this->activation.backward(grad, gate, up, act);
+          boxes.put(pairs(), part, gate, up);
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int b = 0; b < 2; b++) {
+              slopes[i % 2] += sum(i, b) * act[i][b];
+              act[i][b] *= weights[i % 2];
+            }
+          turns.activations().put(part, act);
+          if (p.slopes && (part + 1) * PART % RUN == 0) store_slopes(tile, first + part * PART / RUN * RUN, slopes);
         }
-        this->activation.backward(grad, gate, up, act);
-#pragma unroll
-        for (int i = 0; i < PAIRS; i++) {
-          const int unit = part * PART + S::lane_column(i / 2);
-#pragma unroll
-          for (int b = 0; b < 2; b++)
-            if (first + unit + b < I) slopes[i % 2] += c[(part * PAIRS + i) * 2 + b] * act[i][b];
-          boxes.put(pairs(), 2 * part / PARTS, unit, i % 2, gate[i], up[i]);
-          turns.activations().put(i % 2, unit, weights[i % 2] * act[i][0], weights[i % 2] * act[i][1]);
-        }
-        if (p.slopes && (part + 1) * PART % RUN == 0) store_slopes(tile, first + part * PART / RUN * RUN, slopes);
+        boxes_are_full();
+        store_gradients(boxes, turns.activations(), first, row, tile.end);
+        if (leads_warp()) tma_store_commit();
       }
-      boxes_are_full();
-      store_gradients(boxes, turns.activations(), first, row, tile.end);
-      if (leads_warp()) tma_store_commit();
 #pragma unroll
-      for (int i = 0; i < S::BN / 2 - UNITS / 2; i++) c[i] = c[i + UNITS / 2];
+      for (int i = 0; i < S::BN / 2 - AT_ONCE * UNITS / 2; i++) c[i] = c[i + AT_ONCE * UNITS / 2];
     }
+  }
+
+  // Sums of columns from `columns` on, which are no units, are those of zeros, but not where a gradient is not finite.
+  PTX_D static void clear_behind(typename S::Sums& c, int columns) {
+#pragma unroll
+    for (int i = 0; i < S::BN / 2; i++)
+      if (S::lane_column(i / 4) + i % 2 >= columns) c[i] = 0;
   }
 
   PTX_D void store_gradients(const HiddenBoxes<S>& boxes, const ResultBox<S>& activations, int first, int row, int end) const {
@@ -158,4 +181,4 @@ template <class S, Major MW> PTX_D void grad_hidden_wgmma(const Mapped<GradHidde
   run_pipeline<S, Major::K, MW>(GradHiddenByWarpgroups<S, MW>{{p.params}, p.in, p.out}, Boxes<S, S::BM, Major::K, true>(), TensorBoxes<S, S::BN, MW>(p.b));
 }
 
-WARPGROUP_ROW_ENTRIES(grad_hidden, GradHiddenParams)
+WARPGROUP_ROW_ENTRIES(grad_hidden, GradHiddenParams, WideResultTile)

@@ -62,4 +62,4 @@ template <class S, bool GATHER_A, bool GATHER_B> PTX_D void grad_weight_wgmma(co
     run_pipeline<S, Major::MN, Major::MN>(kernel, Boxes<S, S::BM, Major::MN, true>(), TensorRows<S, S::BN>(p.b));
 }
 
-WARPGROUP_WEIGHT_ENTRIES(grad_weight, GradWeightParams)
+WARPGROUP_WEIGHT_ENTRIES(grad_weight, GradWeightParams, DeepTile)

@@ -31,4 +31,4 @@ template <class S, Major MW> PTX_D void gemm_wgmma(const Mapped<GemmParams<typen
   run_pipeline<S, Major::K, MW>(GemmByWarpgroups<S, MW>{{p.params}, p.out[0]}, TensorBoxes<S, S::BM, Major::K>(p.a), TensorBoxes<S, S::BN, MW>(p.b));
 }
 
-WARPGROUP_ROW_ENTRIES(gemm, GemmParams)
+WARPGROUP_ROW_ENTRIES(gemm, GemmParams, DeepTile)

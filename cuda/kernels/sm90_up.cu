@@ -31,38 +31,54 @@ template <class S, Major MB> struct UpByWarpgroups : Up<S, Major::K, MB> {
     }
     const Activation activation(static_cast<Kind>(p.activation));
 #pragma unroll
-    for (int quarter = 0; quarter < (this->gated() ? 2 : 4); quarter++) {
+    for (int quarter = 0; quarter < 4; quarter++) {
+      if (quarter == 2 && this->gated()) break;
       const ResultBox<S> box = results.next();
-      put_activations(box, activation, c, quarter);
+      if (this->gated() && !this->halves()) put_activations_of_pairs(box, activation, c, quarter % 2);
+      else put_activations(box, activation, c, quarter);
       results.store(box, Target<T>{out[2], p.act, I, I}, tile.n * units + quarter * BOX, row, tile.end);
     }
   }
 
-  // The activations of 64 units, of a run at a time. Gate columns are in the left half of the tile and their up columns in
-  // the right one, or a thread's two columns are gate and up of a unit; ungated, they are those of one quarter.
+  static constexpr int SUMS = S::BN / 2, OF_BOX = BOX / 2, BLOCKS = 2;
+  using Values = float[4 * BLOCKS][2];  // what the thread has of two blocks of a box
+
+  // The activations of 64 units. Gate columns are in the left half of the tile and their up columns in the right one;
+  // ungated, units are the columns of one quarter.
   PTX_D void put_activations(const ResultBox<S>& box, const Activation& activation, const typename S::Sums& c, int quarter) const {
-    constexpr int SUMS = S::BN / 2, OF_BOX = BOX / 2, PAIRS = RUN / 4;
-    const bool pairs = this->gated() && !this->halves();
 #pragma unroll
-    for (int first = 0; first < OF_BOX; first += 2 * PAIRS) {
-      float gate[PAIRS][2], up[PAIRS][2], out[PAIRS][2];
+    for (int first = 0; first < OF_BOX; first += 8 * BLOCKS) {
+      Values gate, up, out;
 #pragma unroll
-      for (int i = 0; i < 2 * PAIRS; i++) {
+      for (int i = 0; i < 8 * BLOCKS; i++) {
         const int at = quarter * OF_BOX + first + i;
-        gate[i / 2][i % 2] = pairs ? c[2 * at % SUMS] : c[at];
-        up[i / 2][i % 2] = pairs ? c[2 * at % SUMS + 1] : c[(at + SUMS / 2) % SUMS];
+        gate[i / 2][i % 2] = c[at];
+        up[i / 2][i % 2] = c[(at + SUMS / 2) % SUMS];
       }
       activation.forward(gate, up, out);
 #pragma unroll
-      for (int i = 0; i < PAIRS; i++) {
-        const int at = first / 2 + i;  // of the thread's pairs in the box
-        if (pairs) {
+      for (int block = 0; block < BLOCKS; block++) {
+        typename ResultBox<S>::Block values;
 #pragma unroll
-          for (int b = 0; b < 2; b++) box.put_one((2 * at + b) % 2, S::lane_column((2 * at + b) / 2) / 2, out[i][b]);
-        } else {
-          box.put(at % 2, S::lane_column(at / 2), out[i][0], out[i][1]);
-        }
+        for (int i = 0; i < 4; i++) values[i][0] = out[4 * block + i][0], values[i][1] = out[4 * block + i][1];
+        box.put(first / 8 + block, values);
       }
+    }
+  }
+  // The same where a thread's two columns are gate and up of a unit.
+  PTX_D void put_activations_of_pairs(const ResultBox<S>& box, const Activation& activation, const typename S::Sums& c, int half) const {
+#pragma unroll
+    for (int first = 0; first < OF_BOX; first += 8 * BLOCKS) {
+      Values gate, up, out;
+#pragma unroll
+      for (int i = 0; i < 8 * BLOCKS; i++) {
+        const int at = 2 * (half * OF_BOX + first + i);
+        gate[i / 2][i % 2] = c[at];
+        up[i / 2][i % 2] = c[at + 1];
+      }
+      activation.forward(gate, up, out);
+#pragma unroll
+      for (int i = 0; i < 8 * BLOCKS; i++) box.put_one(i % 2, S::lane_column((first + i) / 2) / 2, out[i / 2][i % 2]);
     }
   }
 };
@@ -71,4 +87,4 @@ template <class S, Major MB> PTX_D void up_wgmma(const Mapped<UpParams<typename 
   run_pipeline<S, Major::K, MB>(UpByWarpgroups<S, MB>{{p.params}, p.out}, Boxes<S, S::BM, Major::K, true>(), TensorBoxes<S, S::BN, MB>(p.b));
 }
 
-WARPGROUP_ROW_ENTRIES(up, UpParams)
+WARPGROUP_ROW_ENTRIES(up, UpParams, DeepTile)

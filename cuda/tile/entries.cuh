@@ -46,19 +46,19 @@
   WEIGHT_TILE(kernel, Params, tf32, tile::tf32, 128, 128, 64, 3, 2)  \
   WEIGHT_ANY(kernel, Params, f32, float)
 
-// By warpgroups.
-#define WARPGROUP_ENTRY(kernel, Params, math, Math, variant, ...)                                              \
-  PTX_CLUSTER_KERNEL(kernel##_wgmma_##math##_128x256_##variant, tile::WarpgroupTile<Math>::THREADS, 1, tile::WarpgroupTile<Math>::SHARED_BYTES, \
-                     (kernel##_wgmma<tile::WarpgroupTile<Math>, __VA_ARGS__>), tile::Mapped<Params<Math>>)
-#define WARPGROUP_ROWS(kernel, Params, math, Math)                        \
-  WARPGROUP_ENTRY(kernel, Params, math, Math, nt, tile::Major::K)  \
-  WARPGROUP_ENTRY(kernel, Params, math, Math, nn, tile::Major::MN)
-#define WARPGROUP_ROW_ENTRIES(kernel, Params)           \
-  WARPGROUP_ROWS(kernel, Params, bf16, ptx::bf16) \
-  WARPGROUP_ROWS(kernel, Params, f16, ptx::f16)
-#define WARPGROUP_WEIGHTS(kernel, Params, math, Math)             \
-  WARPGROUP_ENTRY(kernel, Params, math, Math, a, true, false) \
-  WARPGROUP_ENTRY(kernel, Params, math, Math, b, false, true)
-#define WARPGROUP_WEIGHT_ENTRIES(kernel, Params)           \
-  WARPGROUP_WEIGHTS(kernel, Params, bf16, ptx::bf16) \
-  WARPGROUP_WEIGHTS(kernel, Params, f16, ptx::f16)
+// By warpgroups, which compute a Tile of one element type.
+#define WARPGROUP_ENTRY(kernel, Params, Tile, math, Math, variant, ...)                                                   \
+  PTX_CLUSTER_KERNEL(kernel##_wgmma_##math##_128x256_##variant, tile::Tile<Math>::THREADS, 1, tile::Tile<Math>::SHARED_BYTES, \
+                     (kernel##_wgmma<tile::Tile<Math>, __VA_ARGS__>), tile::Mapped<Params<Math>>)
+#define WARPGROUP_ROWS(kernel, Params, Tile, math, Math)                 \
+  WARPGROUP_ENTRY(kernel, Params, Tile, math, Math, nt, tile::Major::K)  \
+  WARPGROUP_ENTRY(kernel, Params, Tile, math, Math, nn, tile::Major::MN)
+#define WARPGROUP_ROW_ENTRIES(kernel, Params, Tile)   \
+  WARPGROUP_ROWS(kernel, Params, Tile, bf16, ptx::bf16) \
+  WARPGROUP_ROWS(kernel, Params, Tile, f16, ptx::f16)
+#define WARPGROUP_WEIGHTS(kernel, Params, Tile, math, Math)            \
+  WARPGROUP_ENTRY(kernel, Params, Tile, math, Math, a, true, false) \
+  WARPGROUP_ENTRY(kernel, Params, Tile, math, Math, b, false, true)
+#define WARPGROUP_WEIGHT_ENTRIES(kernel, Params, Tile)   \
+  WARPGROUP_WEIGHTS(kernel, Params, Tile, bf16, ptx::bf16) \
+  WARPGROUP_WEIGHTS(kernel, Params, Tile, f16, ptx::f16)

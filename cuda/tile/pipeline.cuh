@@ -32,8 +32,11 @@ template <class S, class Kernel, class A, class B> PTX_D void copy_tiles(const K
     const int slices = kernel.start(tile, a, b);
     for (int s = 0; s < slices; s++, stage.advance()) {
       if (!BUG(pipeline_no_empty_wait)) mbarrier_wait(stage.empty(), stage.parity ^ 1);
-      a.copy(stage.slice(), stage.full(), Kernel::SHARES_A && tile.shares);
+      const auto copy_a = [&] { a.copy(stage.slice(), stage.full(), Kernel::SHARES_A && tile.shares); };
+      // What is shared comes by TMA, and from further away: it goes first.
+      if (Kernel::SHARES_A) copy_a();
       b.copy(stage.slice() + S::A_BYTES, stage.full(), !Kernel::SHARES_A && tile.shares);
+      if (!Kernel::SHARES_A) copy_a();
       cp_async_mbarrier_arrive(stage.full());
     }
   }

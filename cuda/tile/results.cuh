@@ -24,20 +24,42 @@ template <class S> struct ResultBox {
   }
   PTX_D Shared at(int row, int byte) const { return base + (row * BOX_ROW_BYTES + (byte ^ (row & 7) << 4)); }
 
-  // Elements `column` and the next one of row h of the thread; `column` is even.
-  PTX_D void put(int h, int column, float first, float second) const { store_shared(at(S::lane_row(h), 2 * column), pack<T>(first, second)); }
+  // Single elements, or `column` and the next one where it is even, of row h of the thread.
   PTX_D void put_one(int h, int column, float value) const { store_shared(at(S::lane_row(h), 2 * column), from_float<T>(value)); }
-  PTX_D uint32_t get(int h, int column) const { return load_shared<uint32_t>(at(S::lane_row(h), 2 * column)); }
+  PTX_D void put_pair(int h, int column, float first, float second) const {
+    store_shared(at(S::lane_row(h), 2 * column), pack<T>(first, second));
+  }
+  PTX_D uint32_t get_pair(int h, int column) const { return load_shared<uint32_t>(at(S::lane_row(h), 2 * column)); }
+
+  // What the thread has of 16 columns, number `block` of them: [i] of row i % 2 and column lane_column(i / 2), and the next.
+  using Block = float[4][2];
+  PTX_D void put(int block, const Block& values) const {
+    uint32_t r[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) r[i] = pack<T>(values[i][0], values[i][1]);
+    stmatrix_x4(matrices(block), r);
+  }
+  PTX_D void get(int block, Block& values) const {
+    uint32_t r[4];
+    ldmatrix_x4(r, matrices(block));
+#pragma unroll
+    for (int i = 0; i < 4; i++) values[i][0] = low_half<T>(r[i]), values[i][1] = high_half<T>(r[i]);
+  }
+  // The row that the lane gives of the four matrices of a block: those of its left half, then those of its right one.
+  PTX_D Shared matrices(int block) const {
+    const int lane = thread_id() % 32;
+    return at(lane % 16, block * 32 + (BUG(results_matrices) ? lane / 8 % 2 : lane / 16) * 16);
+  }
 
   // Columns 64 `quarter` and on of the tile's sums.
   PTX_D void put_sums(const typename S::Sums& c, int quarter) const {
 #pragma unroll
-    for (int j = 0; j < BOX / 8; j++)
+    for (int block = 0; block < BOX / 16; block++) {
+      Block values;
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int i = quarter * BOX / 2 + 4 * j + 2 * h;
-        put(h, S::lane_column(j), c[i], c[i + 1]);
-      }
+      for (int i = 0; i < 8; i++) values[i / 2][i % 2] = c[quarter * BOX / 2 + 8 * block + i];
+      put(block, values);
+    }
   }
 
   // At `column` of `row` of matrix z, as far as the tensor goes.

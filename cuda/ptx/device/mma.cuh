@@ -23,6 +23,14 @@ PTX_D void ldmatrix_x4_trans(uint32_t (&r)[4], Shared row) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row.at) : "memory");
 }
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// The other way: stores what ldmatrix_x4 loads.
+PTX_D void stmatrix_x4(Shared row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
+               ::"r"(row.at), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+#endif
+
 template <class T> PTX_D void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 #define PTX_MMA(T, NAME)                                                                                            \
   template <> PTX_D void mma<T>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                    \

@@ -7,31 +7,40 @@
 
 namespace ptx {
 
-struct RowRequest { uint32_t (&r)[4]; uint32_t row; };
+template <class Register> struct RowRequest { Register (&r)[4]; uint32_t row; };
 
-// Calls copy(lane's registers, matrix, row, the row's 16 bytes) for each of the 32 rows.
-template <class Copy> void load_matrices(const char* what, RowRequest& request, const Where& where, Copy&& copy) {
-  emulator::together(what, request, where, [&](RowRequest** lanes) {
+// Calls copy(lane's registers, matrix, row, the row's 16 bytes) for each of the 32 rows. The lanes write where they do not
+// get anything.
+template <class Register, class Copy> void move_matrices(const char* what, Register (&r)[4], Shared at, const Where& where, Copy&& copy) {
+  constexpr bool stores = std::is_const_v<Register>;
+  RowRequest<Register> request{r, at.at};
+  emulator::together(what, request, where, [&](RowRequest<Register>** lanes) {
     emulator::Block& block = *emulator::current->block;
     const emulator::Warp& warp = *emulator::current->warp;
     for (int lane = 0; lane < 32; lane++) {
-      const uint8_t* row = emulator::shared_at(block, lanes[lane]->row, 16, 16, what, where);
+      uint8_t* row = emulator::shared_at(block, lanes[lane]->row, 16, 16, what, where);
+      const uint32_t offset = emulator::shared_offset(lanes[lane]->row);
       const emulator::Access access{warp.id, warp.known.seen.of[warp.id], warp.id, static_cast<uint8_t>(lane), warp.epoch};
-      if (emulator::settings.races) block.shadow.read(emulator::shared_offset(lanes[lane]->row), 16, access, warp.known, where);
+      if (emulator::settings.races && stores) block.shadow.write(offset, 16, access, warp.known, where);
+      else if (emulator::settings.races) block.shadow.read(offset, 16, access, warp.known, where);
       copy(lanes, lane / 8, lane % 8, row);
     }
+    if (stores) block.shared_version++;
   });
 }
 inline void ldmatrix_x4(uint32_t (&r)[4], Shared row, Where where = Where::current()) {
-  RowRequest request{r, row.at};
-  load_matrices("ldmatrix_x4", request, where, [](RowRequest** lanes, int matrix, int i, const uint8_t* row) {
+  move_matrices("ldmatrix_x4", r, row, where, [](auto lanes, int matrix, int i, const uint8_t* row) {
     for (int q = 0; q < 4; q++) memcpy(&lanes[i * 4 + q]->r[matrix], row + q * 4, 4);
   });
 }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], Shared row, Where where = Where::current()) {
-  RowRequest request{r, row.at};
-  load_matrices("ldmatrix_x4_trans", request, where, [](RowRequest** lanes, int matrix, int i, const uint8_t* row) {
+  move_matrices("ldmatrix_x4_trans", r, row, where, [](auto lanes, int matrix, int i, const uint8_t* row) {
     for (int g = 0; g < 8; g++) memcpy(reinterpret_cast<uint8_t*>(&lanes[g * 4 + i / 2]->r[matrix]) + i % 2 * 2, row + g * 2, 2);
+  });
+}
+inline void stmatrix_x4(Shared row, const uint32_t (&r)[4], Where where = Where::current()) {
+  move_matrices("stmatrix_x4", r, row, where, [](auto lanes, int matrix, int i, uint8_t* row) {
+    for (int q = 0; q < 4; q++) memcpy(row + q * 4, &lanes[i * 4 + q]->r[matrix], 4);
   });
 }
 
