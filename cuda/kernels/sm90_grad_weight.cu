@@ -6,7 +6,7 @@
 // Pairs of blocks share the factor that is not gathered.
 template <class S, bool SHARES_A_> struct GradWeightByWarpgroups : GradWeight<S, Major::MN> {
   using T = typename S::Element;
-  using Results = ResultRing<S>;
+  using Results = LateResults<S>;
   static constexpr bool SHARES_A = SHARES_A_;
   const TensorMap& out;
 
@@ -15,6 +15,8 @@ template <class S, bool SHARES_A_> struct GradWeightByWarpgroups : GradWeight<S,
   }
 
   PTX_D void prefetch(const MatrixTile&, Results&) const {}
+  PTX_D void meanwhile(Results& results) const { results.store_some(out); }
+  PTX_D void end(Results& results) const { results.store_all(out); }
 
   PTX_D void finish(const MatrixTile& tile, typename S::Sums& c, Results& results) const {
     const GradWeightParams<T>& p = this->p;
@@ -33,12 +35,8 @@ template <class S, bool SHARES_A_> struct GradWeightByWarpgroups : GradWeight<S,
       }
       return;
     }
-#pragma unroll
-    for (int quarter = 0; quarter < 4; quarter++) {
-      const ResultBox<S> box = results.next();
-      box.put_sums(c, quarter);
-      results.store(box, out, first_column + quarter * BOX, first_row, tile.expert);
-    }
+    end(results);
+    results.take(c, first_column, first_row, tile.expert);
   }
 
   PTX_D static void add(Global<float> to, float first, float second) {

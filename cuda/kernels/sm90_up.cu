@@ -10,6 +10,8 @@ template <class S, Major MB> struct UpByWarpgroups : Up<S, Major::K, MB> {
   const TensorMap (&out)[3];  // of hidden or its gate columns, of its up columns, of act
 
   PTX_D void prefetch(const RowTile&, Results&) const {}
+  PTX_D void meanwhile(Results&) const {}
+  PTX_D void end(Results&) const {}
 
   PTX_D void finish(const RowTile& tile, typename S::Sums& c, Results& results) const {
     const UpParams<T>& p = this->p;

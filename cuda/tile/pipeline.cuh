@@ -59,14 +59,15 @@ template <class S, Major MAJOR> struct RingOperand {
   }
 };
 
-// c += A B^T of a slice, as far as the warpgroup's rows are concerned; does not wait for it. FENCE: threads have copied it.
+// c = A B^T of a slice, as far as the warpgroup's rows are concerned, plus c where it `adds`; does not wait for it. FENCE:
+// threads have copied it.
 template <class S, Major MA, Major MB, bool FENCE>
-PTX_D void multiply(typename S::Sums& c, const RingOperand<S, MA>& a, const RingOperand<S, MB>& b, int stage) {
+PTX_D void multiply(typename S::Sums& c, const RingOperand<S, MA>& a, const RingOperand<S, MB>& b, int stage, bool adds) {
   if (FENCE && !BUG(pipeline_no_fence)) fence_proxy_async();  // cp.async writes as threads do
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < S::SLICE / 16; step++)
-    wgmma<typename S::Element, a.TRANSPOSED, b.TRANSPOSED>(c, a.at(stage, step), b.at(stage, BUG(pipeline_step) ? 0 : step), true);
+    wgmma<typename S::Element, a.TRANSPOSED, b.TRANSPOSED>(c, a.at(stage, step), b.at(stage, BUG(pipeline_step) ? 0 : step), adds || step > 0);
   wgmma_commit();
 }
 
@@ -89,14 +90,16 @@ template <class S, Major MA, Major MB, bool FENCE, class Kernel> PTX_D void mult
     const bool has_rows = S::group() * GROUP_ROWS < kernel.height(tile);
     if (has_rows) kernel.prefetch(tile, results);
     typename S::Sums sums;
+    if (slices == 0)
 #pragma unroll
-    for (float& sum : sums) sum = 0;
+      for (float& sum : sums) sum = 0;
     Shared last = stage.empty();
     for (int s = 0; s < slices; s++, stage.advance()) {
       if (!BUG(pipeline_no_full_wait)) mbarrier_wait(stage.full(), stage.parity);
       if (has_rows) {
-        multiply<S, MA, MB, FENCE>(sums, a, b, stage.index);
+        multiply<S, MA, MB, FENCE>(sums, a, b, stage.index, s > 0 || BUG(pipeline_adds_to_last));
         if (BUG(pipeline_early_release)) release(stage.empty());
+        kernel.meanwhile(results);
         wgmma_wait<1>();
       } else {
         sync_warp();  // lanes that lag behind must not miss the round
@@ -108,12 +111,15 @@ template <class S, Major MA, Major MB, bool FENCE, class Kernel> PTX_D void mult
     if (slices > 0 && !BUG(pipeline_early_release)) release(last);
     if (has_rows) kernel.finish(tile, sums, results);
   }
+  kernel.end(results);
   if (leads_warp()) tma_store_wait<0>();
 }
 
 // `kernel` as in persistent.cuh, without `begin`, and
 //   Results                       what a warp keeps of its boxes; the third argument of finish
 //   void prefetch(tile, results)  before the product of a tile of which the warpgroup has rows
+//   void meanwhile(results)       during the product of a slice
+//   void end(results)             after the last tile
 //   int height(tile)              rows of C from the tile's first on
 //   bool SHARES_A                 pairs of blocks share rows of A rather than columns of B
 template <class S, Major MA, Major MB, class Kernel, class A, class B> PTX_D void run_pipeline(const Kernel& kernel, A a, B b) {
@@ -127,11 +133,12 @@ template <class S, Major MA, Major MB, class Kernel, class A, class B> PTX_D voi
     fence_mbarrier_init();
   }
   if (!BUG(pipeline_no_first_sync)) sync_cluster();
+  constexpr int OF_COPIERS = BY_THREADS<A> || BY_THREADS<B> ? 56 : 40;
   if (thread_id() < WARPGROUP) {
-    setmaxnreg_dec<56>();
+    setmaxnreg_dec<OF_COPIERS>();
     if (thread_id() < COPIERS<A, B>) copy_tiles<S>(kernel, a, b);
   } else {
-    setmaxnreg_inc<224>();
+    setmaxnreg_inc<252 - OF_COPIERS / 2 - (OF_COPIERS == 40 ? 0 : 0)>();
     multiply_tiles<S, MA, MB, BY_THREADS<A> || BY_THREADS<B>>(kernel);
   }
   if (!BUG(pipeline_no_last_sync)) sync_cluster();  // the other block still says when it is done with places

@@ -37,20 +37,15 @@ template <class S> struct ResultBox {
     uint32_t r[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) r[i] = pack<T>(values[i][0], values[i][1]);
-    stmatrix_x4(matrices(block), r);
+    put(block, r);
   }
+  PTX_D void put(int block, const uint32_t (&pairs)[4]) const { stmatrix_x4(matrices(block), pairs); }
   PTX_D void get(int block, Block& values) const {
     uint32_t r[4];
     ldmatrix_x4(r, matrices(block));
 #pragma unroll
     for (int i = 0; i < 4; i++) values[i][0] = low_half<T>(r[i]), values[i][1] = high_half<T>(r[i]);
   }
-  // The row that the lane gives of the four matrices of a block: those of its left half, then those of its right one.
-  PTX_D Shared matrices(int block) const {
-    const int lane = thread_id() % 32;
-    return at(lane % 16, block * 32 + (BUG(results_matrices) ? lane / 8 % 2 : lane / 16) * 16);
-  }
-
   // Columns 64 `quarter` and on of the tile's sums.
   PTX_D void put_sums(const typename S::Sums& c, int quarter) const {
 #pragma unroll
@@ -60,6 +55,11 @@ template <class S> struct ResultBox {
       for (int i = 0; i < 8; i++) values[i / 2][i % 2] = c[quarter * BOX / 2 + 8 * block + i];
       put(block, values);
     }
+  }
+  // The row that the lane gives of the four matrices of a block: those of its left half, then those of its right one.
+  PTX_D Shared matrices(int block) const {
+    const int lane = thread_id() % 32;
+    return at(lane % 16, block * 32 + (BUG(results_matrices) ? lane / 8 % 2 : lane / 16) * 16);
   }
 
   // At `column` of `row` of matrix z, as far as the tensor goes.
@@ -102,6 +102,42 @@ template <class S> class ResultRing {
     boxes_are_full();
     box.store(to, column, row, last);
     if (leads_warp()) tma_store_commit();
+  }
+};
+
+// The sums of a tile, rounded, that are stored a quarter of the columns at a time while the next tile is multiplied.
+template <class S> class LateResults {
+  using T = typename S::Element;
+  uint32_t pairs[S::BN / 4];
+  int left = 0;           // quarters
+  int column, row, last;  // of the next quarter, as in ResultBox::store
+
+ public:
+  ResultRing<S> ring;
+
+  // When all before has been stored.
+  PTX_D void take(const typename S::Sums& c, int column, int row, int last) {
+#pragma unroll
+    for (int i = 0; i < S::BN / 4; i++) pairs[i] = pack<T>(c[2 * i], c[2 * i + 1]);
+    this->column = column, this->row = row, this->last = last;
+    left = 4;
+  }
+  // Stores a quarter, if one is left.
+  template <class To> PTX_D void store_some(const To& to) {
+    if (left == 0) return;
+    constexpr int OF_BOX = BOX / 4;
+    const ResultBox<S> box = ring.next();
+#pragma unroll
+    for (int block = 0; block < OF_BOX / 4; block++)
+      box.put(block, {pairs[4 * block], pairs[4 * block + 1], pairs[4 * block + 2], pairs[4 * block + 3]});
+    ring.store(box, to, column, row, last);
+    column += BOX;
+    left--;
+#pragma unroll
+    for (int i = 0; i < S::BN / 4 - OF_BOX; i++) pairs[i] = pairs[i + OF_BOX];
+  }
+  template <class To> PTX_D void store_all(const To& to) {
+    while (left > 0) store_some(to);
   }
 };
 
