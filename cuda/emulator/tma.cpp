@@ -131,7 +131,7 @@ void tensor_store(const TensorMap* map, uint32_t from, Corner corner, const Wher
   const uint32_t stamp = ++warp.issued;
   if (settings.races) {
     for (uint32_t at = 0; at < box_bytes(*map); at += 16) block.shadow.check_fenced(shared_offset(from) + at, warp.known, where);
-    block.shadow.read(shared_offset(from), box_bytes(*map), {block.cluster.async_agent(warp), stamp, warp.id, no_lane, 0}, warp.known, where);
+    block.shadow.read(shared_offset(from), box_bytes(*map), {block.cluster.async_agent(warp), stamp, warp.id, static_cast<uint8_t>(current->lane), warp.epoch}, warp.known, where);
   }
   pieces(*map, from, corner, [&](uint64_t to, uint32_t, uint32_t bytes, bool inside) {
     if (inside) aligned_parts(to, bytes, [&](const void* p, uint32_t n) { check_store(p, n, "tma_store", where); });

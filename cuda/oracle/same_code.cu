@@ -10,6 +10,7 @@
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/cluster_sm90.hpp>
+#include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/mma_sm80.hpp>
 #include <cute/arch/mma_sm90.hpp>
@@ -96,6 +97,8 @@ template <class Load> __device__ void matrices(uint32_t* out, Load load) {
 }
 PAIR(ldmatrix_x4, (uint32_t* out, uint32_t row), matrices(out, [&](auto& r) { ptx::ldmatrix_x4(r, {row}); }),
      matrices(out, [&](auto& r) { cute::SM75_U32x4_LDSM_N::copy(*at<cute::uint128_t>(row), r[0], r[1], r[2], r[3]); }))
+PAIR(stmatrix_x4, (const uint32_t* in, uint32_t row), uint32_t r[4] = {in[0], in[1], in[2], in[3]}; ptx::stmatrix_x4({row}, r),
+     cute::SM90_U32x4_STSM_N::copy(in[0], in[1], in[2], in[3], *at<cute::uint128_t>(row)))
 PAIR(ldmatrix_x4_trans, (uint32_t* out, uint32_t row), matrices(out, [&](auto& r) { ptx::ldmatrix_x4_trans(r, {row}); }),
      matrices(out, [&](auto& r) { cute::SM75_U16x8_LDSM_T::copy(*at<cute::uint128_t>(row), r[0], r[1], r[2], r[3]); }))
 

@@ -156,6 +156,16 @@ PTX_D void named_barriers(const Params& p) {
 PTX_KERNEL(probe_named_barriers, 64, 1, 128, named_barriers, Params)
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+PTX_D void stored_matrices(const Params& p) {
+  const int t = thread_id();
+  uint32_t r[4];
+  for (int i = 0; i < 4; i++) r[i] = word(p, i * 32 + t);
+  stmatrix_x4(shared_memory() + (t * 5 % 32) * 16, r);
+  sync_warp();
+  for (int i = 0; i < 4; i++) put(p, i, load_shared<uint32_t>(shared_memory() + (i * 32 + t) * 4));
+}
+PTX_KERNEL(probe_stored_matrices, 32, 1, 512, stored_matrices, Params)
+
 // A box is loaded from the middle, so that half of it lies outside of its matrix and is zero; it is dumped as it lies in
 // shared memory, and stored where half of it lies outside again.
 PTX_D void boxes(const Params& p) {

@@ -142,6 +142,15 @@ TEST(matrices) {
     }
 }
 
+TEST(stored_matrices) {
+  Probe p("probe_stored_matrices");
+  for (int t = 0; t < 32; t++)
+    for (int m = 0; m < 4; m++) {
+      const int row = (m * 8 + t / 4) * 5 % 32;
+      same(p.out[row * 4 + t % 4], p.in[m * 32 + t], "stmatrix");
+    }
+}
+
 // Fragments as the comment in device/mma.cuh has them.
 static void check_products(const char* kernel, int depth) {
   Probe p(kernel);
@@ -364,6 +373,45 @@ TEST(faults_of_pairs) {
   expect_failure("no multiple of the 2", [&] { launch("test_faulty_pair", 3, FaultyPair{map, work, -1}); });
   expect_failure("clusters have one block", [&] { launch("test_faulty_single", 1, FaultyPair{map, work, 18}); });
   expect_failure("no block of rank 1", [&] { launch("test_faulty_single", 1, FaultyPair{map, work, 0}); });
+}
+
+// A box of 16x64, 2048 bytes, which a warp fills by stmatrix and stores by TMA.
+struct FaultyStore {
+  TensorMap to;
+  int fault;
+};
+PTX_D void faulty_store(const FaultyStore& p) {
+  const int t = thread_id(), fault = p.fault;
+  const Shared box = shared_memory();
+  const auto fill = [&](int first) {
+    const uint32_t r[4] = {1, 2, 3, 4};
+    for (int i = 0; i < 4; i++) stmatrix_x4(box + ((i * 32 + (first + t) % 32) * 16 + (fault == 5 ? 8 : fault == 6 ? 512 : 0)), r);
+  };
+  if (t >= 32 && fault > 0) return;
+  fill(0);
+  if (t >= 32) return;
+  if (fault == 1) fill(1);
+  if (fault != 2) fence_proxy_async();
+  if (fault != 3) sync_warp();
+  if (t == 0) {
+    tma_store(&p.to, box, 0, 0, 0);
+    tma_store_commit();
+    if (fault != 4) tma_store_wait_read<0>();
+  }
+  sync_warp();
+  fill(0);
+}
+PTX_KERNEL(test_faulty_store, 64, 1, 2048, faulty_store, FaultyStore)
+
+TEST(faults_of_stored_matrices) {
+  static const char* const messages[] = {"is not ordered after a write by warp", "of this warp", "no fence_proxy_async", "of this warp",
+                                         "read by the asynchronous work", "not aligned", "out of bounds"};
+  for (int fault = 0; fault <= static_cast<int>(std::size(messages)); fault++) {
+    auto out = output<bf16>("out", 16 * 64);
+    const FaultyStore params{emulator::make_tensor_map(out.values().data(), 2, 64, 16, 1, 128, 2048, 64, 16, true), fault};
+    if (fault < static_cast<int>(std::size(messages))) expect_failure(messages[fault], [&] { launch("test_faulty_store", 1, params); });
+    else launch("test_faulty_store", 1, params);
+  }
 }
 
 TEST(tensor_maps) {

@@ -28,7 +28,7 @@ ARCHS = ("80", "90a")
 PROBES = ["lanes", "conversions", "arithmetic", "approximations", "memory", "copies", "matrices"]
 PROBES += ["products_bf16", "products_f16", "products_tf32", "named_barriers"]
 HOPPER = ["boxes", "far_boxes", "warpgroup_bf16", "warpgroup_f16", "warpgroup_transposed", "arrivals"]
-HOPPER += ["pairs"]
+HOPPER += ["pairs", "stored_matrices"]
 PROBES += HOPPER
 BLOCKS = {"pairs": 2}  # one elsewhere
 # Of the tensor maps: 16-bit [2, 64, 64], in boxes of 64x64.

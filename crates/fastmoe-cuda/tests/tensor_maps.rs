@@ -1,4 +1,4 @@
-//! What kernels of warpgroups are given: tensor maps of operands that are not gathered, and whole clusters.
+//! What kernels of warpgroups are given: tensor maps of operands that are not gathered and of results, and whole clusters.
 
 use fastmoe_core::Update;
 use fastmoe_cuda::driver::{Device, Driver, Kernel, MapSpec, Region, Stream, TensorMap};
@@ -8,11 +8,11 @@ use fastmoe_cuda::{
 use std::collections::HashMap;
 use std::sync::Mutex;
 
-/// A tensor's name, width, height and depth, the height of a box, and whether L2 fetches two boxes.
-type Operand = Option<(&'static str, [usize; 3], u32, bool)>;
+/// A tensor's name, its first column, width, height and depth, the height of a box, and whether L2 fetches two boxes.
+type Map = Option<(&'static str, usize, [usize; 3], u32, bool)>;
 
-/// The kernel, its operands A and B.
-type Launch = (String, [Operand; 2]);
+/// A kernel and its maps: of operands A and B, of two that it reads beside them, of three results.
+type Launch = (String, [Map; 7]);
 
 #[derive(Default)]
 struct State {
@@ -69,23 +69,30 @@ impl Driver for Hopper {
         let State { kernels, specs, launches } = &mut *self.0.lock().unwrap();
         let kernel = kernels[kernel.function].clone();
         if !kernel.contains("_wgmma_") {
+            launches.push((kernel, [None; 7]));
             return Ok(());
         }
         assert!((params.as_ptr() as usize).is_multiple_of(64), "maps are aligned");
-        let operand = |at: usize| {
-            let map = params[at..at + 128].chunks_exact(8);
-            let words: Vec<_> = map.map(|word| u64::from_ne_bytes(word.try_into().unwrap())).collect();
+        let map = |index: usize| {
+            let words = params[128 * index..][..128].chunks_exact(8);
+            let words: Vec<_> = words.map(|word| u64::from_ne_bytes(word.try_into().unwrap())).collect();
             assert_eq!(words[1..], [0; 15]);
-            let MapSpec { address, sizes, box_height, two_boxes } = specs[words[0].checked_sub(1)? as usize];
-            let tensor = memory.iter().find(|region| region.start as u64 == address).unwrap();
-            assert_eq!(tensor.bytes, 2 * sizes.iter().product::<usize>(), "{}", tensor.name);
-            Some((tensor.name, sizes, box_height, two_boxes))
+            let MapSpec { address, sizes, pitch, box_height, two_boxes } =
+                specs[words[0].checked_sub(1)? as usize];
+            let [width, height, depth] = sizes;
+            let holds =
+                |region: &&Region| (region.start..region.start + region.bytes).contains(&(address as usize));
+            let tensor = memory.iter().find(holds).unwrap();
+            assert_eq!(tensor.bytes, 2 * pitch * height * depth, "{}", tensor.name);
+            let first = (address as usize - tensor.start) / 2;
+            assert!(first + width <= pitch, "{}", tensor.name);
+            Some((tensor.name, first, sizes, box_height, two_boxes))
         };
-        let operands = [operand(0), operand(128)];
-        let first = u64::from_ne_bytes(params[256..264].try_into().unwrap());
+        let maps = std::array::from_fn(map);
+        let first = u64::from_ne_bytes(params[7 * 128..][..8].try_into().unwrap());
         assert_eq!(first as usize, memory[0].start, "the parameters are behind the maps");
         assert_eq!(blocks, 2);
-        launches.push((kernel, operands));
+        launches.push((kernel, maps));
         Ok(())
     }
 
@@ -98,7 +105,6 @@ impl Driver for Hopper {
     }
 }
 
-/// The launches of kernels of warpgroups.
 fn launched(call: impl FnOnce(&mut Queue<'_>) -> Result<()>) -> Vec<Launch> {
     let driver: &'static Hopper = Box::leak(Box::default());
     let gpu = Gpu::load(driver, 0).unwrap();
@@ -113,76 +119,175 @@ fn buffer(name: &'static str, address: u64, elements: usize) -> Buffer {
     Buffer { name, address: address << 30, bytes: 2 * elements }
 }
 
-/// Of a gated layer, T 64, H 256, I 320, E 2, K 2: forward and backward.
-fn layer(transposed: bool) -> Vec<Launch> {
-    let (tokens, hidden, intermediate, experts, top_k) = (64, 256, 320, 2, 2);
-    let rows = tokens * top_k;
-    let sizes = Sizes {
-        math: BF16,
-        tokens,
-        rows,
-        hidden,
-        intermediate,
-        experts,
-        activation: (0, true),
-        transposed,
-        interleaved: false,
-    };
-    let mlp = Mlp {
-        sizes,
-        top_k,
-        x: buffer("x", 1, tokens * hidden),
-        w1: buffer("w1", 2, experts * 2 * intermediate * hidden),
-        b1: Buffer::default(),
-        w2: buffer("w2", 3, experts * intermediate * hidden),
-        b2: Buffer::default(),
-        weights: buffer("weights", 4, 2 * rows),
-        offsets: buffer("offsets", 5, 2 * (experts + 1)),
-        gather: buffer("gather", 6, 2 * rows),
-        inverse: buffer("inverse", 7, 2 * rows),
-    };
-    let hidden = buffer("hidden", 8, rows * 2 * intermediate);
-    let grads = MlpGrads {
-        x: buffer("grad_x", 9, 0),
-        w1: (buffer("grad_w1", 10, 0), Update::Write),
-        w2: (buffer("grad_w2", 11, 0), Update::Write),
-        ..MlpGrads::default()
-    };
-    launched(|queue| {
-        // SAFETY: nothing runs.
-        unsafe {
-            mlp.forward(queue, buffer("out", 12, 0), hidden)?;
-            mlp.backward(queue, hidden, buffer("grad_out", 13, 0), &grads)
-        }
-    })
+const TOKENS: usize = 64;
+const HIDDEN: usize = 256;
+const INTERMEDIATE: usize = 320;
+const EXPERTS: usize = 2;
+const TOP_K: usize = 2;
+const ROWS: usize = TOKENS * TOP_K;
+
+/// Of results `[R, width]`, or of so many columns from the first on.
+fn rows(name: &'static str, first: usize, width: usize) -> Map {
+    Some((name, first, [width, ROWS, 1], 16, false))
+}
+
+#[derive(Clone, Copy)]
+struct Layer {
+    transposed: bool,
+    gated: bool,
+    interleaved: bool,
+    keeps_hidden: bool,
+    /// Of x, the routing weights, w1 and w2.
+    wants: [bool; 4],
+    update: Update,
+}
+
+const LAYER: Layer = Layer {
+    transposed: false,
+    gated: true,
+    interleaved: false,
+    keeps_hidden: true,
+    wants: [true; 4],
+    update: Update::Write,
+};
+
+impl Layer {
+    /// The launches of warpgroups, forward and backward.
+    fn launches(self) -> Vec<Launch> {
+        let Self { transposed, gated, interleaved, keeps_hidden, wants, update } = self;
+        let up = if gated { 2 * INTERMEDIATE } else { INTERMEDIATE };
+        let sizes = Sizes {
+            math: BF16,
+            tokens: TOKENS,
+            rows: ROWS,
+            hidden: HIDDEN,
+            intermediate: INTERMEDIATE,
+            experts: EXPERTS,
+            activation: (0, gated),
+            transposed,
+            interleaved,
+        };
+        let mlp = Mlp {
+            sizes,
+            top_k: TOP_K,
+            x: buffer("x", 1, TOKENS * HIDDEN),
+            w1: buffer("w1", 2, EXPERTS * up * HIDDEN),
+            b1: Buffer::default(),
+            w2: buffer("w2", 3, EXPERTS * INTERMEDIATE * HIDDEN),
+            b2: Buffer::default(),
+            weights: buffer("weights", 4, 2 * ROWS),
+            offsets: buffer("offsets", 5, 2 * (EXPERTS + 1)),
+            gather: buffer("gather", 6, 2 * ROWS),
+            inverse: buffer("inverse", 7, 2 * ROWS),
+        };
+        let when = |wanted, buffer| if wanted { buffer } else { Buffer::default() };
+        let hidden = buffer("hidden", 8, ROWS * up);
+        let [x, weights, w1, w2] = wants;
+        let grads = MlpGrads {
+            x: when(x, buffer("grad_x", 9, TOKENS * HIDDEN)),
+            weights: when(weights, buffer("grad_weights", 10, 2 * ROWS)),
+            w1: (when(w1, buffer("grad_w1", 11, EXPERTS * up * HIDDEN)), update),
+            w2: (when(w2, buffer("grad_w2", 12, EXPERTS * INTERMEDIATE * HIDDEN)), update),
+            ..MlpGrads::default()
+        };
+        let (out, grad_out) = (buffer("out", 13, TOKENS * HIDDEN), buffer("grad_out", 14, TOKENS * HIDDEN));
+        let all = launched(|queue| {
+            // SAFETY: nothing runs.
+            unsafe {
+                mlp.forward(queue, out, when(keeps_hidden, hidden))?;
+                mlp.backward(queue, hidden, grad_out, &grads)
+            }
+        });
+        all.into_iter().filter(|(kernel, _)| kernel.contains("_wgmma_")).collect()
+    }
+
+    /// The maps of the kernel of this name, beside those of operands.
+    fn maps_of(self, kernel: &str) -> [Map; 5] {
+        let launches = self.launches();
+        let (_, [_, _, maps @ ..]) = launches.iter().find(|(name, _)| name.starts_with(kernel)).unwrap();
+        *maps
+    }
 }
 
 #[test]
-fn maps_are_of_weights_and_of_rows_in_place() {
-    let act = Some(("act", [320, 128, 1], 64, true));
+fn maps_are_of_weights_of_rows_in_place_and_of_results() {
+    let act = Some(("act", 0, [320, 128, 1], 64, true));
     let [grad_hidden, grad_hidden_across] =
-        [true, false].map(|along_inner| Some(("grad_hidden", [640, 128, 1], 64, along_inner)));
-    let scaled_act = Some(("scaled_act", [320, 128, 1], 64, false));
-    let w1 = |sizes, box_height, along_inner| Some(("w1", sizes, box_height, along_inner));
-    let w2 = |sizes, box_height, along_inner| Some(("w2", sizes, box_height, along_inner));
-    let expected = [
-        ("up_wgmma_bf16_128x256_nt", [None, w1([256, 640, 2], 128, true)]),
-        ("gemm_wgmma_bf16_128x256_nt", [act, w2([320, 256, 2], 128, true)]),
-        ("grad_hidden_wgmma_bf16_128x256_nn", [None, w2([320, 256, 2], 64, false)]),
-        ("grad_weight_wgmma_bf16_128x256_a", [None, scaled_act]),
-        ("grad_weight_wgmma_bf16_128x256_b", [grad_hidden_across, None]),
-        ("gemm_wgmma_bf16_128x256_nn", [grad_hidden, w1([256, 640, 2], 64, false)]),
-    ];
-    assert_eq!(layer(false), expected.map(|(name, operands)| (name.to_owned(), operands)));
-    let transposed = [
-        ("up_wgmma_bf16_128x256_nn", [None, w1([640, 256, 2], 64, false)]),
-        ("gemm_wgmma_bf16_128x256_nn", [act, w2([256, 320, 2], 64, false)]),
-        ("grad_hidden_wgmma_bf16_128x256_nt", [None, w2([256, 320, 2], 128, true)]),
-        ("grad_weight_wgmma_bf16_128x256_b", [scaled_act, None]),
-        ("grad_weight_wgmma_bf16_128x256_a", [None, grad_hidden_across]),
-        ("gemm_wgmma_bf16_128x256_nt", [grad_hidden, w1([640, 256, 2], 128, true)]),
-    ];
-    assert_eq!(layer(true), transposed.map(|(name, operands)| (name.to_owned(), operands)));
+        [true, false].map(|along_inner| Some(("grad_hidden", 0, [640, 128, 1], 64, along_inner)));
+    let scaled_act = Some(("scaled_act", 0, [320, 128, 1], 64, false));
+    let w1 = |sizes, box_height, along_inner| Some(("w1", 0, sizes, box_height, along_inner));
+    let w2 = |sizes, box_height, along_inner| Some(("w2", 0, sizes, box_height, along_inner));
+    let result = |name, sizes| [None, None, Some((name, 0, sizes, 16, false)), None, None];
+    let [y, grad_rows] = ["y", "grad_rows"].map(|name| result(name, [256, 128, 1]));
+    let halves = |name| [rows(name, 0, 320), rows(name, 320, 320)];
+    let ([gate, up], [grad_gate, grad_up]) = (halves("hidden"), halves("grad_hidden"));
+    let up_results = [None, None, gate, up, rows("act", 0, 320)];
+    let of_grad_hidden = [gate, up, grad_gate, grad_up, rows("scaled_act", 0, 320)];
+    let all = |expected: [(&str, [Map; 2], [Map; 5]); 6]| {
+        expected.map(|(name, [a, b], [c, d, e, f, g])| (name.to_owned(), [a, b, c, d, e, f, g]))
+    };
+    let expected = all([
+        ("up_wgmma_bf16_128x256_nt", [None, w1([256, 640, 2], 128, true)], up_results),
+        ("gemm_wgmma_bf16_128x256_nt", [act, w2([320, 256, 2], 128, true)], y),
+        ("grad_hidden_wgmma_bf16_128x256_nn", [None, w2([320, 256, 2], 64, false)], of_grad_hidden),
+        ("grad_weight_wgmma_bf16_128x256_a", [None, scaled_act], result("grad_w2", [320, 256, 2])),
+        ("grad_weight_wgmma_bf16_128x256_b", [grad_hidden_across, None], result("grad_w1", [256, 640, 2])),
+        ("gemm_wgmma_bf16_128x256_nn", [grad_hidden, w1([256, 640, 2], 64, false)], grad_rows),
+    ]);
+    assert_eq!(LAYER.launches(), expected);
+    let transposed = all([
+        ("up_wgmma_bf16_128x256_nn", [None, w1([640, 256, 2], 64, false)], up_results),
+        ("gemm_wgmma_bf16_128x256_nn", [act, w2([256, 320, 2], 64, false)], y),
+        ("grad_hidden_wgmma_bf16_128x256_nt", [None, w2([256, 320, 2], 128, true)], of_grad_hidden),
+        ("grad_weight_wgmma_bf16_128x256_b", [scaled_act, None], result("grad_w2", [256, 320, 2])),
+        ("grad_weight_wgmma_bf16_128x256_a", [None, grad_hidden_across], result("grad_w1", [640, 256, 2])),
+        ("gemm_wgmma_bf16_128x256_nt", [grad_hidden, w1([640, 256, 2], 128, true)], grad_rows),
+    ]);
+    assert_eq!(Layer { transposed: true, ..LAYER }.launches(), transposed);
+}
+
+#[test]
+fn hidden_states_that_are_no_halves_have_one_map() {
+    let act = rows("act", 0, 320);
+    let scaled_act = rows("scaled_act", 0, 320);
+    for (layer, width) in [
+        (Layer { interleaved: true, ..LAYER }, 640),
+        (Layer { gated: false, ..LAYER }, 320),
+        (Layer { gated: false, interleaved: true, ..LAYER }, 320),
+    ] {
+        let [hidden, grad_hidden] = ["hidden", "grad_hidden"].map(|name| rows(name, 0, width));
+        assert_eq!(layer.maps_of("up"), [None, None, hidden, None, act]);
+        assert_eq!(layer.maps_of("grad_hidden"), [hidden, None, grad_hidden, None, scaled_act]);
+    }
+}
+
+#[test]
+fn results_that_are_not_wanted_have_no_map() {
+    let act = rows("act", 0, 320);
+    let scaled_act = rows("scaled_act", 0, 320);
+    for (interleaved, width) in [(false, 320), (true, 640)] {
+        let layer = Layer { interleaved, ..LAYER };
+        let half = |name| [rows(name, 0, width), rows(name, 320, 320).filter(|_| !interleaved)];
+        let ([gate, up], [grad_gate, grad_up]) = (half("hidden"), half("grad_hidden"));
+        assert_eq!(Layer { keeps_hidden: false, ..layer }.maps_of("up"), [None, None, None, None, act]);
+        for (wants, results) in [
+            ([true, false, false, false], [grad_gate, grad_up, None]),
+            ([false, true, false, false], [None, None, None]),
+            ([false, false, true, false], [grad_gate, grad_up, None]),
+            ([false, false, false, true], [None, None, scaled_act]),
+        ] {
+            let [first, second, third] = results;
+            let expected = [gate, up, first, second, third];
+            assert_eq!(Layer { wants, ..layer }.maps_of("grad_hidden"), expected, "{wants:?}");
+        }
+    }
+}
+
+#[test]
+fn sums_that_are_added_to_have_no_map() {
+    for update in [Update::Add, Update::AddWide] {
+        assert_eq!(Layer { update, ..LAYER }.maps_of("grad_weight"), [None; 5]);
+    }
 }
 
 #[test]
@@ -200,16 +305,19 @@ fn factors_of_which_neither_is_gathered_have_one_map() {
         offsets: buffer("offsets", 1, 6),
         a: factor("left", 2, 264),
         b: factor("right", 3, 256),
-        out: (buffer("out", 4, 0), Update::Write),
+        out: (buffer("out", 4, 2 * 264 * 256), Update::Write),
     };
     // SAFETY: nothing runs.
     let launches = launched(|queue| unsafe { problem.launch(queue) });
-    let left = Some(("left", [264, 100, 1], 64, false));
-    assert_eq!(launches, [("grad_weight_wgmma_bf16_128x256_b".to_owned(), [left, None])]);
+    let left = Some(("left", 0, [264, 100, 1], 64, false));
+    let out = Some(("out", 0, [256, 264, 2], 16, false));
+    let maps = [left, None, None, None, out, None, None];
+    assert_eq!(launches, [("grad_weight_wgmma_bf16_128x256_b".to_owned(), maps)]);
 }
 
+/// A map cannot be of no elements.
 #[test]
-fn operands_without_elements_have_no_map() {
+fn an_empty_inner_dimension_takes_no_warpgroups() {
     let product = Product {
         math: BF16,
         rows: 128,
@@ -225,5 +333,5 @@ fn operands_without_elements_have_no_map() {
     };
     // SAFETY: nothing runs.
     let launches = launched(|queue| unsafe { product.launch(queue) });
-    assert_eq!(launches, [("gemm_wgmma_bf16_128x256_nt".to_owned(), [None, None])]);
+    assert_eq!(launches, [("gemm_bf16_64x128_any".to_owned(), [None; 7])]);
 }
