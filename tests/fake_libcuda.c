@@ -25,7 +25,8 @@ STATUS(cuStreamSynchronize, void* stream)
 STATUS(cuMemcpyDtoH_v2, void* to, unsigned long long from, size_t bytes)
 STATUS(cuTensorMapEncodeTiled, void* map, int type, unsigned rank, void* base, const void* sizes, const void* strides,
        const void* box, const void* steps, int interleave, int swizzle, int promotion, int fill)
-STATUS(cuLaunchKernelEx, const void* config, void* function, void** params, void** extra)
+STATUS(cuLaunchKernel, void* function, unsigned x, unsigned y, unsigned z, unsigned threads_x, unsigned threads_y,
+       unsigned threads_z, unsigned shared, void* stream, void** params, void** extra)
 
 int cuDriverGetVersion(int* version) { return *version = told("version", 13000), 0; }
 int cuDeviceGetCount(int* count) { return *count = told("devices", 1), 0; }

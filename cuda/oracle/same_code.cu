@@ -47,7 +47,8 @@ PAIR(fence_proxy_async, (), ptx::fence_proxy_async(), theirs::fence_proxy_async(
 PAIR(elect_one, (int* out), *out = ptx::elect_one(), *out = cute::elect_one_sync())
 PAIR(setmaxnreg_inc, (), ptx::setmaxnreg_inc<232>(), cutlass::arch::warpgroup_reg_alloc<232>())
 PAIR(setmaxnreg_dec, (), ptx::setmaxnreg_dec<40>(), cutlass::arch::warpgroup_reg_dealloc<40>())
-PAIR(follow_stream, (), ptx::follow_stream(), (cutlass::arch::launch_dependent_grids(), cutlass::arch::wait_on_dependent_grids()))
+PAIR(grid_dependency_wait, (), ptx::grid_dependency_wait(), cutlass::arch::wait_on_dependent_grids())
+PAIR(grid_dependency_launch, (), ptx::grid_dependency_launch(), cutlass::arch::launch_dependent_grids())
 
 // ---- cluster.cuh
 PAIR(cluster_rank, (uint32_t* out), *out = ptx::cluster_rank(), *out = cute::block_rank_in_cluster())

@@ -16,8 +16,6 @@ pub struct Kernel {
     pub threads: u32,
     /// Bytes of dynamic shared memory of a block.
     pub shared: u32,
-    /// Whether it may begin before the kernel in front of it has ended, for which it waits by itself.
-    pub early: bool,
 }
 
 /// What a kernel may do with memory.

@@ -131,7 +131,7 @@ impl Driver for Emulator {
                 // SAFETY: the name ends in a zero and the outputs point to locals.
                 Self::check(unsafe { (self.kernel)(name.as_ptr(), &mut threads, &mut shared, &mut bytes) })?;
                 let name = name.to_str().expect("symbols are ASCII");
-                Ok((name, Kernel { function, threads, shared, early: false }))
+                Ok((name, Kernel { function, threads, shared }))
             })
             .collect()
     }

@@ -2,7 +2,6 @@
 
 use crate::driver::{Device, Driver, Kernel, MapSpec, Region, Stream, TensorMap};
 use crate::error::{self, Error, Result, Status};
-use fastmoe_kernels::Arch;
 use libloading::Library;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
@@ -59,38 +58,15 @@ functions! {
     set_words = "cuMemsetD32Async": fn(u64, c_uint, usize, *mut c_void);
     synchronize = "cuStreamSynchronize": fn(*mut c_void);
     copy_to_host = "cuMemcpyDtoH_v2": fn(*mut c_void, u64, usize);
-    launch_kernel = "cuLaunchKernelEx": fn(*const LaunchConfig, *mut c_void, *mut *mut c_void, *mut *mut c_void);
+    launch_kernel = "cuLaunchKernel": fn(
+        *mut c_void, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, *mut c_void, *mut *mut c_void,
+        *mut *mut c_void
+    );
     encode_tiled = "cuTensorMapEncodeTiled": fn(
         *mut TensorMap, c_int, c_uint, *mut c_void, *const u64, *const u64, *const u32, *const u32, c_int, c_int, c_int,
         c_int
     );
 }
-
-/// CUDA's `CUlaunchConfig`.
-#[repr(C)]
-struct LaunchConfig {
-    blocks: [c_uint; 3],
-    threads: [c_uint; 3],
-    shared: c_uint,
-    stream: *mut c_void,
-    attributes: *const LaunchAttribute,
-    attribute_count: c_uint,
-}
-
-/// CUDA's `CUlaunchAttribute`, whose value is a union of 64 bytes.
-#[repr(C, align(8))]
-struct LaunchAttribute {
-    id: c_int,
-    padding: c_int,
-    value: [c_int; 16],
-}
-
-/// Lets a kernel begin before the one in front of it has ended.
-static EARLY: LaunchAttribute = LaunchAttribute {
-    id: 6, // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    padding: 0,
-    value: [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-};
 
 /// The driver of this machine.
 pub struct Libcuda {
@@ -268,12 +244,11 @@ impl Driver for Libcuda {
         self.within(device, || {
             let mut kernels = HashMap::new();
             for image in images {
-                let early = matches!(image.arch, Arch::Sm90a | Arch::Sm100f | Arch::Sm120f);
                 let module = self.load_image(&image.inflate())?;
                 for kernel in image.kernels {
                     let function = self.function(module, kernel.name, kernel.shared_bytes)?;
                     let (threads, shared) = (kernel.threads, kernel.shared_bytes);
-                    kernels.insert(kernel.name, Kernel { function, threads, shared, early });
+                    kernels.insert(kernel.name, Kernel { function, threads, shared });
                 }
             }
             Ok(kernels)
@@ -322,20 +297,19 @@ impl Driver for Libcuda {
         _memory: &[Region],
     ) -> Result<()> {
         self.within(device, || {
-            let config = LaunchConfig {
-                blocks: [blocks, 1, 1],
-                threads: [kernel.threads, 1, 1],
-                shared: kernel.shared,
-                stream: stream.0 as *mut c_void,
-                attributes: &EARLY,
-                attribute_count: kernel.early.into(),
-            };
             let mut params = [params.as_ptr() as *mut c_void];
             // SAFETY: as promised by the caller; the driver copies the parameters before it returns.
             self.check("cuLaunchKernel", unsafe {
                 (self.call.launch_kernel)(
-                    &config,
                     kernel.function as *mut c_void,
+                    blocks,
+                    1,
+                    1,
+                    kernel.threads,
+                    1,
+                    1,
+                    kernel.shared,
+                    stream.0 as *mut c_void,
                     params.as_mut_ptr(),
                     ptr::null_mut(),
                 )

@@ -128,7 +128,7 @@ impl Driver for Recorder {
     fn kernel(&self, name: &str) -> Result<Kernel> {
         let launch = Launch { kernel: name.to_owned(), blocks: 0, memory: vec![] };
         LAUNCHES.with_borrow_mut(|launches| launches.push(launch));
-        Ok(Kernel { function: 0, threads: 0, shared: 0, early: false })
+        Ok(Kernel { function: 0, threads: 0, shared: 0 })
     }
 
     unsafe fn launch(

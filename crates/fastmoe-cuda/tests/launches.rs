@@ -37,7 +37,7 @@ impl Driver for Recorder {
     }
 
     fn load(&self, _: i32) -> Result<HashMap<&'static str, Kernel>> {
-        let kernel = |(function, name)| (name, Kernel { function, threads: 128, shared: 0, early: false });
+        let kernel = |(function, name)| (name, Kernel { function, threads: 128, shared: 0 });
         Ok(NAMES.into_iter().enumerate().map(kernel).collect())
     }
 

@@ -46,7 +46,7 @@ impl Driver for Hopper {
     fn kernel(&self, name: &str) -> Result<Kernel> {
         let kernels = &mut self.0.lock().unwrap().kernels;
         kernels.push(name.to_owned());
-        Ok(Kernel { function: kernels.len() - 1, threads: 0, shared: 0, early: false })
+        Ok(Kernel { function: kernels.len() - 1, threads: 0, shared: 0 })
     }
 
     fn tensor_map(&self, _: i32, spec: &MapSpec) -> Result<TensorMap> {

@@ -45,5 +45,9 @@ PTX_D bool elect_one() {
 template <int REGISTERS> PTX_D void setmaxnreg_inc() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
 template <int REGISTERS> PTX_D void setmaxnreg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
 
+// Waits for the kernels before this one in the stream; lets those after it begin.
+PTX_D void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+PTX_D void grid_dependency_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 }  // namespace ptx
 #endif

@@ -8,8 +8,7 @@
 #define PTX_D __device__ __forceinline__
 
 // `name` is the entry point's symbol; `body` a device function of `const Params&`. The launch shape is kept beside it
-// in the image, where the host reads it. The macro takes `Params` last because it may contain commas. A kernel begins while
-// the one before it in the stream ends, and waits for that (sm_90).
+// in the image, where the host reads it. The macro takes `Params` last because it may contain commas.
 #define PTX_KERNEL(name, threads, min_blocks, shared_bytes, body, ...) \
   PTX_ENTRY(name, threads, shared_bytes, __launch_bounds__(threads, min_blocks), body, __VA_ARGS__)
 // The same in clusters of two blocks (sm_90); the number of blocks is even.
@@ -17,18 +16,9 @@
   PTX_ENTRY(name, threads, shared_bytes, __launch_bounds__(threads, min_blocks) __cluster_dims__(2, 1, 1), body, __VA_ARGS__)
 #define PTX_ENTRY(name, threads, shared_bytes, attributes, body, ...)               \
   extern "C" __device__ const uint32_t name##_launch[2] = {threads, shared_bytes}; \
-  extern "C" __global__ void attributes name(const __grid_constant__ __VA_ARGS__ params) { \
-    ptx::follow_stream();                                                                  \
-    body(params);                                                                          \
-  }
+  extern "C" __global__ void attributes name(const __grid_constant__ __VA_ARGS__ params) { body(params); }
 
 namespace ptx {
-
-PTX_D void follow_stream() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
