@@ -77,7 +77,6 @@ const SQUARE: Tile = Tile { name: "128x128", rows: 128, columns: 128, stages: 3,
 const FLAT: Tile = Tile { name: "32x128", rows: 32, columns: 128, stages: 8, resident: 2, ..WIDE };
 const ANY: Tile = Tile { name: "64x128", rows: 64, columns: 128, stages: 2, resident: 2, ..WIDE };
 const ANY_WEIGHT: Tile = Tile { resident: 3, ..ANY };
-// A warpgroup without rows does nothing, so that half a tile of rows costs half.
 const WARPGROUPS: Tile = Tile { warpgroups: true, ..WIDE };
 
 /// The tile of a product over rows `[rows, columns]`.
@@ -89,15 +88,14 @@ pub(crate) fn row_tile(
     experts: usize,
 ) -> Tile {
     let rows_per_expert = rows / experts.max(1);
-    // Experts get more rows than the mean or fewer, and those that need a second tile have their weights read twice.
-    // Tiles of warpgroups cost no more for few rows, other wide ones do.
-    let flat = if gpu.warpgroups() { FLAT.rows / 2 } else { FLAT.rows };
     let tiles = experts * WIDE.of(rows_per_expert, columns);
     match math.dtype {
         _ if !aligned => ANY,
         DType::F32 => SQUARE,
-        _ if rows_per_expert <= flat => FLAT,
+        // A warpgroup without rows does nothing, and TMA reads weights faster than cp.async does.
+        _ if gpu.warpgroups() && rows_per_expert <= WARPGROUPS.rows / 2 => WARPGROUPS,
         _ if gpu.warpgroups() => wide(gpu, WARPGROUPS, tiles),
+        _ if rows_per_expert <= FLAT.rows => FLAT,
         _ if rows_per_expert < 256 => SQUARE,
         _ => wide(gpu, WIDE, tiles),
     }
@@ -230,10 +228,7 @@ pub(crate) mod tests {
             row_tile(&gpu(capability, 132, 227), BF16, true, [128 * rows, 4096], 128)
         };
         assert_eq!([32, 33, 255, 256].map(|rows| tile((8, 0), rows)), [FLAT, SQUARE, SQUARE, WIDE]);
-        assert_eq!(
-            [16, 17, 33, 256].map(|rows| tile((9, 0), rows)),
-            [FLAT, WARPGROUPS, WARPGROUPS, WARPGROUPS]
-        );
+        assert_eq!([1, 64, 65, 256].map(|rows| tile((9, 0), rows)), [WARPGROUPS; 4]);
         let float = Math { dtype: DType::F32, tf32: true };
         assert_eq!(row_tile(&gpu((9, 0), 132, 227), float, true, [4096, 4096], 8), SQUARE);
         assert_eq!(name("up", BF16, WARPGROUPS, "nt"), ["up", "wgmma", "bf16", "128x256", "nt"]);
