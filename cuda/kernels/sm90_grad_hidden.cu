@@ -73,7 +73,6 @@ template <class S> class HiddenTurns {
 template <class S, Major MW> struct GradHiddenByWarpgroups : GradHidden<S, MW> {
   using T = typename S::Element;
   using Results = HiddenTurns<S>;
-  static constexpr bool SHARES_A = false;
   // Units of a turn. A part of them is computed at a time.
   static constexpr int UNITS = BOX, PART = 16, PARTS = UNITS / PART, TURNS = S::BN / UNITS, AT_ONCE = 2;
   using Values = typename ResultBox<S>::Block;

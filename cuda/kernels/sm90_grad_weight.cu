@@ -3,16 +3,11 @@
 #include "tile/entries.cuh"
 #include "tile/pipeline.cuh"
 
-// Pairs of blocks share the factor that is not gathered.
-template <class S, bool SHARES_A_> struct GradWeightByWarpgroups : GradWeight<S, Major::MN> {
+// `a` is the factor that may be gathered and `b` comes by TMA. Where the result is TRANSPOSED it is [E, N, M].
+template <class S, bool TRANSPOSED> struct GradWeightByWarpgroups : GradWeight<S, Major::MN> {
   using T = typename S::Element;
-  using Results = LateResults<S>;
-  static constexpr bool SHARES_A = SHARES_A_;
+  using Results = LateResults<S, std::conditional_t<TRANSPOSED, TransposedRing<S>, ResultRing<S>>>;
   const TensorMap& out;
-
-  PTX_D MatrixWalk<std::conditional_t<SHARES_A, ByColumns, ByRows>> walk() const {
-    return {this->p.experts, ceil_div(this->p.m, S::BM), ceil_div(this->p.n, S::BN)};
-  }
 
   PTX_D void prefetch(const MatrixTile&, Results&) const {}
   PTX_D void meanwhile(Results& results) const { results.store_some(out); }
@@ -20,25 +15,37 @@ template <class S, bool SHARES_A_> struct GradWeightByWarpgroups : GradWeight<S,
 
   PTX_D void finish(const MatrixTile& tile, typename S::Sums& c, Results& results) const {
     const GradWeightParams<T>& p = this->p;
-    if ((p.sum || p.adds) && this->rows_of(tile.expert) <= 0) return;  // as GradWeight::finish
-    const int first_row = tile.m * S::BM + S::warp_row(), first_column = tile.n * S::BN;
-    if (first_row >= p.m) return;
+    const int row = tile.m * S::BM + S::warp_row(), column = tile.n * S::BN;
     if (p.sum || p.adds) {
-      const int64_t matrix = static_cast<int64_t>(tile.expert) * p.m * p.n;
+      if (this->rows_of(tile.expert) > 0) add_tile(tile.expert, row, column, c);  // as GradWeight::finish
+    } else if (TRANSPOSED) {
+      end(results);
+      results.take(c, column, tile.m * S::BM + S::group() * GROUP_ROWS, tile.expert);
+    } else if (row < p.m) {
+      end(results);
+      results.take(c, column, row, tile.expert);
+    }
+  }
+
+  PTX_D void add_tile(int expert, int first_row, int first_column, const typename S::Sums& c) const {
+    const GradWeightParams<T>& p = this->p;
+    const int64_t matrix = static_cast<int64_t>(expert) * p.m * p.n;
 #pragma unroll
-      for (int i = 0; i < S::BN / 2; i += 2) {
-        const int row = S::lane_row(i / 2 % 2), column = S::lane_column(i / 4);
-        if (first_row + row >= p.m || first_column + column >= p.n) continue;
-        const int64_t at = matrix + static_cast<int64_t>(first_row + row) * p.n + first_column + column;
+    for (int i = 0; i < S::BN / 2; i += 2) {
+      const int row = first_row + S::lane_row(i / 2 % 2), column = first_column + S::lane_column(i / 4);
+      if (row >= p.m || column >= p.n) continue;
+      if constexpr (TRANSPOSED) {
+        const int64_t at = matrix + static_cast<int64_t>(column) * p.m + row;
+        if (p.sum) add_one(p.sum + at, c[i]), add_one(p.sum + (at + p.m), c[i + 1]);
+        else add_one(p.out + at, c[i]), add_one(p.out + (at + p.m), c[i + 1]);
+      } else {
+        const int64_t at = matrix + static_cast<int64_t>(row) * p.n + column;
         if (p.sum) add(p.sum + at, c[i], c[i + 1]);
         else add_rounded(p.out + at, c[i], c[i + 1]);
       }
-      return;
     }
-    end(results);
-    results.take(c, first_column, first_row, tile.expert);
   }
-
+  template <class To> PTX_D static void add_one(Global<To> to, float value) { store(to, from_float<To>(to_float(load(to)) + value)); }
   PTX_D static void add(Global<float> to, float first, float second) {
     const Global<float2> pair = to.template as<float2>();
     const float2 old = load(pair);
@@ -51,13 +58,10 @@ template <class S, bool SHARES_A_> struct GradWeightByWarpgroups : GradWeight<S,
   }
 };
 
+// The factors of the variant b are exchanged.
 template <class S, bool GATHER_A, bool GATHER_B> PTX_D void grad_weight_wgmma(const Mapped<GradWeightParams<typename S::Element>>& p) {
   static_assert(GATHER_A != GATHER_B);
-  const GradWeightByWarpgroups<S, GATHER_B> kernel{{p.params}, p.out[0]};
-  if constexpr (GATHER_B)
-    run_pipeline<S, Major::MN, Major::MN>(kernel, TensorRows<S, S::BM>(p.a), Boxes<S, S::BN, Major::MN, true>());
-  else
-    run_pipeline<S, Major::MN, Major::MN>(kernel, Boxes<S, S::BM, Major::MN, true>(), TensorRows<S, S::BN>(p.b));
+  run_pipeline<S, Major::MN, Major::MN>(GradWeightByWarpgroups<S, GATHER_B>{{p.params}, p.out[0]}, Boxes<S, S::BM, Major::MN, true>(), TensorRows<S, S::BN>(p.b));
 }
 
 WARPGROUP_WEIGHT_ENTRIES(grad_weight, GradWeightParams, DeepTile)

@@ -6,7 +6,6 @@
 template <class S, Major MW> struct GemmByWarpgroups : Gemm<S, MW> {
   using T = typename S::Element;
   using Results = LateResults<S>;
-  static constexpr bool SHARES_A = false;
   const TensorMap& y;
 
   PTX_D Target<T> target() const { return {y, this->p.y, this->p.columns, this->p.columns}; }

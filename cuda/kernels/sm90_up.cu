@@ -6,7 +6,6 @@
 template <class S, Major MB> struct UpByWarpgroups : Up<S, Major::K, MB> {
   using T = typename S::Element;
   using Results = ResultRing<S>;
-  static constexpr bool SHARES_A = false;
   const TensorMap (&out)[3];  // of hidden or its gate columns, of its up columns, of act
 
   PTX_D void prefetch(const RowTile&, Results&) const {}

@@ -18,13 +18,4 @@ struct ByRows {
   }
 };
 
-// The same with m and n exchanged: pairs share their rows of A.
-struct ByColumns : ByRows {
-  PTX_D static int count(int tiles_m, int tiles_n) { return ByRows::count(tiles_n, tiles_m); }
-  PTX_D static Place place(int pair, int tiles_m, int tiles_n) {
-    const Place place = ByRows::place(pair, tiles_n, tiles_m);
-    return {place.n, place.m, place.shares};
-  }
-};
-
 }  // namespace tile

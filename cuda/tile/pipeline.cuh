@@ -32,11 +32,8 @@ template <class S, class Kernel, class A, class B> PTX_D void copy_tiles(const K
     const int slices = kernel.start(tile, a, b);
     for (int s = 0; s < slices; s++, stage.advance()) {
       if (!BUG(pipeline_no_empty_wait)) mbarrier_wait(stage.empty(), stage.parity ^ 1);
-      const auto copy_a = [&] { a.copy(stage.slice(), stage.full(), Kernel::SHARES_A && tile.shares); };
-      // What is shared comes by TMA, and from further away: it goes first.
-      if (Kernel::SHARES_A) copy_a();
-      b.copy(stage.slice() + S::A_BYTES, stage.full(), !Kernel::SHARES_A && tile.shares);
-      if (!Kernel::SHARES_A) copy_a();
+      b.copy(stage.slice() + S::A_BYTES, stage.full(), tile.shares);  // has the longer way
+      a.copy(stage.slice(), stage.full(), false);
       cp_async_mbarrier_arrive(stage.full());
     }
   }
@@ -121,7 +118,6 @@ template <class S, Major MA, Major MB, bool FENCE, class Kernel> PTX_D void mult
 //   void meanwhile(results)       during the product of a slice
 //   void end(results)             after the last tile
 //   int height(tile)              rows of C from the tile's first on
-//   bool SHARES_A                 pairs of blocks share rows of A rather than columns of B
 template <class S, Major MA, Major MB, class Kernel, class A, class B> PTX_D void run_pipeline(const Kernel& kernel, A a, B b) {
   if (thread_id() == 0) {
     Stage<S> stage;

@@ -105,15 +105,56 @@ template <class S> class ResultRing {
   }
 };
 
+// A warpgroup's 64 rows and 64 columns of results, the other way round.
+template <class S> struct TransposedBox {
+  static constexpr uint32_t BYTES = GROUP_ROWS * BOX_ROW_BYTES;
+  Shared base;
+
+  // As ResultBox: a row of a matrix is a column of the tile, and has 8 of the warp's rows.
+  PTX_D void put(int block, const uint32_t (&pairs)[4]) const {
+    const int lane = thread_id() % 32, warp = thread_id() / 32 % 4, row = block * 16 + lane / 16 * 8 + lane % 8;
+    const int byte = warp * 32 + (BUG(results_transposed) ? lane / 16 : lane / 8 % 2) * 16;
+    stmatrix_x4_trans(base + (row * BOX_ROW_BYTES + (byte ^ (row & 7) << 4)), pairs);
+  }
+};
+
+// The boxes of a warpgroup used by turns, filled by its warps together and stored by the first one's first lane.
+template <class S> class TransposedRing {
+  uint32_t turn = 0;
+
+  PTX_D static bool leads() { return thread_id() % WARPGROUP == 0; }
+  PTX_D static void sync() {
+    if (S::group() == 0) bar_sync(1, WARPGROUP);
+    else bar_sync(2, WARPGROUP);
+  }
+
+ public:
+  PTX_D TransposedBox<S> next() {
+    if (leads() && !BUG(results_no_wait)) tma_store_wait_read<S::BUFFERS - 1>();
+    sync();
+    const TransposedBox<S> box{shared_memory() + (S::RESULTS_AT + (S::group() * S::BUFFERS + turn) * TransposedBox<S>::BYTES)};
+    turn = turn + 1 == S::BUFFERS ? 0 : turn + 1;
+    return box;
+  }
+  PTX_D void store(const TransposedBox<S>& box, const TensorMap& map, int column, int row, int z) {
+    fence_proxy_async();
+    if (!BUG(results_transposed_no_sync)) sync();
+    if (leads()) {
+      tma_store(&map, box.base, row, column, z);
+      tma_store_commit();
+    }
+  }
+};
+
 // The sums of a tile, rounded, that are stored a quarter of the columns at a time while the next tile is multiplied.
-template <class S> class LateResults {
+template <class S, class Ring = ResultRing<S>> class LateResults {
   using T = typename S::Element;
   uint32_t pairs[S::BN / 4];
   int left = 0;           // quarters
   int column, row, last;  // of the next quarter, as in ResultBox::store
 
  public:
-  ResultRing<S> ring;
+  Ring ring;
 
   // When all before has been stored.
   PTX_D void take(const typename S::Sums& c, int column, int row, int last) {
@@ -126,7 +167,7 @@ template <class S> class LateResults {
   template <class To> PTX_D void store_some(const To& to) {
     if (left == 0) return;
     constexpr int OF_BOX = BOX / 4;
-    const ResultBox<S> box = ring.next();
+    const auto box = ring.next();
 #pragma unroll
     for (int block = 0; block < OF_BOX / 4; block++)
       box.put(block, {pairs[4 * block], pairs[4 * block + 1], pairs[4 * block + 2], pairs[4 * block + 3]});

@@ -6,6 +6,8 @@ use crate::{Buffer, Queue, Result};
 
 /// Rows of a result that a warp has.
 const RESULT_ROWS: u32 = 16;
+/// Rows that a warpgroup has of one that it transposes.
+const TRANSPOSED_RESULT_ROWS: u32 = 64;
 
 /// What a kernel is chosen by, and given beside its parameters.
 pub(crate) struct Grouped {
@@ -90,6 +92,11 @@ pub(crate) fn rows_across(rows: Buffer, [columns, count]: [usize; 2]) -> Option<
 /// Results `[R, N]` or `[E, M, N]`.
 pub(crate) fn results(tensor: Buffer, sizes: [usize; 3]) -> Option<MapSpec> {
     operand(tensor, sizes, RESULT_ROWS, false)
+}
+
+/// The same, of a kernel that computes them the other way round.
+pub(crate) fn transposed_results(tensor: Buffer, sizes: [usize; 3]) -> Option<MapSpec> {
+    operand(tensor, sizes, TRANSPOSED_RESULT_ROWS, false)
 }
 
 /// Hidden states `[R, columns]`, in two maps where their gate and up columns are halves.

@@ -1,6 +1,6 @@
 //! The grouped products: the launches of the `sm80_*.cu` and `sm90_*.cu` kernels, whose parameter structs are mirrored here.
 
-use crate::grouped::{self, Grouped, Maps, results, rows_across, rows_along_inner, weights};
+use crate::grouped::{self, Grouped, Maps, results, rows_across, rows_along_inner, transposed_results, weights};
 use crate::limits;
 use crate::tiles::{Math, aligned, row_clusters, row_tile, weight_clusters, weight_tile};
 use crate::{Buffer, Queue, Result};
@@ -343,7 +343,14 @@ impl GradWeight {
         }
         let Self { math, tokens, rows, experts, offsets, a, b, out: (out, update) } = *self;
         let aligned = rows > 0 && aligned(math.dtype, &[a.columns, b.columns], &[a.rows, b.rows, out]);
-        let tile = weight_tile(queue.gpu, math, aligned, [a.columns, b.columns], experts);
+        let variant = if a.gather.is_null() { "b" } else { "a" };
+        let (result, transposed) = ([b.columns, a.columns, experts], queue.gpu.warpgroups() && variant == "b");
+        // Warpgroups gather the rows of a tile, never its columns: they compute such a result the other way round.
+        let [rows_of_tile, columns_of_tile] = if transposed { [b, a] } else { [a, b] };
+        let sizes = [rows_of_tile, columns_of_tile].map(|factor| factor.columns);
+        let tile = weight_tile(queue.gpu, math, aligned, sizes, experts);
+        let [a, b] = if tile.warpgroups { [rows_of_tile, columns_of_tile] } else { [a, b] };
+        let map = if transposed { transposed_results(out, result) } else { results(out, result) };
         let params = Params {
             a: a.rows.address,
             b: b.rows.address,
@@ -362,11 +369,9 @@ impl GradWeight {
         let written = if update == Update::Write { out.write() } else { out.read_write() };
         let memory =
             [a.rows.read(), b.rows.read(), a.gather.read(), b.gather.read(), offsets.read(), written];
-        let plain = |factor: Factor| rows_across(factor.rows, [factor.columns, rows]);
-        let (variant, [map_a, map_b]) =
-            if a.gather.is_null() { ("b", [plain(a), None]) } else { ("a", [None, plain(b)]) };
-        let out = (update == Update::Write).then(|| results(out, [b.columns, a.columns, experts])).flatten();
-        let maps = Maps { a: map_a, b: map_b, results: [out, None, None], ..Maps::default() };
+        let written_map = map.filter(|_| update == Update::Write);
+        let plain = rows_across(b.rows, [b.columns, rows]);
+        let maps = Maps { b: plain, results: [written_map, None, None], ..Maps::default() };
         let clusters = weight_clusters(tile, a.columns, experts, b.columns);
         let product = Grouped { kernel: "grad_weight", math, tile, variant, clusters, maps };
         // SAFETY: this is the kernel's struct, and as promised by the caller.

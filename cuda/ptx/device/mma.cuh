@@ -29,6 +29,10 @@ PTX_D void stmatrix_x4(Shared row, const uint32_t (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
                ::"r"(row.at), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
+PTX_D void stmatrix_x4_trans(Shared row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
+               ::"r"(row.at), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
 #endif
 
 template <class T> PTX_D void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);

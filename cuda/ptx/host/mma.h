@@ -38,6 +38,11 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], Shared row, Where where = Where:
     for (int g = 0; g < 8; g++) memcpy(reinterpret_cast<uint8_t*>(&lanes[g * 4 + i / 2]->r[matrix]) + i % 2 * 2, row + g * 2, 2);
   });
 }
+inline void stmatrix_x4_trans(Shared row, const uint32_t (&r)[4], Where where = Where::current()) {
+  move_matrices("stmatrix_x4_trans", r, row, where, [](auto lanes, int matrix, int i, uint8_t* row) {
+    for (int g = 0; g < 8; g++) memcpy(row + g * 2, reinterpret_cast<const uint8_t*>(&lanes[g * 4 + i / 2]->r[matrix]) + i % 2 * 2, 2);
+  });
+}
 inline void stmatrix_x4(Shared row, const uint32_t (&r)[4], Where where = Where::current()) {
   move_matrices("stmatrix_x4", r, row, where, [](auto lanes, int matrix, int i, uint8_t* row) {
     for (int q = 0; q < 4; q++) memcpy(row + q * 4, &lanes[i * 4 + q]->r[matrix], 4);
