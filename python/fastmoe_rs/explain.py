@@ -71,8 +71,8 @@ class Layer:
 @dataclass(frozen=True)
 class Step:
     """A kernel's launch. `tile` is rows x columns of a grouped product; `image`, `threads` of a block,
-    `registers` of a thread and `stages` in shared memory are None where this build has no image for it; `stages`
-    also of warpgroups, whose results lie beside the slices."""
+    `registers` of a thread and `stages` in shared memory are None where this build has no image for it;
+    `stages` also of warpgroups, whose results lie beside the slices."""
 
     kernel: str
     tile: str | None
