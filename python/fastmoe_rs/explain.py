@@ -162,8 +162,9 @@ def _step(launch: Any, layer: Layer, gpu: Gpu, compiled: tuple[str, Any] | None)
     if compiled is None:
         return step
     image, kernel = compiled
-    slices_alone = tile and "_wgmma_" not in launch["kernel"]
-    stages = kernel["shared_bytes"] // (SLICE_BYTES * (int(tile[1]) + int(tile[2]))) if slices_alone else None
+    stages = None
+    if tile and "_wgmma_" not in launch["kernel"]:
+        stages = kernel["shared_bytes"] // (SLICE_BYTES * (int(tile[1]) + int(tile[2])))
     return replace(step, image=image, threads=kernel["threads"], registers=kernel["registers"], stages=stages)
 
 
