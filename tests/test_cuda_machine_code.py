@@ -73,14 +73,32 @@ def test_products_are_those_of_the_name(kernels, tiles):
 
 def test_slices_are_copied_asynchronously(tiles):
     """16 bytes at a time, past the level-1 cache, in the loop of the products unless a warpgroup of their own
-    copies; `any` takes all sizes."""
+    copies, and then only what may be gathered; `any` takes all sizes."""
     for kernel, math, layout in tiles:
         in_loop = math != "f32" and not by_warpgroups(kernel)
         code = [instruction.opcode for instruction in kernel.main_loop] if in_loop else kernel.opcodes
         copies = opcodes(code, "LDGSTS")
-        assert bool(copies) == (layout != "any"), kernel.name
+        assert bool(copies) == (layout != "any" and not kernel.name.startswith("gemm_wgmma")), kernel.name
         fetched = "(128|256)" if by_warpgroups(kernel) else "128"
         assert copies == opcodes(copies, rf"LDGSTS\.E\.BYPASS\.LTC{fetched}B\.128$"), kernel.name
+
+
+def test_tensors_of_warpgroups_come_and_go_by_tma(kernels):
+    """Operands that are not gathered, for one block or for both of a pair; results from the matrices that
+    stmatrix has put into shared memory. No other kernel has any of this."""
+    meant = {"UTMALDG.3D", "UTMALDG.3D.MULTICAST", "UTMASTG.3D", "STSM.16.M88.4"}
+    for kernel in kernels:
+        found = opcodes(kernel.opcodes, "UTMALDG|UTMASTG|STSM")
+        assert found == (meant if by_warpgroups(kernel) else set()), kernel.name
+
+
+def test_products_of_warpgroups_are_not_waited_for_one_by_one(kernels):
+    """Those of a slice are issued together, as the compiler does unless it takes their sums for unsafe."""
+    for kernel in filter(by_warpgroups, kernels):
+        code = [i.opcode for i in kernel.main_loop if re.match("HGMMA|WARPGROUP", i.opcode)]
+        products, wait = len(code) - 2, code.pop()
+        assert code == ["WARPGROUP.ARRIVE"] + products * code[-1:], kernel.name
+        assert (products, wait) == (4, "WARPGROUP.DEPBAR.LE"), kernel.name
 
 
 def test_fragments_are_read_by_ldmatrix(tiles):

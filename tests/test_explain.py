@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from fastmoe_rs import gpus
+from fastmoe_rs import _native, gpus
 from fastmoe_rs.cli import main
 from fastmoe_rs.explain import Layer, explain
 
@@ -38,6 +38,19 @@ def test_blocks_of_warpgroups_come_in_pairs(multiprocessors, grid):
     products = [kernel for kernel in report["forward_backward"]["kernels"] if "_wgmma_" in kernel["kernel"]]
     assert len(products) == 6
     assert {kernel["grid"] for kernel in products} == {grid}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "kernel", "shared_bytes", "stages"),
+    [("A100", "up_bf16_128x256_nt", 98304, 4), ("H200", "up_wgmma_bf16_128x256_nt", 229504, None)],
+)
+def test_stages_are_those_of_tiles_with_shared_memory_for_nothing_else(
+    gpu, kernel, shared_bytes, stages, monkeypatch
+):
+    compiled = {"name": kernel, "threads": 384, "registers": 168, "shared_bytes": shared_bytes}
+    monkeypatch.setattr(_native, "images", lambda capability: [{"arch": "80", "kernels": [compiled]}])
+    up = kernels(explain(QWEN, gpus.find(gpu)))[kernel]
+    assert (up["image"], up["registers"], up["stages"]) == ("80", 168, stages)
 
 
 def test_few_tokens_read_few_experts():

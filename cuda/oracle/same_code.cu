@@ -59,7 +59,7 @@ PAIR(mbarrier_release_at, (uint32_t b, int rank), ptx::mbarrier_release_at({b}, 
      cutlass::arch::ClusterBarrier::arrive(barrier(b), rank, true))
 
 // ---- tma.cuh
-#define MAP const __grid_constant__ CUtensorMap map
+#define MAP const __grid_constant__ ptx::TensorMap map
 PAIR(prefetch_tensor_map, (MAP), ptx::prefetch_tensor_map(&map),
      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map)))
 PAIR(tma_load, (MAP, uint32_t to, uint32_t b, int x, int y, int z), ptx::tma_load({to}, &map, {b}, x, y, z), int xyz[3] = {x, y, z};
@@ -98,10 +98,14 @@ template <class Load> __device__ void matrices(uint32_t* out, Load load) {
 }
 PAIR(ldmatrix_x4, (uint32_t* out, uint32_t row), matrices(out, [&](auto& r) { ptx::ldmatrix_x4(r, {row}); }),
      matrices(out, [&](auto& r) { cute::SM75_U32x4_LDSM_N::copy(*at<cute::uint128_t>(row), r[0], r[1], r[2], r[3]); }))
-PAIR(stmatrix_x4, (const uint32_t* in, uint32_t row), uint32_t r[4] = {in[0], in[1], in[2], in[3]}; ptx::stmatrix_x4({row}, r),
-     cute::SM90_U32x4_STSM_N::copy(in[0], in[1], in[2], in[3], *at<cute::uint128_t>(row)))
 PAIR(ldmatrix_x4_trans, (uint32_t* out, uint32_t row), matrices(out, [&](auto& r) { ptx::ldmatrix_x4_trans(r, {row}); }),
      matrices(out, [&](auto& r) { cute::SM75_U16x8_LDSM_T::copy(*at<cute::uint128_t>(row), r[0], r[1], r[2], r[3]); }))
+template <class Store> __device__ void stored_matrices(const uint32_t* in, Store store) {
+  const uint32_t r[4] = {in[0], in[1], in[2], in[3]};
+  store(r);
+}
+PAIR(stmatrix_x4, (const uint32_t* in, uint32_t row), stored_matrices(in, [&](auto& r) { ptx::stmatrix_x4({row}, r); }),
+     stored_matrices(in, [&](auto& r) { cute::SM90_U32x4_STSM_N::copy(r[0], r[1], r[2], r[3], *at<cute::uint128_t>(row)); }))
 
 // ---- cp_async.cuh
 #define COPY(bytes)                                                                                                     \

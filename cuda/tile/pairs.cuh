@@ -14,7 +14,7 @@ struct ByRows {
     const int sharing = tiles_m / 2 * tiles_n;
     if (pair >= sharing) return {tiles_m - 1, 2 * (pair - sharing) + cluster_rank(), false};
     const Place place = place_in_bands(pair, tiles_m / 2, tiles_n);
-    return {2 * place.m + cluster_rank(), place.n, !BUG(walk_pairs_alone)};
+    return {2 * place.m + cluster_rank(), place.n, cluster_rank() == 0 || !BUG(walk_second_alone)};
   }
 };
 

@@ -24,7 +24,6 @@ ELEMENT_BYTES = {"bf16": 2, "f16": 2, "tf32": 4, "f32": 4}
 WEIGHTS, WEIGHT_GRADS = ("w1", "w2"), ("grad_w1", "grad_w2")
 TILE = re.compile(r"(?<=_)(\d+)x(\d+)(?=_)")  # in the name of a kernel
 SLICE_BYTES = 64  # of a row of a tile in one stage of shared memory: cuda/tile/shape.cuh
-WARPGROUP_SLICE_BYTES = 128  # cuda/tile/warpgroups.cuh
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,8 @@ class Layer:
 @dataclass(frozen=True)
 class Step:
     """A kernel's launch. `tile` is rows x columns of a grouped product; `image`, `threads` of a block,
-    `registers` of a thread and `stages` in shared memory are None where this build has no image for it."""
+    `registers` of a thread and `stages` in shared memory are None where this build has no image for it;
+    `stages` also of warpgroups, whose results lie beside the slices."""
 
     kernel: str
     tile: str | None
@@ -162,8 +162,9 @@ def _step(launch: Any, layer: Layer, gpu: Gpu, compiled: tuple[str, Any] | None)
     if compiled is None:
         return step
     image, kernel = compiled
-    row = WARPGROUP_SLICE_BYTES if "_wgmma_" in launch["kernel"] else SLICE_BYTES
-    stages = kernel["shared_bytes"] // (row * (int(tile[1]) + int(tile[2]))) if tile else None
+    stages = None
+    if tile and "_wgmma_" not in launch["kernel"]:
+        stages = kernel["shared_bytes"] // (SLICE_BYTES * (int(tile[1]) + int(tile[2])))
     return replace(step, image=image, threads=kernel["threads"], registers=kernel["registers"], stages=stages)
 
 
