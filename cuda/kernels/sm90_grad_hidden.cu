@@ -41,32 +41,31 @@ template <class S> struct HiddenBoxes {
   PTX_D static int column(int part, int i) { return part % 2 * 32 + 2 * S::lane_column(i / 2); }
 };
 
-// Of a warp: hidden columns of two turns, one being loaded while gradients take the place of the other's, and a box of
-// activations. All that a turn stores is one group.
+// Of a warp: hidden columns of two turns, one of which is loaded while gradients take the place of the other's, and a box of
+// activations. All that a turn stores is one group. A round is a turn of either.
 template <class S> class HiddenTurns {
   static_assert(S::BUFFERS >= 5);
-  uint32_t turn = 0;
+  uint32_t round = 0;
 
-  PTX_D static HiddenBoxes<S> boxes(uint32_t turn) {
-    return {{ResultBox<S>::of_warp(turn % 2 * 2), ResultBox<S>::of_warp(turn % 2 * 2 + 1)}};
-  }
-  PTX_D static Shared loaded() { return S::loaded(S::warp_row() / WARP_ROWS); }
+  PTX_D static HiddenBoxes<S> boxes(int place) { return {{ResultBox<S>::of_warp(2 * place), ResultBox<S>::of_warp(2 * place + 1)}}; }
+  PTX_D static Shared loaded(int place) { return S::loaded(S::warp_row() / WARP_ROWS, place); }
 
  public:
-  // Loads the next turn's at `column` of rows from `row` on, the second from `apart` columns further on. The group before the
-  // last one has been read.
-  PTX_D void load(const TensorMap& first, const TensorMap& second, int column, int apart, int row, bool both) {
+  // Loads those of a turn at `column` of rows from `row` on, the second from `apart` columns further on; what the boxes held
+  // has been stored.
+  PTX_D void load(int place, const TensorMap& first, const TensorMap& second, int column, int apart, int row, bool both) const {
     if (!leads_warp()) return;
-    const HiddenBoxes<S> to = boxes(turn);
-    mbarrier_arrive_expect(loaded(), ResultBox<S>::BYTES * (1 + both));
-    tma_load(to.of[0].base, &first, loaded(), column, row, 0);
-    if (both) tma_load(to.of[1].base, &second, loaded(), column + apart, row, 0);
+    const HiddenBoxes<S> to = boxes(place);
+    mbarrier_arrive_expect(loaded(place), ResultBox<S>::BYTES * (1 + both));
+    tma_load(to.of[0].base, &first, loaded(place), column, row, 0);
+    if (both) tma_load(to.of[1].base, &second, loaded(place), column + apart, row, 0);
   }
-  // The boxes of a new turn, when they are there.
-  PTX_D HiddenBoxes<S> next() {
-    if (!BUG(hidden_wgmma_no_wait)) mbarrier_wait(loaded(), turn & 1);
-    return boxes(turn++);
+  // The boxes of a turn, when they are there.
+  PTX_D HiddenBoxes<S> wait(int place) const {
+    if (!BUG(hidden_wgmma_no_wait)) mbarrier_wait(loaded(place), round & 1);
+    return boxes(place);
   }
+  PTX_D void next_round() { round++; }
   PTX_D ResultBox<S> activations() const { return ResultBox<S>::of_warp(4); }
 };
 
@@ -74,7 +73,7 @@ template <class S, Major MW> struct GradHiddenByWarpgroups : GradHidden<S, MW> {
   using T = typename S::Element;
   using Results = HiddenTurns<S>;
   // Units of a turn. A part of them is computed at a time.
-  static constexpr int UNITS = BOX, PART = 16, PARTS = UNITS / PART, TURNS = S::BN / UNITS, AT_ONCE = 2;
+  static constexpr int UNITS = BOX, PART = 16, PARTS = UNITS / PART, TURNS = S::BN / UNITS, PLACES = 2;
   using Values = typename ResultBox<S>::Block;
   // Of hidden or its gate columns, and of its up columns; of the gradient of these, and of scaled_act.
   const TensorMap (&in)[2], (&out)[3];
@@ -86,14 +85,14 @@ template <class S, Major MW> struct GradHiddenByWarpgroups : GradHidden<S, MW> {
   PTX_D bool pairs() const { return gated() && this->p.interleaved; }
   PTX_D bool halves() const { return gated() && !this->p.interleaved; }
 
-  PTX_D void load(Results& turns, int unit, int row) const {
-    turns.load(in[0], in[halves() && !BUG(hidden_wgmma_gate_twice)], pairs() ? 2 * unit : unit, pairs() ? BOX : 0, row, gated());
+  PTX_D void load(const Results& turns, int place, int unit, int row) const {
+    turns.load(place, in[0], in[halves() && !BUG(hidden_wgmma_gate_twice)], pairs() ? 2 * unit : unit, pairs() ? BOX : 0, row, gated());
   }
   PTX_D void prefetch(const RowTile& tile, Results& turns) const {
     const int row = tile.row + S::warp_row();
     if (row >= tile.end) return;
     boxes_are_free<0>();
-    load(turns, tile.n * S::BN, row);
+    for (int place = 0; place < PLACES; place++) load(turns, place, tile.n * S::BN + place * UNITS, row);
   }
 
   PTX_D void finish(const RowTile& tile, typename S::Sums& c, Results& turns) const {
@@ -108,17 +107,16 @@ template <class S, Major MW> struct GradHiddenByWarpgroups : GradHidden<S, MW> {
     }
     if (tile.n * S::BN + S::BN > I) clear_behind(c, I - tile.n * S::BN);
 #pragma unroll 1
-    for (int turn = 0; turn < TURNS; turn += AT_ONCE) {
+    for (int round = 0; round < TURNS; round += PLACES) {
 #pragma unroll
-      for (int next = 0; next < AT_ONCE; next++) {
-        const int first = tile.n * S::BN + (turn + next) * UNITS;
-        const HiddenBoxes<S> boxes = turns.next();
-        boxes_are_free<0>();
-        if (turn + next + 1 < TURNS) load(turns, first + UNITS, row);
+      for (int place = 0; place < PLACES; place++) {
+        const int turn = round + place, first = tile.n * S::BN + turn * UNITS;
+        const HiddenBoxes<S> boxes = turns.wait(place);
+        uint32_t scaled_act[PARTS][4];
         float slopes[2];
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
-          const auto sum = [&](int i, int b) -> float& { return c[(next * PARTS + part) * 8 + 2 * i + b]; };
+          const auto sum = [&](int i, int b) -> float& { return c[(place * PARTS + part) * 8 + 2 * i + b]; };
           if (part * PART % RUN == 0) slopes[0] = slopes[1] = 0;
           Values grad, gate, up, act;
           boxes.get(pairs(), part, gate, up);
@@ -129,21 +127,27 @@ template <class S, Major MW> struct GradHiddenByWarpgroups : GradHidden<S, MW> {
           this->activation.backward(grad, gate, up, act);
           boxes.put(pairs(), part, gate, up);
 #pragma unroll
-          for (int i = 0; i < 4; i++)
+          for (int i = 0; i < 4; i++) {
 #pragma unroll
-            for (int b = 0; b < 2; b++) {
-              slopes[i % 2] += sum(i, b) * act[i][b];
-              act[i][b] *= weights[i % 2];
-            }
-          turns.activations().put(part, act);
+            for (int b = 0; b < 2; b++) slopes[i % 2] += sum(i, b) * act[i][b];
+            scaled_act[part][i] = pack<T>(weights[i % 2] * act[i][0], weights[i % 2] * act[i][1]);
+          }
           if (p.slopes && (part + 1) * PART % RUN == 0) store_slopes(tile, first + part * PART / RUN * RUN, slopes);
+          if (part == PARTS / 2 && turn + 1 >= PLACES && turn + 1 < TURNS) {
+            boxes_are_free<0>();
+            load(turns, 1 - place, first + UNITS, row);
+          }
         }
+        boxes_are_free<0>();
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) turns.activations().put(part, scaled_act[part]);
         boxes_are_full();
         store_gradients(boxes, turns.activations(), first, row, tile.end);
         if (leads_warp()) tma_store_commit();
       }
+      turns.next_round();
 #pragma unroll
-      for (int i = 0; i < S::BN / 2 - AT_ONCE * UNITS / 2; i++) c[i] = c[i + AT_ONCE * UNITS / 2];
+      for (int i = 0; i < S::BN / 2 - PLACES * UNITS / 2; i++) c[i] = c[i + PLACES * UNITS / 2];
     }
   }
 

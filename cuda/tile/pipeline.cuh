@@ -125,7 +125,7 @@ template <class S, Major MA, Major MB, class Kernel, class A, class B> PTX_D voi
       mbarrier_init(stage.full(), COPIERS<A, B>);
       mbarrier_init(stage.empty(), 2 * 4 * S::GROUPS);
     }
-    for (int warp = 0; warp < 4 * S::GROUPS; warp++) mbarrier_init(S::loaded(warp), 1);
+    for (int i = 0; i < 4 * S::GROUPS * 2; i++) mbarrier_init(S::loaded(i / 2, i % 2), 1);
     fence_mbarrier_init();
   }
   if (!BUG(pipeline_no_first_sync)) sync_cluster();

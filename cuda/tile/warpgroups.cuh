@@ -21,15 +21,15 @@ template <class Element_, int BM_, int BN_, int STAGES_, int BUFFERS_> struct Wa
   static constexpr int GROUPS = BM / GROUP_ROWS, THREADS = WARPGROUP * (1 + GROUPS);
   static constexpr int A_BYTES = BM * BOX_ROW_BYTES, STAGE_BYTES = A_BYTES + BN * BOX_ROW_BYTES;
   static constexpr int RESULTS_AT = STAGES * STAGE_BYTES, BARRIERS_AT = RESULTS_AT + BUFFERS * BM * BOX_ROW_BYTES;
-  static constexpr int LOADED_AT = BARRIERS_AT + STAGES * 2 * 8, SHARED_BYTES = LOADED_AT + 4 * GROUPS * 8;
+  static constexpr int LOADED_AT = BARRIERS_AT + STAGES * 2 * 8, SHARED_BYTES = LOADED_AT + 4 * GROUPS * 2 * 8;
   // A thread's accumulators: c[4j + 2h + i] is of its row h and column 8j + 2 (lane % 4) + i.
   using Sums = float[BN / 2];
 
   PTX_D static int group() { return thread_id() / WARPGROUP - 1; }
   // The first row of the tile that is the warp's.
   PTX_D static int warp_row() { return (thread_id() - WARPGROUP) / 32 * WARP_ROWS; }
-  // The barrier of what a warp has loaded for its results.
-  PTX_D static Shared loaded(int warp) { return shared_memory() + (LOADED_AT + warp * 8); }
+  // The two barriers of what a warp has loaded for its results.
+  PTX_D static Shared loaded(int warp, int place) { return shared_memory() + (LOADED_AT + (2 * warp + place) * 8); }
   // A thread has parts of two rows of its warp, 8 apart.
   PTX_D static int lane_row(int h) { return thread_id() % 32 / 4 + 8 * h; }
   PTX_D static int lane_column(int j) { return 8 * j + thread_id() % 4 * 2; }
