@@ -189,6 +189,7 @@ def sonicmoe(problem: Problem) -> Made:
         raise Unavailable("this release of sonicmoe has no function for routing that is given")
     activation = library("sonicmoe.enums").ActivationType.SWIGLU
     few_configurations(library("quack.gemm_interface"), hopper_tile)
+    few_configurations(library("sonicmoe.functional.reduction_over_k_gather"), gather_tile)
     w1, w2 = copied(problem)
     gate, up = w1.chunk(2, dim=1)
     w1 = Parameter(torch.stack((gate, up), 2).flatten(1, 2))  # rows of gate and up in turn
@@ -205,6 +206,19 @@ def sonicmoe(problem: Problem) -> Made:
         return layer(batch.x, *routing, *weights, shape.experts, stream, activation, inference)[0]
 
     return call, (w1, w2)
+
+
+SONIC_GATHERS = (
+    {"BLOCK_H": 512, "BLOCK_K": 8},
+    {"BLOCK_H": 1024, "BLOCK_K": 2},
+    {"BLOCK_H": 1024, "BLOCK_K": 4},
+    {"BLOCK_H": 2048, "BLOCK_K": 1},
+)
+
+
+def gather_tile(configuration: Any) -> bool:
+    """Of the tiles that SonicMoE sums a token's rows by, one of each kind."""
+    return configuration.num_warps == 4 and configuration.kwargs in SONIC_GATHERS
 
 
 def hopper_tile(configuration: Any) -> bool:
