@@ -78,9 +78,6 @@ template <class S, Major MW> struct GradHiddenByWarpgroups : GradHidden<S, MW> {
   // Of hidden or its gate columns, and of its up columns; of the gradient of these, and of scaled_act.
   const TensorMap (&in)[2], (&out)[3];
 
-  PTX_D void meanwhile(Results&) const {}
-  PTX_D void end(Results&) const {}
-
   PTX_D bool gated() const { return this->activation.gated(); }
   PTX_D bool pairs() const { return gated() && this->p.interleaved; }
   PTX_D bool halves() const { return gated() && !this->p.interleaved; }

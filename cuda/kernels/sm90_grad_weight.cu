@@ -6,24 +6,23 @@
 // `a` is the factor that may be gathered and `b` comes by TMA. Where the result is TRANSPOSED it is [E, N, M].
 template <class S, bool TRANSPOSED> struct GradWeightByWarpgroups : GradWeight<S, Major::MN> {
   using T = typename S::Element;
-  using Results = LateResults<S, std::conditional_t<TRANSPOSED, TransposedRing<S>, ResultRing<S>>>;
+  using Results = std::conditional_t<TRANSPOSED, TransposedRing<S>, ResultRing<S>>;
   const TensorMap& out;
 
   PTX_D void prefetch(const MatrixTile&, Results&) const {}
-  PTX_D void meanwhile(Results& results) const { results.store_some(out); }
-  PTX_D void end(Results& results) const { results.store_all(out); }
 
   PTX_D void finish(const MatrixTile& tile, typename S::Sums& c, Results& results) const {
     const GradWeightParams<T>& p = this->p;
     const int row = tile.m * S::BM + S::warp_row(), column = tile.n * S::BN;
     if (p.sum || p.adds) {
       if (this->rows_of(tile.expert) > 0) add_tile(tile.expert, row, column, c);  // as GradWeight::finish
-    } else if (TRANSPOSED) {
-      end(results);
-      results.take(c, column, tile.m * S::BM + S::group() * GROUP_ROWS, tile.expert);
-    } else if (row < p.m) {
-      end(results);
-      results.take(c, column, row, tile.expert);
+      return;
+    }
+#pragma unroll
+    for (int quarter = 0; quarter < 4; quarter++) {
+      const auto box = results.next();
+      put_sums<S>(box, c, quarter);
+      results.store(box, out, column + quarter * BOX, row, tile.expert);
     }
   }
 

@@ -5,22 +5,23 @@
 
 template <class S, Major MW> struct GemmByWarpgroups : Gemm<S, MW> {
   using T = typename S::Element;
-  using Results = LateResults<S>;
+  using Results = ResultRing<S>;
   const TensorMap& y;
 
-  PTX_D Target<T> target() const { return {y, this->p.y, this->p.columns, this->p.columns}; }
   PTX_D void prefetch(const RowTile&, Results&) const {}
-  PTX_D void meanwhile(Results& results) const { results.store_some(target()); }
-  PTX_D void end(Results& results) const { results.store_all(target()); }
 
   PTX_D void finish(const RowTile& tile, typename S::Sums& c, Results& results) const {
     const GemmParams<T>& p = this->p;
     const int row = tile.row + S::warp_row();
     if (row >= tile.end) return;
-    end(results);
     if (p.bias && tile.used)
       add_bias<S>(c, p.bias + static_cast<int64_t>(tile.expert) * p.columns, [&](int half, int i) { return this->column(tile.n, half, i); });
-    results.take(c, tile.n * S::BN, row, tile.end);
+#pragma unroll
+    for (int quarter = 0; quarter < 4; quarter++) {
+      const ResultBox<S> box = results.next();
+      put_sums<S>(box, c, quarter);
+      results.store(box, Target<T>{y, p.y, p.columns, p.columns}, tile.n * S::BN + quarter * BOX, row, tile.end);
+    }
   }
 };
 

@@ -9,8 +9,6 @@ template <class S, Major MB> struct UpByWarpgroups : Up<S, Major::K, MB> {
   const TensorMap (&out)[3];  // of hidden or its gate columns, of its up columns, of act
 
   PTX_D void prefetch(const RowTile&, Results&) const {}
-  PTX_D void meanwhile(Results&) const {}
-  PTX_D void end(Results&) const {}
 
   PTX_D void finish(const RowTile& tile, typename S::Sums& c, Results& results) const {
     const UpParams<T>& p = this->p;
@@ -26,7 +24,7 @@ template <class S, Major MB> struct UpByWarpgroups : Up<S, Major::K, MB> {
         const bool up = halves && quarter >= 2;
         const Target<T> target{out[up], p.hidden + (up ? I : 0), this->columns(), halves ? I : this->columns()};
         const ResultBox<S> box = results.next();
-        box.put_sums(c, quarter);
+        put_sums<S>(box, c, quarter);
         results.store(box, target, halves ? tile.n * units + quarter % 2 * BOX : tile.n * S::BN + quarter * BOX, row, tile.end);
       }
     }

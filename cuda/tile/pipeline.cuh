@@ -96,7 +96,6 @@ template <class S, Major MA, Major MB, bool FENCE, class Kernel> PTX_D void mult
       if (has_rows) {
         multiply<S, MA, MB, FENCE>(sums, a, b, stage.index, s > 0 || BUG(pipeline_adds_to_last));
         if (BUG(pipeline_early_release)) release(stage.empty());
-        kernel.meanwhile(results);
         wgmma_wait<1>();
       } else {
         sync_warp();  // lanes that lag behind must not miss the round
@@ -108,15 +107,12 @@ template <class S, Major MA, Major MB, bool FENCE, class Kernel> PTX_D void mult
     if (slices > 0 && !BUG(pipeline_early_release)) release(last);
     if (has_rows) kernel.finish(tile, sums, results);
   }
-  kernel.end(results);
   if (leads_warp()) tma_store_wait<0>();
 }
 
 // `kernel` as in persistent.cuh, without `begin`, and
 //   Results                       what a warp keeps of its boxes; the third argument of finish
 //   void prefetch(tile, results)  before the product of a tile of which the warpgroup has rows
-//   void meanwhile(results)       during the product of a slice
-//   void end(results)             after the last tile
 //   int height(tile)              rows of C from the tile's first on
 template <class S, Major MA, Major MB, class Kernel, class A, class B> PTX_D void run_pipeline(const Kernel& kernel, A a, B b) {
   if (thread_id() == 0) {

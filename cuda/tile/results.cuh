@@ -46,16 +46,6 @@ template <class S> struct ResultBox {
 #pragma unroll
     for (int i = 0; i < 4; i++) values[i][0] = low_half<T>(r[i]), values[i][1] = high_half<T>(r[i]);
   }
-  // Columns 64 `quarter` and on of the tile's sums.
-  PTX_D void put_sums(const typename S::Sums& c, int quarter) const {
-#pragma unroll
-    for (int block = 0; block < BOX / 16; block++) {
-      Block values;
-#pragma unroll
-      for (int i = 0; i < 8; i++) values[i / 2][i % 2] = c[quarter * BOX / 2 + 8 * block + i];
-      put(block, values);
-    }
-  }
   // The row that the lane gives of the four matrices of a block: those of its left half, then those of its right one.
   PTX_D Shared matrices(int block) const {
     const int lane = thread_id() % 32;
@@ -74,6 +64,21 @@ template <class S> struct ResultBox {
       ptx::store((target.first + ((row + i) * target.pitch + left)).template as<uint4>(), load_shared<uint4>(at(i, chunk * CHUNK_BYTES)));
   }
 };
+
+// Fills a box with the sums of columns 64 `quarter` and on of the tile.
+template <class S, class Box> PTX_D void put_sums(const Box& box, const typename S::Sums& c, int quarter) {
+  using T = typename S::Element;
+#pragma unroll
+  for (int block = 0; block < BOX / 16; block++) {
+    uint32_t pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int at = quarter * BOX / 2 + 8 * block + 2 * i;
+      pairs[i] = pack<T>(c[at], c[at + 1]);
+    }
+    box.put(block, pairs);
+  }
+}
 
 // Boxes have been filled, and may be stored.
 PTX_D void boxes_are_full() {
@@ -136,6 +141,7 @@ template <class S> class TransposedRing {
     turn = turn + 1 == S::BUFFERS ? 0 : turn + 1;
     return box;
   }
+  // `row` is the first of the warp's, `column` of the box's, in the tile.
   PTX_D void store(const TransposedBox<S>& box, const TensorMap& map, int column, int row, int z) {
     fence_proxy_async();
     if (!BUG(results_transposed_no_sync)) sync();
@@ -143,42 +149,6 @@ template <class S> class TransposedRing {
       tma_store(&map, box.base, row, column, z);
       tma_store_commit();
     }
-  }
-};
-
-// The sums of a tile, rounded, that are stored a quarter of the columns at a time while the next tile is multiplied.
-template <class S, class Ring = ResultRing<S>> class LateResults {
-  using T = typename S::Element;
-  uint32_t pairs[S::BN / 4];
-  int left = 0;           // quarters
-  int column, row, last;  // of the next quarter, as in ResultBox::store
-
- public:
-  Ring ring;
-
-  // When all before has been stored.
-  PTX_D void take(const typename S::Sums& c, int column, int row, int last) {
-#pragma unroll
-    for (int i = 0; i < S::BN / 4; i++) pairs[i] = pack<T>(c[2 * i], c[2 * i + 1]);
-    this->column = column, this->row = row, this->last = last;
-    left = 4;
-  }
-  // Stores a quarter, if one is left.
-  template <class To> PTX_D void store_some(const To& to) {
-    if (left == 0) return;
-    constexpr int OF_BOX = BOX / 4;
-    const auto box = ring.next();
-#pragma unroll
-    for (int block = 0; block < OF_BOX / 4; block++)
-      box.put(block, {pairs[4 * block], pairs[4 * block + 1], pairs[4 * block + 2], pairs[4 * block + 3]});
-    ring.store(box, to, column, row, last);
-    column += BOX;
-    left--;
-#pragma unroll
-    for (int i = 0; i < S::BN / 4 - OF_BOX; i++) pairs[i] = pairs[i + OF_BOX];
-  }
-  template <class To> PTX_D void store_all(const To& to) {
-    while (left > 0) store_some(to);
   }
 };
 
