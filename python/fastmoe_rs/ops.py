@@ -61,17 +61,18 @@ def _operator(
 
 def is_direct(args: tuple[Any, ...]) -> bool:
     """Whether a kernel may read the memory of the arguments as it is, and nothing must see the operator."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     if torch._C._get_tracing_state() is not None:
         return False
     for arg in args:
-        kind = type(arg)
-        if kind is Tensor or kind is Parameter:
-            if arg.is_neg():
+        if arg is not None:
+            kind = type(arg)
+            if kind is Tensor or kind is Parameter:
+                if arg.is_neg():
+                    return False
+            elif kind not in _PLAIN:
                 return False
-        elif arg is not None and kind not in _PLAIN:
-            return False
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("fastmoe_rs: torch.func transforms are not supported (grad, vmap, jvp)")
     return not args[0].is_meta
@@ -278,16 +279,11 @@ class _Mlp(torch.autograd.Function):
         w2: Tensor,
         b1: Tensor | None,
         b2: Tensor | None,
-        ids: Tensor | None,
-        rows: tuple[Any, ...],
-        options: tuple[Any, ...],
+        call: tuple[Any, ...],  # one argument, as autograd looks at each
     ) -> Tensor:
-        if ids is not None:
-            rows = kernels.packed_plan(ids, w1.shape[0]), None, None
-        saved = x, weights, w1, w2, b1, b2, *rows
-        kernel: Callable[..., Any] = kernels.mlp
-        out, hidden = kernel(*saved, *options, True, ids)
-        ctx.save_for_backward(*saved, hidden)
+        ids, rows, options = call
+        out, hidden = kernels.mlp(x, weights, w1, w2, b1, b2, *rows, *options, True, ids)
+        ctx.save_for_backward(x, weights, w1, w2, b1, b2, *rows, hidden)
         ctx.options = options
         ctx.owners = main_grad.owner(w1), main_grad.owner(w2)
         return out
@@ -296,28 +292,27 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled() or not is_direct((grad_out,)):
             return _mlp_backward(ctx, grad_out, None)
-        return *_mlp_grads(ctx, grad_out, kernels.mlp_backward), None, None, None
+        return *_mlp_grads(ctx, grad_out, kernels.mlp_backward), None
 
     jvp = staticmethod(_no_jvp("moe_mlp"))
 
 
-def direct_mlp(dense: tuple[Any, ...], routing: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+def direct_mlp(
+    dense: tuple[Any, ...], ids: Tensor | None, rows: tuple[Any, ...], options: tuple[Any, ...]
+) -> Tensor:
     """`mlp` of direct tensors.
 
     Args:
         dense: x, weights, w1, w2, b1 and b2.
-        routing: the ids alone, or offsets, gather and inverse of the plan to follow.
+        ids: None where a plan is followed.
+        rows: offsets, gather and inverse of that plan, or three times None.
         options: activation, transposed and interleaved.
     """
-    ids, rows = None, routing
-    if len(routing) == 1:
-        ids, rows = routing[0].contiguous(), (None, None, None)
     if torch.is_grad_enabled():
         for tensor in dense:
             if tensor is not None and tensor.requires_grad:
-                return _Mlp.apply(*dense, ids, rows, options)
-    kernel: Callable[..., Any] = kernels.mlp
-    out, _ = kernel(*dense, *rows, *options, False, ids)
+                return _Mlp.apply(*dense, (ids, rows, options))
+    out, _ = kernels.mlp(*dense, *rows, *options, False, ids)
     return out
 
 
@@ -416,7 +411,7 @@ mlp = _operator(
 )
 mlp_backward = _operator(
     "mlp_backward(Tensor grad_out, Tensor x, Tensor weights, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2,"
-    " Tensor offsets, Tensor? gather, Tensor? inverse, Tensor hidden, str activation, bool transposed,"
+    " Tensor? offsets, Tensor? gather, Tensor? inverse, Tensor hidden, str activation, bool transposed,"
     " bool interleaved, bool[] needs)"
     " -> (Tensor x, Tensor weights, Tensor w1, Tensor w2, Tensor b1, Tensor b2)",
     *_once("moe_mlp"),
