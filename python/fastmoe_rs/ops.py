@@ -227,16 +227,16 @@ def _mlp_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ...]
             "fastmoe_rs.moe_mlp: cannot be differentiated, as it was traced or exported without gradients "
             "(torch.no_grad); trace or export it with them"
         )
-    return _only(needs, _mlp_grads(ctx, grad_out, mlp_backward))
+    return _only(needs, _mlp_grads(ctx, grad_out))
 
 
-def _mlp_grads(ctx: Any, grad_out: Tensor, backward: Callable[..., Any]) -> tuple[Any, ...]:
+def _mlp_grads(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     """The gradients of x, weights, w1, w2, b1 and b2, but for what is added to a main_grad."""
     needs = ctx.needs_input_grad[:6]
     arguments = grad_out.contiguous(), *ctx.saved_tensors, *ctx.options, needs
     sums = _main_grads(ctx, arguments, needs[2:4], ("w1", "w2"))
     if sums is None:
-        return backward(*arguments)
+        return mlp_backward(*arguments)
     grads = kernels.mlp_backward(*arguments, sums=sums)
     return *grads[:2], *_added(ctx, sums, grads[2:4]), *grads[4:]
 
@@ -245,10 +245,7 @@ def _main_grads(
     ctx: Any, arguments: tuple[Any, ...], needs: tuple[bool, ...], names: tuple[str, ...]
 ) -> list[Tensor | None] | None:
     """What the gradients of the weights are added to; None where none is, or something must see gradients."""
-    for leaf in ctx.owners:
-        if hasattr(leaf, "main_grad"):
-            break
-    else:
+    if not any(hasattr(leaf, "main_grad") for leaf in ctx.owners):
         return None
     sums = [
         main_grad.target(name, leaf) if need else None
@@ -281,9 +278,12 @@ class _Mlp(torch.autograd.Function):
         b2: Tensor | None,
         call: tuple[Any, ...],  # one argument, as autograd looks at each
     ) -> Tensor:
-        ids, rows, options = call
-        out, hidden = kernels.mlp(x, weights, w1, w2, b1, b2, *rows, *options, True, ids)
-        ctx.save_for_backward(x, weights, w1, w2, b1, b2, *rows, hidden)
+        ids, (offsets, gather, inverse), options = call
+        activation, transposed, interleaved = options
+        out, hidden = kernels.mlp(
+            x, weights, w1, w2, b1, b2, offsets, gather, inverse, activation, transposed, interleaved, True, ids
+        )
+        ctx.save_for_backward(x, weights, w1, w2, b1, b2, offsets, gather, inverse, hidden)
         ctx.options = options
         ctx.owners = main_grad.owner(w1), main_grad.owner(w2)
         return out
@@ -292,27 +292,57 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled() or not is_direct((grad_out,)):
             return _mlp_backward(ctx, grad_out, None)
-        return *_mlp_grads(ctx, grad_out, kernels.mlp_backward), None
+        owner1, owner2 = ctx.owners
+        if hasattr(owner1, "main_grad") or hasattr(owner2, "main_grad"):
+            return _mlp_backward(ctx, grad_out, None)
+        x, weights, w1, w2, b1, b2, offsets, gather, inverse, hidden = ctx.saved_tensors
+        activation, transposed, interleaved = ctx.options
+        needs = ctx.needs_input_grad[:6]
+        grad_x, grad_weights, grad_w1, grad_w2, grad_b1, grad_b2 = kernels.mlp_backward(
+            grad_out.contiguous(),
+            x,
+            weights,
+            w1,
+            w2,
+            b1,
+            b2,
+            offsets,
+            gather,
+            inverse,
+            hidden,
+            activation,
+            transposed,
+            interleaved,
+            needs,
+        )
+        return grad_x, grad_weights, grad_w1, grad_w2, grad_b1, grad_b2, None
 
     jvp = staticmethod(_no_jvp("moe_mlp"))
 
 
 def direct_mlp(
-    dense: tuple[Any, ...], ids: Tensor | None, rows: tuple[Any, ...], options: tuple[Any, ...]
+    x: Tensor,
+    weights: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    ids: Tensor | None,
+    rows: tuple[Any, ...],
+    options: tuple[Any, ...],
 ) -> Tensor:
     """`mlp` of direct tensors.
 
     Args:
-        dense: x, weights, w1, w2, b1 and b2.
         ids: None where a plan is followed.
         rows: offsets, gather and inverse of that plan, or three times None.
         options: activation, transposed and interleaved.
     """
     if torch.is_grad_enabled():
-        for tensor in dense:
+        for tensor in (x, weights, w1, w2, b1, b2):
             if tensor is not None and tensor.requires_grad:
-                return _Mlp.apply(*dense, (ids, rows, options))
-    out, _ = kernels.mlp(*dense, *rows, *options, False, ids)
+                return _Mlp.apply(x, weights, w1, w2, b1, b2, (ids, rows, options))
+    out, _ = kernels.mlp(x, weights, w1, w2, b1, b2, *rows, *options, False, ids)
     return out
 
 
