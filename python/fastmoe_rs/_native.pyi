@@ -196,8 +196,9 @@ def mlp_forward(
     for mlp_backward.
 
     The plan is offsets, gather and inverse. With ids [T, K], int64 or int32, it is made of them instead,
-    without a capacity, and these are None. hidden is then flat, with 2R * I + 2(2E + 1 + 2R) + 1 elements, and
-    keeps the plan behind the pre-activation: int32 counts, offsets, gather and inverse, one after the other.
+    without a capacity, and these are None. hidden is then flat and receives the plan too: behind the R * 2I
+    elements of the pre-activation it has 2(2E + 1 + 2R) + 1 more, and in them, from a multiple of 4 bytes on,
+    int32 counts, offsets, gather and inverse, one after the other.
     """
 
 def mlp_backward(
