@@ -13,6 +13,7 @@ from fastmoe_rs import _native
 
 T, H, I, E, K = 4, 8, 6, 3, 2
 R = T * K
+PLAN = 2 * E + 1 + 2 * R  # counts, offsets, gather and inverse
 
 
 def int32(*shape):
@@ -39,7 +40,7 @@ def layer():
     }
 
 
-NOT_APART = {"gather": None, "inverse": None}
+NO_PLAN = {"offsets": None, "gather": None, "inverse": None}
 MLP_OPTIONS = {"activation": "swiglu", "transposed": False, "interleaved": False}
 
 
@@ -101,8 +102,8 @@ def mlp_forward():
 
 def mlp_forward_of_ids():
     inputs = layer() | {"ids": torch.randint(E, (T, K))}
-    outputs = {"offsets": int32(2 * E + 1 + 2 * R), "out": torch.zeros(T, H), "hidden": torch.zeros(R, 2 * I)}
-    return inputs, outputs, MLP_OPTIONS | NOT_APART
+    outputs = {"out": torch.zeros(T, H), "hidden": torch.zeros(R * 2 * I + 2 * PLAN + 1)}
+    return inputs, outputs, MLP_OPTIONS | NO_PLAN
 
 
 def mlp_backward():
@@ -114,8 +115,15 @@ def mlp_backward():
 def mlp_backward_of_ids():
     inputs, outputs, options = mlp_backward()
     counts = inputs["offsets"].diff()
-    packed = [counts, *(inputs.pop(name).flatten() for name in ("offsets", "gather", "inverse"))]
-    return inputs | {"offsets": torch.cat(packed)}, outputs, options | NOT_APART
+    rows = [counts, *(inputs.pop(name).flatten() for name in ("offsets", "gather", "inverse"))]
+    room = torch.zeros(2 * PLAN + 1)
+    room[:PLAN] = torch.cat(rows).view(torch.float32)
+    return inputs | {"hidden": torch.cat([inputs["hidden"].flatten(), room])}, outputs, options | NO_PLAN
+
+
+def plan_in(hidden):
+    """The plan that a flat tensor keeps behind the pre-activation, as a view of it."""
+    return hidden[R * 2 * I :][:PLAN].view(torch.int32)
 
 
 def grouped_mm():

@@ -115,6 +115,24 @@ def test_mlp_of_ids_is_that_of_their_plan(tokens, ids_dtype):
         assert torch.equal(got, want)
 
 
+def test_the_plan_is_kept_behind_an_odd_number_of_elements():
+    tokens, hidden, intermediate, experts = 3, 8, 5, 4
+    ids = torch.tensor([[3], [0], [3]])
+    inputs = [
+        torch.randn(shape).bfloat16().requires_grad_()
+        for shape in ((tokens, hidden), (experts, intermediate, hidden), (experts, hidden, intermediate))
+    ]
+    x, w1, w2 = inputs
+    weights = torch.rand(tokens, 1)
+    plan = RoutingPlan.from_ids(ids, experts)
+    outs = []
+    for routed in ({"ids_TK": ids}, {"ids_TK": None, "plan": plan}):
+        out = functional.moe_mlp(x, weights_TK=weights, w1=w1, w2=w2, activation="relu", **routed)
+        outs.append((out, *torch.autograd.grad(out.sum(), inputs)))
+    for got, want in zip(*outs, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_mlp_with_out_of_range_ids_dropped():
     (x, ids, weights, w1, w2), _ = mlp_case()
     elsewhere = torch.where(ids == 2, 5, ids)

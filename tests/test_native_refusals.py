@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from native_cases import CASES, E, H, I, K, R, T, argument_of, call
+from native_cases import CASES, E, H, I, K, R, T, argument_of, call, plan_in
 
 ARGUMENTS = [(name, argument) for name, case in CASES.items() for argument in (case()[0] | case()[1])]
 OUTPUTS = [(name, argument) for name, case in CASES.items() for argument in case()[1]]
@@ -239,10 +239,10 @@ def test_plan_that_points_outside(name, argument, index, value):
     ("part", "at", "value"), [("offsets", E, 1), ("gather", 2 * E + 1, T), ("inverse", 2 * E + 1 + R, R)]
 )
 def test_plan_in_one_tensor_that_points_outside(part, at, value):
-    packed = argument_of("mlp_backward_of_ids", "offsets")
-    packed[at] = value
+    hidden = argument_of("mlp_backward_of_ids", "hidden")
+    plan_in(hidden)[at] = value
     with pytest.raises(ValueError, match=rf"^{part}\[.*{value}"):
-        call("mlp_backward_of_ids", offsets=packed)
+        call("mlp_backward_of_ids", hidden=hidden)
 
 
 @pytest.mark.parametrize("name", ["offsets", "gather", "inverse"])

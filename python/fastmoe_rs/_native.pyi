@@ -196,8 +196,9 @@ def mlp_forward(
     for mlp_backward.
 
     The plan is offsets, gather and inverse. With ids [T, K], int64 or int32, it is made of them instead,
-    without a capacity: gather and inverse are None, and offsets, int32 [2E + 1 + 2R], receives counts,
-    offsets, gather and inverse, one after the other, or is None.
+    without a capacity, and these are None. hidden is then flat and receives the plan too: behind the R * 2I
+    elements of the pre-activation it has 2(2E + 1 + 2R) + 1 more, and in them, from a multiple of 4 bytes on,
+    int32 counts, offsets, gather and inverse, one after the other.
     """
 
 def mlp_backward(
@@ -209,7 +210,7 @@ def mlp_backward(
     b2: _Tensor | None,
     weights: _Tensor,
     hidden: _Tensor,
-    offsets: _Tensor,
+    offsets: _Tensor | None,
     gather: _Tensor | None,
     inverse: _Tensor | None,
     grad_x: _Tensor | None,
@@ -227,7 +228,7 @@ def mlp_backward(
 ) -> None:
     """Gradients of mlp_forward; each is like its tensor, and None where it is not wanted and not computed.
 
-    Without gather and inverse offsets is a plan that mlp_forward made of ids.
+    Without offsets, gather and inverse the plan is that which mlp_forward made of ids, in hidden.
     add_w1, add_w2: grad_w1, grad_w2 are added to, and may be wide; experts without rows leave them be.
     """
 

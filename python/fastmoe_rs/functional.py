@@ -228,13 +228,14 @@ def moe_mlp(
     """
     if torch._C._is_any_autocast_enabled():
         x_TH, w1, w2, b1, b2 = _autocast(x_TH, w1, w2, b1, b2)
-    layer = x_TH, weights_TK, w1, w2, b1, b2
-    routing = (ids_TK,) if plan is None else _rows(plan)
+    ids, rows = (ids_TK, (None, None, None)) if plan is None else (None, _rows(plan))
+    offsets, gather, inverse = rows
     refused = None
-    if ops.is_direct(layer + routing):
+    if ops.is_direct((x_TH, weights_TK, w1, w2, b1, b2, ids, offsets, gather, inverse)):
         try:
             dense, flipped = _dense(x_TH, weights_TK, w1, w2, b1, b2, transposed)
-            return ops.direct_mlp(dense, routing, (activation, flipped, interleaved))
+            ids = None if ids is None else ids.contiguous()
+            return ops.direct_mlp(dense, ids, rows, (activation, flipped, interleaved))
         except Exception as error:
             refused = error
     # For the others, and to say in the words of this function what the kernel refused.
@@ -250,7 +251,7 @@ def moe_mlp(
     _check_weights(weights_TK, "x", x_TH, plan)
     if refused is not None:
         raise refused
-    dense, transposed = _dense(*layer, transposed)
+    dense, transposed = _dense(x_TH, weights_TK, w1, w2, b1, b2, transposed)
     # A trace is also checked, and run, in other modes than that in which it was made.
     learns = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None
     save_hidden = learns and any(t is not None and t.requires_grad for t in dense)
@@ -448,17 +449,13 @@ def _dense(
     transposed: bool,
 ) -> tuple[tuple[Any, ...], bool]:
     """The arguments as the kernels read them, and whether the weights are transposed now."""
-    if _is_transposed(w1) and _is_transposed(w2):
-        transposed, w1, w2 = not transposed, w1.transpose(1, 2), w2.transpose(1, 2)
-    dense = (
-        x.contiguous(),
-        _wide(weights, x),
-        w1.contiguous(),
-        w2.contiguous(),
-        None if b1 is None else b1.contiguous(),
-        None if b2 is None else b2.contiguous(),
-    )
-    return dense, transposed
+    if not (w1.is_contiguous() and w2.is_contiguous()):
+        if _is_transposed(w1) and _is_transposed(w2):
+            transposed, w1, w2 = not transposed, w1.transpose(1, 2), w2.transpose(1, 2)
+        w1, w2 = w1.contiguous(), w2.contiguous()
+    b1 = None if b1 is None else b1.contiguous()
+    b2 = None if b2 is None else b2.contiguous()
+    return (x.contiguous(), _wide(weights, x), w1, w2, b1, b2), transposed
 
 
 def _is_transposed(w: Tensor) -> bool:

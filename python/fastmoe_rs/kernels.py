@@ -45,14 +45,16 @@ def _run(name: str, first: Tensor, *args: Tensor | None, **options: object) -> N
         getattr(_native, name)(first, *args, **options, threads=torch.get_num_threads())
 
 
-def _recycled(like: Tensor, *shape: int) -> Tensor:
-    """Memory for what is large and comes every step: gradients of weights, the saved pre-activation.
+def _is_pooled(like: Tensor) -> bool:
+    """Whether what is large and comes every step is kept for the next: gradients of weights, what is saved.
 
-    On the CPU, where torch gives freed memory back to the system, it is kept for the next step.
+    On the CPU torch gives freed memory back to the system.
     """
-    if _POOLED and like.is_cpu and _has_memory(like):
-        return _native.empty(shape, _NAMES[like.dtype]) if shape else _native.empty_like(like)
-    return like.new_empty(*shape) if shape else torch.empty_like(like)
+    return _POOLED and like.is_cpu and _has_memory(like)
+
+
+def _recycled(like: Tensor, *shape: int) -> Tensor:
+    return _native.empty(shape, _NAMES[like.dtype]) if _is_pooled(like) else like.new_empty(*shape)
 
 
 def route(
@@ -168,11 +170,6 @@ def plan(
     return counts, offsets, gather, inverse, sorted_weights
 
 
-def packed_plan(ids: Tensor, num_experts: int) -> Tensor:
-    """Memory for the plan that `mlp` makes of `ids`: counts, offsets, gather and inverse in one tensor."""
-    return ids.new_empty(2 * num_experts + 1 + 2 * ids.numel(), dtype=torch.int32)
-
-
 def mlp(
     x: Tensor,
     weights: Tensor,
@@ -191,13 +188,16 @@ def mlp(
 ) -> tuple[Tensor, Tensor | None]:
     """The output [T, H] and, to be saved for the backward, the pre-activation [R, 2I].
 
-    With `ids` their plan is made first, and written to `offsets` if that is a `packed_plan`.
+    With `ids` their plan is made first, and what is saved is flat, with the plan behind the pre-activation.
     """
     out = torch.empty_like(x)
     hidden = None
     if save_hidden:
-        rows = weights.numel() if gather is None else gather.shape[0]
-        hidden = _recycled(x, rows, w1.shape[2 if transposed else 1])
+        width = w1.shape[2 if transposed else 1]
+        if gather is not None:
+            hidden = _recycled(x, gather.shape[0], width)
+        else:  # the plan takes 2E + 1 + 2R numbers of 4 bytes, from a multiple of 4 bytes on
+            hidden = _recycled(x, weights.numel() * (width + 4) + 4 * w1.shape[0] + 3)
     if _has_memory(x):
         _native.mlp_forward(
             x,
@@ -228,7 +228,7 @@ def mlp_backward(
     w2: Tensor,
     b1: Tensor | None,
     b2: Tensor | None,
-    offsets: Tensor,
+    offsets: Tensor | None,
     gather: Tensor | None,
     inverse: Tensor | None,
     hidden: Tensor,
@@ -241,15 +241,15 @@ def mlp_backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, weights, w1, w2, b1 and b2, each where `needs` says so.
 
-    Those of w1 and w2 are added to `sums` where these are given. Without gather and inverse `offsets` is a
-    `packed_plan`.
+    Those of w1 and w2 are added to `sums` where these are given. Without a plan `hidden` has that of the ids.
     """
     x_need, weights_need, w1_need, w2_need, b1_need, b2_need = needs
     grad_x = torch.empty_like(x) if x_need else None
     grad_weights = torch.empty_like(weights) if weights_need else None
     sum_w1, sum_w2 = sums
-    grad_w1 = _recycled(w1) if w1_need and sum_w1 is None else None
-    grad_w2 = _recycled(w2) if w2_need and sum_w2 is None else None
+    recycled = _native.empty_like if _is_pooled(x) else torch.empty_like
+    grad_w1 = recycled(w1) if w1_need and sum_w1 is None else None
+    grad_w2 = recycled(w2) if w2_need and sum_w2 is None else None
     grad_b1 = torch.empty_like(b1) if b1 is not None and b1_need else None
     grad_b2 = torch.empty_like(b2) if b2 is not None and b2_need else None
     if _has_memory(x):

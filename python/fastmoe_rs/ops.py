@@ -61,17 +61,18 @@ def _operator(
 
 def is_direct(args: tuple[Any, ...]) -> bool:
     """Whether a kernel may read the memory of the arguments as it is, and nothing must see the operator."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     if torch._C._get_tracing_state() is not None:
         return False
     for arg in args:
-        kind = type(arg)
-        if kind is Tensor or kind is Parameter:
-            if arg.is_neg():
+        if arg is not None:
+            kind = type(arg)
+            if kind is Tensor or kind is Parameter:
+                if arg.is_neg():
+                    return False
+            elif kind not in _PLAIN:
                 return False
-        elif arg is not None and kind not in _PLAIN:
-            return False
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("fastmoe_rs: torch.func transforms are not supported (grad, vmap, jvp)")
     return not args[0].is_meta
@@ -226,16 +227,16 @@ def _mlp_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ...]
             "fastmoe_rs.moe_mlp: cannot be differentiated, as it was traced or exported without gradients "
             "(torch.no_grad); trace or export it with them"
         )
-    return _only(needs, _mlp_grads(ctx, grad_out, mlp_backward))
+    return _only(needs, _mlp_grads(ctx, grad_out))
 
 
-def _mlp_grads(ctx: Any, grad_out: Tensor, backward: Callable[..., Any]) -> tuple[Any, ...]:
+def _mlp_grads(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     """The gradients of x, weights, w1, w2, b1 and b2, but for what is added to a main_grad."""
     needs = ctx.needs_input_grad[:6]
     arguments = grad_out.contiguous(), *ctx.saved_tensors, *ctx.options, needs
     sums = _main_grads(ctx, arguments, needs[2:4], ("w1", "w2"))
     if sums is None:
-        return backward(*arguments)
+        return mlp_backward(*arguments)
     grads = kernels.mlp_backward(*arguments, sums=sums)
     return *grads[:2], *_added(ctx, sums, grads[2:4]), *grads[4:]
 
@@ -244,10 +245,7 @@ def _main_grads(
     ctx: Any, arguments: tuple[Any, ...], needs: tuple[bool, ...], names: tuple[str, ...]
 ) -> list[Tensor | None] | None:
     """What the gradients of the weights are added to; None where none is, or something must see gradients."""
-    for leaf in ctx.owners:
-        if hasattr(leaf, "main_grad"):
-            break
-    else:
+    if not any(hasattr(leaf, "main_grad") for leaf in ctx.owners):
         return None
     sums = [
         main_grad.target(name, leaf) if need else None
@@ -267,7 +265,10 @@ def _added(ctx: Any, sums: list[Tensor | None], grads: tuple[Tensor | None, ...]
 
 
 class _Mlp(torch.autograd.Function):
-    """`direct_mlp` with gradients; unlike those of the operator, what it saves is no output."""
+    """`direct_mlp` with gradients; unlike those of the operator, what it saves is no output.
+
+    Its calls name every argument: a tuple unpacked into a call takes up to half a microsecond.
+    """
 
     @staticmethod
     def forward(
@@ -278,16 +279,27 @@ class _Mlp(torch.autograd.Function):
         w2: Tensor,
         b1: Tensor | None,
         b2: Tensor | None,
-        ids: Tensor | None,
-        rows: tuple[Any, ...],
-        options: tuple[Any, ...],
+        call: tuple[Any, ...],  # one argument, as autograd looks at each
     ) -> Tensor:
-        if ids is not None:
-            rows = kernels.packed_plan(ids, w1.shape[0]), None, None
-        saved = x, weights, w1, w2, b1, b2, *rows
-        kernel: Callable[..., Any] = kernels.mlp
-        out, hidden = kernel(*saved, *options, True, ids)
-        ctx.save_for_backward(*saved, hidden)
+        ids, (offsets, gather, inverse), options = call
+        activation, transposed, interleaved = options
+        out, hidden = kernels.mlp(
+            x,
+            weights,
+            w1,
+            w2,
+            b1,
+            b2,
+            offsets,
+            gather,
+            inverse,
+            activation,
+            transposed,
+            interleaved,
+            True,
+            ids,
+        )
+        ctx.save_for_backward(x, weights, w1, w2, b1, b2, offsets, gather, inverse, hidden)
         ctx.options = options
         ctx.owners = main_grad.owner(w1), main_grad.owner(w2)
         return out
@@ -296,26 +308,50 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled() or not is_direct((grad_out,)):
             return _mlp_backward(ctx, grad_out, None)
-        return *_mlp_grads(ctx, grad_out, kernels.mlp_backward), None, None, None
+        owner1, owner2 = ctx.owners
+        if hasattr(owner1, "main_grad") or hasattr(owner2, "main_grad"):
+            return _mlp_backward(ctx, grad_out, None)
+        x, weights, w1, w2, b1, b2, offsets, gather, inverse, hidden = ctx.saved_tensors
+        activation, transposed, interleaved = ctx.options
+        needs = ctx.needs_input_grad[:6]
+        grad_x, grad_weights, grad_w1, grad_w2, grad_b1, grad_b2 = kernels.mlp_backward(
+            grad_out.contiguous(),
+            x,
+            weights,
+            w1,
+            w2,
+            b1,
+            b2,
+            offsets,
+            gather,
+            inverse,
+            hidden,
+            activation,
+            transposed,
+            interleaved,
+            needs,
+        )
+        return grad_x, grad_weights, grad_w1, grad_w2, grad_b1, grad_b2, None
 
     jvp = staticmethod(_no_jvp("moe_mlp"))
 
 
-def direct_mlp(dense: tuple[Any, ...], routing: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
+def direct_mlp(
+    dense: tuple[Any, ...], ids: Tensor | None, rows: tuple[Any, ...], options: tuple[Any, ...]
+) -> Tensor:
     """`mlp` of direct tensors.
 
     Args:
         dense: x, weights, w1, w2, b1 and b2.
-        routing: the ids alone, or offsets, gather and inverse of the plan to follow.
+        ids: None where a plan is followed.
+        rows: offsets, gather and inverse of that plan, or three times None.
         options: activation, transposed and interleaved.
     """
-    ids, rows = None, routing
-    if len(routing) == 1:
-        ids, rows = routing[0].contiguous(), (None, None, None)
     if torch.is_grad_enabled():
         for tensor in dense:
             if tensor is not None and tensor.requires_grad:
-                return _Mlp.apply(*dense, ids, rows, options)
+                x, weights, w1, w2, b1, b2 = dense
+                return _Mlp.apply(x, weights, w1, w2, b1, b2, (ids, rows, options))
     kernel: Callable[..., Any] = kernels.mlp
     out, _ = kernel(*dense, *rows, *options, False, ids)
     return out
@@ -416,7 +452,7 @@ mlp = _operator(
 )
 mlp_backward = _operator(
     "mlp_backward(Tensor grad_out, Tensor x, Tensor weights, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2,"
-    " Tensor offsets, Tensor? gather, Tensor? inverse, Tensor hidden, str activation, bool transposed,"
+    " Tensor? offsets, Tensor? gather, Tensor? inverse, Tensor hidden, str activation, bool transposed,"
     " bool interleaved, bool[] needs)"
     " -> (Tensor x, Tensor weights, Tensor w1, Tensor w2, Tensor b1, Tensor b2)",
     *_once("moe_mlp"),

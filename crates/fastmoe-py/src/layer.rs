@@ -141,6 +141,14 @@ impl Layer {
         [Some(x), Some(w1), b1.as_ref(), Some(w2), b2.as_ref(), Some(weights)]
     }
 
+    /// The pre-activation of a call that makes its plan, and that plan, of the one tensor that keeps both.
+    pub fn hidden_and_plan(&self, both: &Tensor) -> Result<[Tensor; 2]> {
+        let Sizes { dtype, tokens, up, top_k, .. } = self.sizes;
+        both.expect_element(dtype.into())?;
+        let legend = "pre-activation + room for the plan";
+        both.with_numbers(&[tokens * top_k, up], self.packed_length(), legend)
+    }
+
     /// Elements of a plan that lies whole in one tensor.
     pub fn packed_length(&self) -> usize {
         let Sizes { tokens, experts, top_k, .. } = self.sizes;

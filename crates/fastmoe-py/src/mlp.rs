@@ -38,14 +38,17 @@ pub fn mlp_forward(
     let threads = self::threads(threads)?;
     let layer = Layer::new(Layout::new(activation, transposed, interleaved)?, x, w1, b1, w2, b2, weights)?;
     let scratch;
-    let packed = match (ids, offsets) {
-        (None, _) => None,
-        (Some(_), Some(plan)) => Some(Tensor::output("offsets", plan)?),
+    let (packed, hidden) = match (ids, optional_output("hidden", hidden)?) {
+        (None, hidden) => (None, hidden),
+        (Some(_), Some(both)) => {
+            let [hidden, plan] = layer.hidden_and_plan(&both)?;
+            (Some(plan), Some(hidden))
+        }
         (Some(_), None) => {
             let (length, place) = (layer.packed_length(), layer.x.place());
             scratch = place.scratch(py, 4 * length)?;
             // SAFETY: the scratch memory is of this size, and dropped after the plan.
-            Some(unsafe { Tensor::int32("offsets", scratch.start(), length, place) })
+            (Some(unsafe { Tensor::int32("plan", scratch.start(), length, place) }), None)
         }
     };
     let ids = optional_input("ids", ids)?;
@@ -58,7 +61,6 @@ pub fn mlp_forward(
     let sizes = problem.layer.sizes;
     let out = Tensor::output("out", out)?;
     out.expect(sizes.dtype, &[sizes.tokens, sizes.hidden], "T, H")?;
-    let hidden = optional_output("hidden", hidden)?;
     if let Some(hidden) = &hidden {
         hidden.expect(sizes.dtype, &problem.hidden_shape(), problem.layer.layout.hidden_legend())?;
     }
@@ -105,7 +107,7 @@ pub fn mlp_backward(
     b2: Option<&Bound<'_, PyAny>>,
     weights: &Bound<'_, PyAny>,
     hidden: &Bound<'_, PyAny>,
-    offsets: &Bound<'_, PyAny>,
+    offsets: Option<&Bound<'_, PyAny>>,
     gather: Option<&Bound<'_, PyAny>>,
     inverse: Option<&Bound<'_, PyAny>>,
     grad_x: Option<&Bound<'_, PyAny>>,
@@ -123,15 +125,18 @@ pub fn mlp_backward(
 ) -> Result<()> {
     let threads = self::threads(threads)?;
     let layer = Layer::new(Layout::new(activation, transposed, interleaved)?, x, w1, b1, w2, b2, weights)?;
-    let rows = match (gather, inverse) {
-        (None, None) => Rows::packed(&layer, &Tensor::input("offsets", offsets)?)?,
-        _ => Rows::given(&layer, Some(offsets), gather, inverse)?,
+    let hidden = Tensor::input("hidden", hidden)?;
+    let (hidden, rows) = match (offsets, gather, inverse) {
+        (None, None, None) => {
+            let [hidden, plan] = layer.hidden_and_plan(&hidden)?;
+            (hidden, Rows::packed(&layer, &plan)?)
+        }
+        _ => (hidden, Rows::given(&layer, offsets, gather, inverse)?),
     };
     let problem = Problem { layer, rows };
     let sizes = problem.layer.sizes;
     let grad_out = Tensor::input("grad_out", grad_out)?;
     grad_out.expect(sizes.dtype, &[sizes.tokens, sizes.hidden], "T, H")?;
-    let hidden = Tensor::input("hidden", hidden)?;
     hidden.expect(sizes.dtype, &problem.hidden_shape(), problem.layer.layout.hidden_legend())?;
     let grads = [
         optional_output("grad_x", grad_x)?,

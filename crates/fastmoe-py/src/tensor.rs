@@ -90,6 +90,16 @@ impl Tensor {
         Self { name, data, bytes, shape, element: Element::I32, place, read_only: false }
     }
 
+    /// The tensor of this shape, and the int32 numbers behind it, that one of a single axis with [`room`] for these holds.
+    pub fn with_numbers(&self, shape: &[usize], count: usize, legend: &str) -> Result<[Self; 2]> {
+        let elements = shape.iter().fold(1, |product: usize, &size| product.saturating_mul(size));
+        self.expect_shape(&[elements.saturating_add(room(count))], legend)?;
+        let first = Self { bytes: elements * self.element.bytes(), shape: shape.into(), ..*self };
+        let start = first.addresses().end.next_multiple_of(4);
+        // SAFETY: the room behind the first holds this many numbers from there on.
+        Ok([first, unsafe { Self::int32(self.name, start, count, self.place) }])
+    }
+
     /// A tensor of one axis as several that follow each other in its memory; fails unless they fill it.
     pub fn split<const N: usize>(&self, parts: [(&'static str, &[usize]); N]) -> Result<[Self; N]> {
         let sizes = parts.map(|(_, shape)| shape.iter().product::<usize>());
@@ -212,6 +222,11 @@ impl Tensor {
     fn addresses(&self) -> Range<usize> {
         self.data.addr()..self.data.addr() + self.bytes
     }
+}
+
+/// Elements of any size, 2 bytes at least, that hold so many int32 numbers from a multiple of 4 bytes on.
+pub fn room(numbers: usize) -> usize {
+    2 * numbers + 1
 }
 
 /// The `TypeError` for an element type that another one was wanted for.
