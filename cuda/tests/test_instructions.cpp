@@ -148,6 +148,9 @@ TEST(stored_matrices) {
     for (int m = 0; m < 4; m++) {
       const int row = (m * 8 + t / 4) * 5 % 32;
       same(p.out[row * 4 + t % 4], p.in[m * 32 + t], "stmatrix");
+      // Elements (2q, g) and (2q + 1, g) of the row g that is stored, with q = t % 4 and g = t / 4.
+      const auto element = [&](int i) { return p.in[m * 32 + i * 4 + t / 8] >> t / 4 % 2 * 16 & 0xffff; };
+      same(p.out[128 + row * 4 + t % 4], element(t % 4 * 2) | element(t % 4 * 2 + 1) << 16, "stmatrix, transposed");
     }
 }
 
