@@ -106,6 +106,8 @@ template <class Store> __device__ void stored_matrices(const uint32_t* in, Store
 }
 PAIR(stmatrix_x4, (const uint32_t* in, uint32_t row), stored_matrices(in, [&](auto& r) { ptx::stmatrix_x4({row}, r); }),
      stored_matrices(in, [&](auto& r) { cute::SM90_U32x4_STSM_N::copy(r[0], r[1], r[2], r[3], *at<cute::uint128_t>(row)); }))
+PAIR(stmatrix_x4_trans, (const uint32_t* in, uint32_t row), stored_matrices(in, [&](auto& r) { ptx::stmatrix_x4_trans({row}, r); }),
+     stored_matrices(in, [&](auto& r) { cute::SM90_U16x8_STSM_T::copy(r[0], r[1], r[2], r[3], *at<cute::uint128_t>(row)); }))
 
 // ---- cp_async.cuh
 #define COPY(bytes)                                                                                                     \

@@ -146,8 +146,10 @@ TEST(stored_matrices) {
   Probe p("probe_stored_matrices");
   for (int t = 0; t < 32; t++)
     for (int m = 0; m < 4; m++) {
-      const int row = (m * 8 + t / 4) * 5 % 32;
-      same(p.out[row * 4 + t % 4], p.in[m * 32 + t], "stmatrix");
+      const int i = t / 4, q = t % 4, at = (m * 8 + i) * 5 % 32 * 4 + q;
+      const auto half = [&](int lane) { return p.half((m * 32 + lane) * 2 + i % 2); };
+      same(p.out[at], p.in[m * 32 + t], "stmatrix");
+      same(p.out[128 + at], half(2 * q * 4 + i / 2) | half((2 * q + 1) * 4 + i / 2) << 16, "stmatrix, transposed");
     }
 }
 
