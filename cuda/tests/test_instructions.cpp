@@ -352,6 +352,7 @@ PTX_D void faulty_pair(const FaultyPair& p) {
     case 17: if (rank == 0 && first) store(p.work, 1); sync_cluster(); if (rank == 1) load(p.work); break;
     case 18: if (first) tma_load_pair(box, &p.map, bar, 0, 0, 0); break;
     case 19: if (first) for (int i = 0; i < 129; i++) mbarrier_expect(bar, 8192); break;
+    case 20: if (t == 1) store_shared(box, t); if (t < 32) ptx::ballot(true); if (first) tma_load(box, &p.map, bar, 0, 0, 0); break;
   }
   sync_cluster();
 }
@@ -362,7 +363,7 @@ TEST(faults_of_pairs) {
   static const char* const messages[] = {"not initialised", "no fence_mbarrier_init", "shared byte", "lanes of the warp differ",
       "returned from the kernel", "returned from the kernel", "out of bounds", "out of bounds", "out of bounds", "no block of rank 2",
       "out of bounds", "16 bytes more than came", "the block", "deadlock", "more arrivals", "race", "deadlock", "of work at byte",
-      "race", "more than 2^20 - 1"};
+      "race", "more than 2^20 - 1", "after a write by lane 1 of this warp"};
   auto in = input<bf16>("in", 64 * 64, [](int64_t) { return 1; });
   const TensorMap map = emulator::make_tensor_map(in.values().data(), 2, 64, 64, 1, 128, 8192, 64, 64, true);
   for (int fault = 0; fault < static_cast<int>(std::size(messages)); fault++) {
