@@ -97,7 +97,8 @@ static void load(const char* what, std::span<const std::unique_ptr<Block>> block
     MBarrier& barrier = mbarrier_at(*block, same_place(barrier_address, *block, 8, 8, what, where), where);
     if (!barrier.fenced) fail(where, "%s: no fence_mbarrier_init after the mbarrier's initialisation", what);
     if (settings.races)
-      block->shadow.write(shared_offset(target), box_bytes(*map), {agent, stamp, warp.id, no_lane, 0, false, false}, warp.known, where);
+      block->shadow.write(shared_offset(target), box_bytes(*map),
+                          {agent, stamp, warp.id, static_cast<uint8_t>(current->lane), warp.epoch, false, false}, warp.known, where);
     Knowledge known = warp.known;
     known.seen.of[agent] = stamp;
     enqueue({.run = [&block = *block, &barrier, map = *map, target, corner, known, where] {
@@ -131,7 +132,8 @@ void tensor_store(const TensorMap* map, uint32_t from, Corner corner, const Wher
   const uint32_t stamp = ++warp.issued;
   if (settings.races) {
     for (uint32_t at = 0; at < box_bytes(*map); at += 16) block.shadow.check_fenced(shared_offset(from) + at, warp.known, where);
-    block.shadow.read(shared_offset(from), box_bytes(*map), {block.cluster.async_agent(warp), stamp, warp.id, static_cast<uint8_t>(current->lane), warp.epoch}, warp.known, where);
+    block.shadow.read(shared_offset(from), box_bytes(*map),
+                      {block.cluster.async_agent(warp), stamp, warp.id, static_cast<uint8_t>(current->lane), warp.epoch}, warp.known, where);
   }
   pieces(*map, from, corner, [&](uint64_t to, uint32_t, uint32_t bytes, bool inside) {
     if (inside) aligned_parts(to, bytes, [&](const void* p, uint32_t n) { check_store(p, n, "tma_store", where); });

@@ -160,8 +160,9 @@ PTX_D void stored_matrices(const Params& p) {
   const int t = thread_id();
   uint32_t r[4];
   for (int i = 0; i < 4; i++) r[i] = word(p, i * 32 + t);
-  stmatrix_x4(shared_memory() + (t * 5 % 32) * 16, r);
-  stmatrix_x4_trans(shared_memory() + (512 + (t * 5 % 32) * 16), r);
+  const Shared row = shared_memory() + (t * 5 % 32) * 16;
+  stmatrix_x4(row, r);
+  stmatrix_x4_trans(row + 512, r);
   sync_warp();
   for (int i = 0; i < 8; i++) put(p, i, load_shared<uint32_t>(shared_memory() + (i * 32 + t) * 4));
 }

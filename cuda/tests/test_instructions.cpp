@@ -146,11 +146,10 @@ TEST(stored_matrices) {
   Probe p("probe_stored_matrices");
   for (int t = 0; t < 32; t++)
     for (int m = 0; m < 4; m++) {
-      const int row = (m * 8 + t / 4) * 5 % 32;
-      same(p.out[row * 4 + t % 4], p.in[m * 32 + t], "stmatrix");
-      // Elements (2q, g) and (2q + 1, g) of the row g that is stored, with q = t % 4 and g = t / 4.
-      const auto element = [&](int i) { return p.in[m * 32 + i * 4 + t / 8] >> t / 4 % 2 * 16 & 0xffff; };
-      same(p.out[128 + row * 4 + t % 4], element(t % 4 * 2) | element(t % 4 * 2 + 1) << 16, "stmatrix, transposed");
+      const int i = t / 4, q = t % 4, at = (m * 8 + i) * 5 % 32 * 4 + q;
+      const auto half = [&](int lane) { return p.half((m * 32 + lane) * 2 + i % 2); };
+      same(p.out[at], p.in[m * 32 + t], "stmatrix");
+      same(p.out[128 + at], half(2 * q * 4 + i / 2) | half((2 * q + 1) * 4 + i / 2) << 16, "stmatrix, transposed");
     }
 }
 
@@ -353,6 +352,7 @@ PTX_D void faulty_pair(const FaultyPair& p) {
     case 17: if (rank == 0 && first) store(p.work, 1); sync_cluster(); if (rank == 1) load(p.work); break;
     case 18: if (first) tma_load_pair(box, &p.map, bar, 0, 0, 0); break;
     case 19: if (first) for (int i = 0; i < 129; i++) mbarrier_expect(bar, 8192); break;
+    case 20: if (t == 1) store_shared(box, t); if (t < 32) ptx::ballot(true); if (first) tma_load(box, &p.map, bar, 0, 0, 0); break;
   }
   sync_cluster();
 }
@@ -363,7 +363,7 @@ TEST(faults_of_pairs) {
   static const char* const messages[] = {"not initialised", "no fence_mbarrier_init", "shared byte", "lanes of the warp differ",
       "returned from the kernel", "returned from the kernel", "out of bounds", "out of bounds", "out of bounds", "no block of rank 2",
       "out of bounds", "16 bytes more than came", "the block", "deadlock", "more arrivals", "race", "deadlock", "of work at byte",
-      "race", "more than 2^20 - 1"};
+      "race", "more than 2^20 - 1", "after a write by lane 1 of this warp"};
   auto in = input<bf16>("in", 64 * 64, [](int64_t) { return 1; });
   const TensorMap map = emulator::make_tensor_map(in.values().data(), 2, 64, 64, 1, 128, 8192, 64, 64, true);
   for (int fault = 0; fault < static_cast<int>(std::size(messages)); fault++) {

@@ -217,8 +217,9 @@ fn maps_are_of_weights_of_rows_in_place_and_of_results() {
     let scaled_act = Some(("scaled_act", 0, [320, 128, 1], 64, false));
     let w1 = |sizes, box_height, along_inner| Some(("w1", 0, sizes, box_height, along_inner));
     let w2 = |sizes, box_height, along_inner| Some(("w2", 0, sizes, box_height, along_inner));
-    let result = |name, sizes| [None, None, Some((name, 0, sizes, 16, false)), None, None];
-    let [y, grad_rows] = ["y", "grad_rows"].map(|name| result(name, [256, 128, 1]));
+    let result =
+        |name, sizes, box_height| [None, None, Some((name, 0, sizes, box_height, false)), None, None];
+    let [y, grad_rows] = ["y", "grad_rows"].map(|name| result(name, [256, 128, 1], 16));
     let halves = |name| [rows(name, 0, 320), rows(name, 320, 320)];
     let ([gate, up], [grad_gate, grad_up]) = (halves("hidden"), halves("grad_hidden"));
     let up_results = [None, None, gate, up, rows("act", 0, 320)];
@@ -230,8 +231,12 @@ fn maps_are_of_weights_of_rows_in_place_and_of_results() {
         ("up_wgmma_bf16_128x256_nt", [None, w1([256, 640, 2], 128, true)], up_results),
         ("gemm_wgmma_bf16_128x256_nt", [act, w2([320, 256, 2], 128, true)], y),
         ("grad_hidden_wgmma_bf16_128x256_nn", [None, w2([320, 256, 2], 64, false)], of_grad_hidden),
-        ("grad_weight_wgmma_bf16_128x256_a", [None, scaled_act], result("grad_w2", [320, 256, 2])),
-        ("grad_weight_wgmma_bf16_128x256_b", [grad_hidden_across, None], result("grad_w1", [256, 640, 2])),
+        ("grad_weight_wgmma_bf16_128x256_a", [None, scaled_act], result("grad_w2", [320, 256, 2], 16)),
+        (
+            "grad_weight_wgmma_bf16_128x256_b",
+            [None, grad_hidden_across],
+            result("grad_w1", [256, 640, 2], 64),
+        ),
         ("gemm_wgmma_bf16_128x256_nn", [grad_hidden, w1([256, 640, 2], 64, false)], grad_rows),
     ]);
     assert_eq!(LAYER.launches(), expected);
@@ -239,8 +244,12 @@ fn maps_are_of_weights_of_rows_in_place_and_of_results() {
         ("up_wgmma_bf16_128x256_nn", [None, w1([640, 256, 2], 64, false)], up_results),
         ("gemm_wgmma_bf16_128x256_nn", [act, w2([256, 320, 2], 64, false)], y),
         ("grad_hidden_wgmma_bf16_128x256_nt", [None, w2([256, 320, 2], 128, true)], of_grad_hidden),
-        ("grad_weight_wgmma_bf16_128x256_b", [scaled_act, None], result("grad_w2", [256, 320, 2])),
-        ("grad_weight_wgmma_bf16_128x256_a", [None, grad_hidden_across], result("grad_w1", [640, 256, 2])),
+        ("grad_weight_wgmma_bf16_128x256_b", [None, scaled_act], result("grad_w2", [256, 320, 2], 64)),
+        (
+            "grad_weight_wgmma_bf16_128x256_a",
+            [None, grad_hidden_across],
+            result("grad_w1", [640, 256, 2], 16),
+        ),
         ("gemm_wgmma_bf16_128x256_nt", [grad_hidden, w1([640, 256, 2], 128, true)], grad_rows),
     ]);
     assert_eq!(Layer { transposed: true, ..LAYER }.launches(), transposed);
@@ -310,8 +319,8 @@ fn factors_of_which_neither_is_gathered_have_one_map() {
     // SAFETY: nothing runs.
     let launches = launched(|queue| unsafe { problem.launch(queue) });
     let left = Some(("left", 0, [264, 100, 1], 64, false));
-    let out = Some(("out", 0, [256, 264, 2], 16, false));
-    let maps = [left, None, None, None, out, None, None];
+    let out = Some(("out", 0, [256, 264, 2], 64, false));
+    let maps = [None, left, None, None, out, None, None];
     assert_eq!(launches, [("grad_weight_wgmma_bf16_128x256_b".to_owned(), maps)]);
 }
 
