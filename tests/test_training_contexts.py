@@ -1,6 +1,8 @@
 """What surrounds a layer in training: autocast, inference_mode, checkpointing, frozen weights, ranks."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from fastmoe_rs import RoutingPlan, functional, nn, reference
+from fastmoe_rs import RoutingPlan, functional, kernels, nn, reference
 from moe_cases import EMULATED, WIDEST, assert_near, differentiable, mlp_case
 
 
@@ -99,6 +101,27 @@ def test_checkpointing_routes_the_recomputation_the_same(jitter, use_reentrant):
     assert torch.equal(*routings)
     for grad, want in zip([x.grad, *gradients(moe)], expected, strict=True):
         assert torch.equal(grad, want)
+
+
+def test_a_forward_that_runs_out_of_memory_keeps_none(monkeypatch):
+    """Its exception is in no cycle: those who try again with less have all their memory."""
+    arguments, options = mlp_case()
+    kept = []
+
+    def fail(*tensors):
+        kept.extend(weakref.ref(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor))
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(kernels._native, "mlp_forward", fail)
+    gc.disable()
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+            functional.moe_mlp(*arguments, **options)
+        given = {id(value) for value in (*arguments, *options.values())}
+        assert len(kept) > len(given & {id(ref()) for ref in kept}) > 0
+        assert all(ref() is None or id(ref()) in given for ref in kept)
+    finally:
+        gc.enable()
 
 
 def test_frozen_experts_train_the_router_and_the_other_way_round():

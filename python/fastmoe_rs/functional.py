@@ -238,19 +238,22 @@ def moe_mlp(
             return ops.direct_mlp(dense, ids, rows, (activation, flipped, interleaved))
         except Exception as error:
             refused = error
-    # For the others, and to say in the words of this function what the kernel refused.
-    _check_mlp(x_TH, w1, w2, b1, b2, activation, transposed, interleaved)
-    experts = w1.shape[0]
-    if plan is None:
-        if ids_TK is None:
-            _check.wanted("ids", None, "expert ids [T, K], or a plan")
-        plan = RoutingPlan.from_ids(ids_TK, experts)
-    _check_plan("x", x_TH, plan)
-    if plan.num_experts != experts:
-        _check.wanted("plan", f"a plan for {plan.num_experts} experts", f"one for the {experts} of w1")
-    _check_weights(weights_TK, "x", x_TH, plan)
-    if refused is not None:
-        raise refused
+    try:
+        # For the others, and to say in the words of this function what the kernel refused.
+        _check_mlp(x_TH, w1, w2, b1, b2, activation, transposed, interleaved)
+        experts = w1.shape[0]
+        if plan is None:
+            if ids_TK is None:
+                _check.wanted("ids", None, "expert ids [T, K], or a plan")
+            plan = RoutingPlan.from_ids(ids_TK, experts)
+        _check_plan("x", x_TH, plan)
+        if plan.num_experts != experts:
+            _check.wanted("plan", f"a plan for {plan.num_experts} experts", f"one for the {experts} of w1")
+        _check_weights(weights_TK, "x", x_TH, plan)
+        if refused is not None:
+            raise refused
+    finally:
+        refused = None  # its traceback holds this frame, and the tensors of those below
     dense, transposed = _dense(x_TH, weights_TK, w1, w2, b1, b2, transposed)
     # A trace is also checked, and run, in other modes than that in which it was made.
     learns = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None
