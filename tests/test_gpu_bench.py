@@ -103,7 +103,7 @@ def bad_peers(folder: Path, **modules: str) -> Path:
     shutil.copytree(PEERS, folder)
     for path in folder.rglob("*.py"):
         with path.open("a") as file:
-            file.write(modules.get(path.stem, ""))
+            file.write(modules.get(path.parent.name if path.stem == "__init__" else path.stem, ""))
     return folder
 
 
@@ -428,6 +428,16 @@ def test_the_readme_gets_a_line_for_each_layer(bench: Any, tmp_path: Path) -> No
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
+    more = tmp_path / "results/more.jsonl"
+    peers = [
+        cell("OLMoE", mode, fastmoe_rs=0.5, torch_grouped=0.1, liger=0.1, sonicmoe=speed)
+        for mode, speed in (("forward", 0.4), ("train", 0.25))
+    ]
+    more.write_text("".join(json.dumps(entry) + "\n" for entry in peers))
+    bench.report.main([str(record), "--readme", str(readme), "--beside", str(more)])
+    text = readme.read_text()
+    assert "[on fewer layers](results/more.md) (OLMoE T4096 forward, OLMoE T4096 train)" in text
+    assert ": `sonicmoe` 1.25 to 2.00." in text
     readme.write_text("no marks")
     with pytest.raises(SystemExit, match="gpu:start"):
         bench.report.main([str(record), "--readme", str(readme)])

@@ -171,10 +171,31 @@ def summary(entries: list[dict], page_path: str) -> str:
     )
 
 
-def fill(readme: Path, entries: list[dict], page_path: Path) -> None:
-    """Puts the summary between the marks."""
-    relative = os.path.relpath(page_path.resolve(), readme.resolve().parent)
-    section = f"<!-- gpu:start -->\n{summary(entries, relative)}<!-- gpu:end -->"
+def others(entries: list[dict], page_path: str, known: set[str]) -> str:
+    """A sentence on the paths of another record that the summary did not have."""
+    ratios: dict[str, list[float]] = {}
+    for cell in of_kind(entries, "cell"):
+        times = {name: taken for name, path in cell["paths"].items() if (taken := seconds(path))}
+        for name in times.keys() - known - {OURS}:
+            ratios.setdefault(name, []).append(times[name] / times[OURS])
+    parts = [f"`{name}` {min(found):.2f} to {max(found):.2f}" for name, found in sorted(ratios.items())]
+    cells = ", ".join(cell["name"] for cell in of_kind(entries, "cell"))
+    return f"\nTimes as long as ours [on fewer layers]({page_path}) ({cells}): {', '.join(parts)}.\n"
+
+
+def fill(readme: Path, entries: list[dict], page_path: Path, beside: Path | None = None) -> None:
+    """Puts the summary between the marks, and what `beside`, another record, has of other projects."""
+
+    def relative(path: Path) -> str:
+        return os.path.relpath(path.resolve(), readme.resolve().parent)
+
+    text = summary(entries, relative(page_path))
+    if beside:
+        known = {
+            name for cell in of_kind(entries, "cell") for name, path in cell["paths"].items() if seconds(path)
+        }
+        text += others([*read(beside)], relative(beside.with_suffix(".md")), known)
+    section = f"<!-- gpu:start -->\n{text}<!-- gpu:end -->"
     old = readme.read_text()
     new, marks = re.subn(r"<!-- gpu:start -->.*?<!-- gpu:end -->", lambda _: section, old, flags=re.DOTALL)
     if not marks:
@@ -188,13 +209,16 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("record", type=Path)
     parser.add_argument("--readme", type=Path, help="a file with gpu marks")
+    parser.add_argument(
+        "--beside", type=Path, help="for the readme: a record with more peers on fewer layers"
+    )
     options = parser.parse_args(argv)
     entries = [*read(options.record)]
     page_path = options.record.with_suffix(".md")
     page_path.write_text(page(entries))
     options.record.with_suffix(".svg").write_text(svg(entries))
     if options.readme:
-        fill(options.readme, entries, page_path)
+        fill(options.readme, entries, page_path, options.beside)
     print(page_path)
     return 0
 

@@ -88,14 +88,20 @@ pub(crate) fn row_tile(
     experts: usize,
 ) -> Tile {
     let rows_per_expert = rows / experts.max(1);
-    let tiles = experts * WIDE.of(rows_per_expert, columns);
+    let tiles = rows.min(experts) * WIDE.of(rows_per_expert.max(1), columns);
     match math.dtype {
         _ if !aligned => ANY,
         DType::F32 => SQUARE,
-        // A warpgroup without rows does nothing, and TMA reads weights faster than cp.async does.
-        _ if gpu.warpgroups() && rows_per_expert <= WARPGROUPS.rows / 2 => WARPGROUPS,
-        _ if gpu.warpgroups() => wide(gpu, WARPGROUPS, tiles),
+        // A warpgroup without rows does nothing, and TMA reads weights faster than cp.async does. Two of five multiprocessors
+        // take all that an H100's memory gives.
+        _ if gpu.warpgroups()
+            && rows_per_expert <= WARPGROUPS.rows / 2
+            && 5 * tiles >= 2 * gpu.device.multiprocessors as usize =>
+        {
+            WARPGROUPS
+        }
         _ if rows_per_expert <= FLAT.rows => FLAT,
+        _ if gpu.warpgroups() => wide(gpu, WARPGROUPS, tiles),
         _ if rows_per_expert < 256 => SQUARE,
         _ => wide(gpu, WIDE, tiles),
     }
@@ -229,6 +235,9 @@ pub(crate) mod tests {
         };
         assert_eq!([32, 33, 255, 256].map(|rows| tile((8, 0), rows)), [FLAT, SQUARE, SQUARE, WIDE]);
         assert_eq!([1, 64, 65, 256].map(|rows| tile((9, 0), rows)), [WARPGROUPS; 4]);
+        let one_token = |top_k, columns| row_tile(&gpu((9, 0), 132, 227), BF16, true, [top_k, columns], 128);
+        assert_eq!([768, 1536, 2048].map(|columns| one_token(8, columns)), [FLAT, FLAT, WARPGROUPS]);
+        assert_eq!(one_token(2, 28672), WARPGROUPS);
         let float = Math { dtype: DType::F32, tf32: true };
         assert_eq!(row_tile(&gpu((9, 0), 132, 227), float, true, [4096, 4096], 8), SQUARE);
         assert_eq!(name("up", BF16, WARPGROUPS, "nt"), ["up", "wgmma", "bf16", "128x256", "nt"]);

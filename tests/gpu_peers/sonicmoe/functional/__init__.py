@@ -1,7 +1,7 @@
 import torch
 from plain import mlp
 
-from .enums import ActivationType
+from ..enums import ActivationType
 
 
 def moe_general_routing_inputs(
