@@ -80,6 +80,61 @@ def test_words_that_differ_on_a_gpu_are_told(monkeypatch: pytest.MonkeyPatch) ->
     assert conformance.differences("approximations", emulated, device) == [0]
 
 
+def test_probes_behind_one_that_ends_the_context_run_in_a_process_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tests/gpu")
+    conformance = importlib.import_module("conformance")
+    killers = {"boxes": "cuCtxSynchronize: CUDA error 715", "pairs": "cuCtxSynchronize: CUDA error 719"}
+
+    class Emulator:
+        def run(self, probe: str, words: bytes) -> bytes:
+            return bytes(4 * conformance.OUT_WORDS)
+
+        def threads(self, probe: str) -> int:
+            return 128
+
+    class Gpu:
+        name, hopper, alive = "a GPU", True, True
+
+        def run(self, probe: str, words: bytes) -> bytes:
+            self.alive &= probe not in killers
+            if not self.alive:
+                raise conformance.CudaError(killers.get(probe, "cuMemcpyHtoD_v2: CUDA error 715"))
+            return (b"\1" if probe == "arrivals" else b"\0").ljust(4 * conformance.OUT_WORDS, b"\0")
+
+    def main(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["conformance.py", *arguments])
+        return conformance.main()
+
+    def in_a_process(command: list[str], **_: object) -> None:
+        assert command[:3] == [sys.executable, conformance.__file__, "--seeds=2"]
+        main(*command[2:])
+
+    record = tmp_path / "record.json"
+    monkeypatch.setattr(conformance, "RECORD", record)
+    monkeypatch.setattr(conformance, "is_built", lambda: True)
+    monkeypatch.setattr(conformance, "Emulator", Emulator)
+    monkeypatch.setattr(conformance, "Gpu", Gpu)
+    monkeypatch.setattr(conformance.subprocess, "run", in_a_process)
+    assert main("--seeds", "2") == 1
+    said = capsys.readouterr().out.splitlines()
+    results = {line.split()[1].rstrip(":"): line for line in said if not line.startswith(" ")}
+    assert list(results) == conformance.PROBES
+    for probe, line in results.items():
+        wanted = f"failed {probe}: {killers.get(probe)}" if probe in killers else f"equal {probe}"
+        assert line == ("differs arrivals: 2 words" if probe == "arrivals" else wanted)
+    killers.clear()
+    assert main("--seeds", "2", "boxes") == 0
+    assert not record.exists()  # neither of failures nor of a part
+    monkeypatch.setattr(conformance, "PROBES", ["lanes", "boxes"])
+    assert main("--seeds", "2") == 0
+    assert record.exists()
+    with pytest.raises(SystemExit):
+        main("box")
+    assert "no such probe: box; there are lanes, boxes" in capsys.readouterr().err
+
+
 @no_gpu
 def test_tests_of_a_gpu_are_skipped_with_the_reason() -> None:
     done = run("-m", "pytest", "-q", "tests/gpu")

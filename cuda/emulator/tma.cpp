@@ -15,15 +15,15 @@ namespace {
 constexpr uint64_t valid_mark = 0x7e2507a9;
 
 // Calls visit(global address, shared address, bytes, inside) for the 16-byte pieces of a box; the piece of a row that
-// crosses the tensor's edge is visited in two parts.
+// crosses the tensor's far end is visited in two parts.
 template <class Visit> void pieces(const TensorMap& map, uint32_t shared, Corner corner, Visit&& visit) {
   const int64_t row_bytes = int64_t{map.box_width} * map.element_bytes, left = int64_t{corner.x} * map.element_bytes;
   const int64_t width = static_cast<int64_t>(map.width * map.element_bytes);
-  const bool matrix_inside = corner.z >= 0 && corner.z < static_cast<int64_t>(map.depth);
+  const bool matrix_inside = corner.z < static_cast<int64_t>(map.depth);
   const uint64_t matrix = map.base + static_cast<uint64_t>(int64_t{corner.z}) * map.matrix_bytes;
   for (int64_t row = 0; row < map.box_height; row++) {
     const int64_t y = corner.y + row;
-    const bool row_inside = matrix_inside && y >= 0 && y < static_cast<int64_t>(map.height);
+    const bool row_inside = matrix_inside && y < static_cast<int64_t>(map.height);
     for (int64_t at = 0; at < row_bytes; at += 16) {
       uint32_t to = shared + static_cast<uint32_t>(row * row_bytes + at);
       if (map.swizzled) to = swizzle128(to);
@@ -32,10 +32,8 @@ template <class Visit> void pieces(const TensorMap& map, uint32_t shared, Corner
           visit(matrix + static_cast<uint64_t>(y) * map.row_bytes + begin, to + static_cast<uint32_t>(begin - left - at),
                 static_cast<uint32_t>(end - begin), inside && row_inside);
       };
-      const int64_t begin = left + at, end = begin + 16;
-      const int64_t first = std::clamp<int64_t>(0, begin, end), last = std::clamp(width, first, end);
-      part(begin, first, false);
-      part(first, last, true);
+      const int64_t begin = left + at, end = begin + 16, last = std::clamp(width, begin, end);
+      part(begin, last, true);
       part(last, end, false);
     }
   }
@@ -54,9 +52,13 @@ template <class Check> void aligned_parts(uint64_t address, uint32_t bytes, Chec
 
 uint32_t box_bytes(const TensorMap& map) { return map.box_width * map.box_height * map.element_bytes; }
 
-void check_box(const TensorMap* map, uint32_t shared, const char* what, const Where& where) {
+void check_box(const TensorMap* map, uint32_t shared, Corner corner, const char* what, const Where& where) {
   if (reinterpret_cast<uintptr_t>(map) % 64) fail(where, "%s: the tensor map is not aligned to 64 bytes", what);
   if (map->mark != valid_mark) fail(where, "%s: that is no tensor map", what);
+  const auto [x, y, z] = corner;
+  if (x < 0 || y < 0 || z < 0) fail(where, "%s at (%d, %d, %d): a coordinate is negative", what, x, y, z);
+  if (int64_t{x} * map->element_bytes % 16)
+    fail(where, "%s at (%d, %d, %d): x is no multiple of 16 bytes, of elements of %u", what, x, y, z, map->element_bytes);
   shared_at(*current->block, shared, box_bytes(*map), map->swizzled ? 1024 : 128, what, where);
 }
 
@@ -85,7 +87,7 @@ static void load(const char* what, std::span<const std::unique_ptr<Block>> block
   preempt();
   Cluster& cluster = *current->cluster;
   Warp& warp = *current->warp;
-  check_box(map, to, what, where);
+  check_box(map, to, corner, what, where);
   pieces(*map, to, corner, [&](uint64_t from, uint32_t, uint32_t bytes, bool inside) {
     if (inside) aligned_parts(from, bytes, [&](const void* p, uint32_t n) { check_load_readonly(p, n, what, where); });
   });
@@ -128,7 +130,7 @@ void tensor_store(const TensorMap* map, uint32_t from, Corner corner, const Wher
   preempt();
   Block& block = *current->block;
   Warp& warp = *current->warp;
-  check_box(map, from, "tma_store", where);
+  check_box(map, from, corner, "tma_store", where);
   const uint32_t stamp = ++warp.issued;
   if (settings.races) {
     for (uint32_t at = 0; at < box_bytes(*map); at += 16) block.shadow.check_fenced(shared_offset(from) + at, warp.known, where);

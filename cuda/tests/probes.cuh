@@ -168,8 +168,8 @@ PTX_D void stored_matrices(const Params& p) {
 }
 PTX_KERNEL(probe_stored_matrices, 32, 1, 1024, stored_matrices, Params)
 
-// A box is loaded from the middle, so that half of it lies outside of its matrix and is zero; it is dumped as it lies in
-// shared memory, and stored where half of it lies outside again.
+// A box is loaded from the middle, so that part of it lies beyond its matrix and is zero; it is dumped as it lies in shared
+// memory, and stored where part of it lies beyond again.
 PTX_D void boxes(const Params& p) {
   const int t = thread_id();
   const Shared box = shared_memory(), full = box + 8192;
@@ -188,7 +188,7 @@ PTX_D void boxes(const Params& p) {
   fence_proxy_async();
   sync_block();
   if (t < 32 && elect_one()) {
-    tma_store(&p.to, box, 8, -16, 1);
+    tma_store(&p.to, box, 8, 16, 1);
     tma_store_commit();
     tma_store_wait_read<0>();
     tma_store_wait<0>();
@@ -196,11 +196,13 @@ PTX_D void boxes(const Params& p) {
 }
 PTX_KERNEL(probe_boxes, 128, 1, 8192 + 8, boxes, Params)
 
-// Boxes that lie outside as a whole, nearby and far away, are zeros; their bytes are counted.
+// Boxes that lie beyond as a whole, nearby and far away, are zeros, whatever was there; their bytes are counted.
 PTX_D void far_boxes(const Params& p) {
-  constexpr int far = 1 << 30, at[5][3] = {{0, 0, 2}, {far, 0, 1}, {0, -far, 1}, {0, 0, far}, {-far, far, -far}};
+  constexpr int far = 1 << 30, at[5][3] = {{64, 0, 0}, {0, 64, 1}, {far, 0, 1}, {far + 64, 32, 0}, {0, far, 1}};
   const int t = thread_id();
   const Shared boxes = shared_memory(), full = boxes + 5 * 8192;
+  for (int i = 0; i < 5 * 16; i++) store_shared(boxes + (i * 128 + t) * 4, ~0u);
+  fence_proxy_async();
   if (t == 0) {
     mbarrier_init(full, 2);
     fence_mbarrier_init();

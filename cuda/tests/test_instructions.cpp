@@ -194,7 +194,7 @@ TEST(boxes) {
   const auto half = [&](int64_t i) { return p.out[i / 2] >> i % 2 * 16 & 0xffff; };
   for (int row = 0; row < 64; row++)
     for (int column = 0; column < 64; column++) {
-      const uint32_t stored = row < 48 && column >= 8 ? boxed(p, row + 16, column - 8, 24, 32, 0) : 0xffff;
+      const uint32_t stored = row >= 16 && column >= 8 ? boxed(p, row - 16, column - 8, 24, 32, 0) : 0xffff;
       same(half((64 + row) * 64 + column), stored, "tma_store");
       same(half(row * 64 + column), 0xffffu, "what tma_store leaves alone");
       same(half(32 * 128 * 2 + swizzled(row, column)), boxed(p, row, column, 24, 32, 0), "tma_load");
@@ -376,6 +376,49 @@ TEST(faults_of_pairs) {
   expect_failure("no multiple of the 2", [&] { launch("test_faulty_pair", 3, FaultyPair{map, work, -1}); });
   expect_failure("clusters have one block", [&] { launch("test_faulty_single", 1, FaultyPair{map, work, 18}); });
   expect_failure("no block of rank 1", [&] { launch("test_faulty_single", 1, FaultyPair{map, work, 0}); });
+}
+
+// Places where a box may begin, and may not.
+struct Placed {
+  TensorMap map;  // a box of 64x64, 8192 bytes
+  emulator::Corner corner;
+  bool store;
+};
+PTX_D void placed(const Placed& p) {
+  const Shared box = shared_memory(), bar = box + 8192;
+  if (thread_id()) return;
+  const auto [x, y, z] = p.corner;
+  mbarrier_init(bar, 1);
+  fence_mbarrier_init();
+  if (p.store) {
+    for (int i = 0; i < 2048; i++) store_shared(box + i * 4, i);
+    fence_proxy_async();
+    tma_store(&p.map, box, x, y, z);
+    tma_store_commit();
+    tma_store_wait<0>();
+  } else {
+    mbarrier_arrive_expect(bar, 8192);
+    tma_load(box, &p.map, bar, x, y, z);
+    mbarrier_wait(bar, 0);
+  }
+}
+PTX_KERNEL(test_placed, 32, 1, 8192 + 8, placed, Placed)
+
+TEST(places_of_boxes) {
+  struct Case { emulator::Corner corner; const char* message; };
+  constexpr int far = 1 << 30;
+  static const Case cases[] = {{{-8, 0, 0}, "at (-8, 0, 0): a coordinate is negative"},
+                               {{0, -1, 0}, "at (0, -1, 0): a coordinate is negative"},
+                               {{0, 0, -1}, "at (0, 0, -1): a coordinate is negative"},
+                               {{4, 0, 0}, "at (4, 0, 0): x is no multiple of 16 bytes, of elements of 2"},
+                               {{8, 1, 1}, nullptr}, {{64, 0, 0}, nullptr}, {{0, 64, 0}, nullptr}, {{0, 0, 2}, nullptr}, {{far, far, far}, nullptr}};
+  for (bool store : {false, true})
+    for (const auto& [corner, message] : cases) {
+      auto work = scratch("work", 2 * 64 * 64, bf16{0});
+      const Placed params{emulator::make_tensor_map(work.values().data(), 2, 64, 64, 2, 128, 8192, 64, 64, true), corner, store};
+      if (message) expect_failure(std::string(store ? "tma_store " : "tma_load ") + message, [&] { launch("test_placed", 1, params); });
+      else launch("test_placed", 1, params);
+    }
 }
 
 // A box of 16x64, 2048 bytes, which a warp fills by stmatrix and stores by TMA.

@@ -1,8 +1,9 @@
 """Holds every instruction of cuda/ptx/device on a GPU against its emulation on the CPU, bit for bit.
 
-python tests/gpu/conformance.py            # needs a GPU, and g++ and nvcc where it is not built
-python tests/gpu/conformance.py --build    # compiles into out/conformance, to be taken elsewhere
-python tests/gpu/conformance.py --state    # whether the sources are those that last passed; never fails
+python tests/gpu/conformance.py              # needs a GPU, and g++ and nvcc where it is not built
+python tests/gpu/conformance.py boxes pairs  # some of its probes, of cuda/tests/probes.cuh; records nothing
+python tests/gpu/conformance.py --build      # compiles into out/conformance, to be taken elsewhere
+python tests/gpu/conformance.py --state      # whether the sources are those that last passed; never fails
 """
 
 import argparse
@@ -34,6 +35,7 @@ BLOCKS = {"pairs": 2}  # one elsewhere
 # Of the tensor maps: 16-bit [2, 64, 64], in boxes of 64x64.
 SIZES, STRIDES, BOX = (64, 64, 2), (128, 8192), (64, 64, 1)
 SHOWN = 8  # words of a probe that are printed where they differ
+UNWRITTEN = 0xA5  # bytes of the results beforehand
 # Floats at the ends of formats: zeros, subnormals, the largest and what rounds beyond them, infinities, NaN.
 EDGES = [0x00000000, 0x80000000, 0x00000001, 0x807FFFFF, 0x00800000, 0x33000001, 0x387FE000, 0x477FEFFF]
 EDGES += [0xC77FF000, 0x7F7F8000, 0xFF7FEFFF, 0x7F7FF000, 0xFF7FFFFF, 0x7F800000, 0xFF800000, 0x7F800001]
@@ -126,6 +128,7 @@ class Emulator:
         source = (c.addressof(memory) + 1023) // 1024 * 1024
         target = source + 4 * IN_WORDS
         c.memmove(source, words, len(words))
+        c.memset(target, UNWRITTEN, 4 * OUT_WORDS)
         maps = c.create_string_buffer(256 + 64)
         at = (c.addressof(maps) + 63) // 64 * 64
         for i, base in enumerate((source, target)):
@@ -154,6 +157,10 @@ class Emulator:
         return threads.value
 
 
+class CudaError(RuntimeError):
+    pass
+
+
 class Gpu:
     def __init__(self) -> None:
         self.cuda = c.CDLL("libcuda.so.1")
@@ -178,7 +185,7 @@ class Gpu:
     def call(self, name: str, *arguments: object) -> None:
         status = getattr(self.cuda, name)(*arguments)
         if status:
-            raise RuntimeError(f"{name}: CUDA error {status}")
+            raise CudaError(f"{name}: CUDA error {status}")
 
     def tensor_map(self, base: int) -> bytes:
         storage = c.create_string_buffer(128 + 64)
@@ -200,7 +207,7 @@ class Gpu:
         )
         self.call("cuMemcpyDtoH_v2", threads, shared, c.c_size_t(8))
         self.call("cuMemcpyHtoD_v2", c.c_uint64(source), words, c.c_size_t(len(words)))
-        self.call("cuMemsetD8_v2", c.c_uint64(target), c.c_ubyte(0), c.c_size_t(4 * OUT_WORDS))
+        self.call("cuMemsetD8_v2", c.c_uint64(target), c.c_ubyte(UNWRITTEN), c.c_size_t(4 * OUT_WORDS))
         maps = self.tensor_map(source) + self.tensor_map(target) if self.hopper else bytes(256)
         params = c.create_string_buffer(launch_params(maps, source, target), PARAMS_BYTES)
         pointers = (c.c_void_p * 1)(c.addressof(params))
@@ -237,14 +244,26 @@ def described(index: int, threads: int, words: bytes, emulated: bytes, device: b
     return f"  word {index}, result {result} of thread {thread}: {values}; from {inputs}"
 
 
+def wrong_words(probe: str, inputs: list[bytes], emulator: Emulator, gpu: Gpu) -> list[str]:
+    wrong = []
+    for words in inputs:
+        emulated, device = emulator.run(probe, words), gpu.run(probe, words)
+        found = differences(probe, emulated, device)
+        wrong += [described(i, emulator.threads(probe), words, emulated, device) for i in found]
+    return wrong
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("probes", nargs="*", metavar="PROBE", help="all without")
     parser.add_argument("--build", action="store_true", help="compile only")
     parser.add_argument("--state", action="store_true", help="say what the record says")
     parser.add_argument("--seeds", type=int, default=50)
     options = parser.parse_args()
+    if unknown := set(options.probes) - set(PROBES):
+        parser.error(f"no such probe: {', '.join(sorted(unknown))}; there are {', '.join(PROBES)}")
     if options.state:
         print(state())
         return 0
@@ -259,19 +278,22 @@ def main() -> int:
     gpu = Gpu()
     failed = []
     inputs = [*map(words_of_seed, range(options.seeds))]
-    for probe in PROBES:
+    probes = options.probes or PROBES
+    for i, probe in enumerate(probes):
         if probe in HOPPER and not gpu.hopper:
             print(f"skipped {probe}: {gpu.name} lacks these instructions")
             continue
-        wrong: list[str] = []
-        for words in inputs:
-            emulated, device = emulator.run(probe, words), gpu.run(probe, words)
-            found = differences(probe, emulated, device)
-            wrong += [described(i, emulator.threads(probe), words, emulated, device) for i in found]
+        try:
+            wrong = wrong_words(probe, inputs, emulator, gpu)
+        except CudaError as error:
+            print(f"failed {probe}: {error}", flush=True)
+            if rest := probes[i + 1 :]:  # nothing runs in this process's context any more
+                subprocess.run([sys.executable, __file__, f"--seeds={options.seeds}", *rest], check=False)
+            return 1
         print(f"{'differs' if wrong else 'equal'} {probe}" + (f": {len(wrong)} words" if wrong else ""))
         print("".join(f"{line}\n" for line in wrong[:SHOWN]), end="", flush=True)
         failed += [probe] * bool(wrong)
-    if not failed and gpu.hopper:
+    if not failed and gpu.hopper and not options.probes:
         record = {"device_half": device_half(), "date": datetime.date.today().isoformat(), "gpu": gpu.name}
         RECORD.write_text(json.dumps(record, indent=2) + "\n")
     return bool(failed)
