@@ -1,6 +1,8 @@
 //! The grouped products: the launches of the `sm80_*.cu` and `sm90_*.cu` kernels, whose parameter structs are mirrored here.
 
-use crate::grouped::{self, Grouped, Maps, results, rows_across, rows_along_inner, transposed_results, weights};
+use crate::grouped::{
+    self, Grouped, Maps, results, rows_across, rows_along_inner, transposed_results, weights,
+};
 use crate::limits;
 use crate::tiles::{Math, aligned, row_clusters, row_tile, weight_clusters, weight_tile};
 use crate::{Buffer, Queue, Result};
@@ -344,7 +346,8 @@ impl GradWeight {
         let Self { math, tokens, rows, experts, offsets, a, b, out: (out, update) } = *self;
         let aligned = rows > 0 && aligned(math.dtype, &[a.columns, b.columns], &[a.rows, b.rows, out]);
         let variant = if a.gather.is_null() { "b" } else { "a" };
-        let (result, transposed) = ([b.columns, a.columns, experts], queue.gpu.warpgroups() && variant == "b");
+        let (result, transposed) =
+            ([b.columns, a.columns, experts], queue.gpu.warpgroups() && variant == "b");
         // Warpgroups gather the rows of a tile, never its columns: they compute such a result the other way round.
         let [rows_of_tile, columns_of_tile] = if transposed { [b, a] } else { [a, b] };
         let sizes = [rows_of_tile, columns_of_tile].map(|factor| factor.columns);
