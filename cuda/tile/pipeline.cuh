@@ -125,12 +125,13 @@ template <class S, Major MA, Major MB, class Kernel, class A, class B> PTX_D voi
     fence_mbarrier_init();
   }
   if (!BUG(pipeline_no_first_sync)) sync_cluster();
-  constexpr int OF_COPIERS = BY_THREADS<A> || BY_THREADS<B> ? 56 : 40;
+  // Registers of a thread of the copying warpgroup, and of the others, which take what is left of all.
+  constexpr int OF_COPIERS = BY_THREADS<A> || BY_THREADS<B> ? 56 : 40, OF_OTHERS = (504 - OF_COPIERS) / S::GROUPS;
   if (thread_id() < WARPGROUP) {
     setmaxnreg_dec<OF_COPIERS>();
     if (thread_id() < COPIERS<A, B>) copy_tiles<S>(kernel, a, b);
   } else {
-    setmaxnreg_inc<252 - OF_COPIERS / 2 - (OF_COPIERS == 40 ? 0 : 0)>();
+    setmaxnreg_inc<OF_OTHERS>();
     multiply_tiles<S, MA, MB, BY_THREADS<A> || BY_THREADS<B>>(kernel);
   }
   if (!BUG(pipeline_no_last_sync)) sync_cluster();  // the other block still says when it is done with places
