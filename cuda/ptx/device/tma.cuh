@@ -3,9 +3,9 @@
 // A tensor is `depth` matrices of `height` rows of `width` elements, a box a part of one matrix: its first element is
 // number x of row y of matrix z. One thread issues a copy.
 //
-// Coordinates are not negative, and x is a multiple of 16 bytes: only such have run on a GPU. A store that begins at a negative
-// coordinate is an error (CUDA Programming Guide, "Negative indices and out of bounds"; loads may, there), and so is any other
-// x. What lies beyond the far ends of the tensor is read as zero and not written, however far away.
+// Coordinates are not negative, and x is a multiple of 16 bytes: only such have run well on a GPU. A store that begins at a
+// negative coordinate is an error (CUDA Programming Guide, "Negative indices and out of bounds"; loads may, there), and so is
+// any other x. What lies beyond the far ends of the tensor is read as zero and not written, however far away.
 #pragma once
 #include "ptx/device/types.cuh"
 
