@@ -4,7 +4,7 @@
     python bench/host_overhead.py --smoke      a check of this program, which writes nothing
 
 A build with the emulator stands for a GPU: the same Python, native module and launch code, up to a driver
-that returns at once. Not in these numbers: what libcuda takes for a launch, and torch's CUDA allocator, for
+that returns at once. Not in these numbers: what libcuda takes for launches and tensor maps, and torch's CUDA allocator, for
 which its CPU allocator stands.
 """
 
