@@ -4,8 +4,8 @@
     python bench/host_overhead.py --smoke      a check of this program, which writes nothing
 
 A build with the emulator stands for a GPU: the same Python, native module and launch code, up to a driver
-that returns at once. Not in these numbers: what libcuda takes for launches and tensor maps, and torch's CUDA allocator, for
-which its CPU allocator stands.
+that returns at once. Not in these numbers: what libcuda takes for launches and tensor maps, and torch's CUDA
+allocator, for which its CPU allocator stands.
 """
 
 from __future__ import annotations
