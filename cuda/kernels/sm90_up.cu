@@ -33,8 +33,8 @@ template <class S, Major MB> struct UpByWarpgroups : Up<S, Major::K, MB> {
     for (int quarter = 0; quarter < 4; quarter++) {
       if (quarter == 2 && this->gated()) break;
       const ResultBox<S> box = results.next();
-      if (this->gated() && !this->halves()) put_activations_of_pairs(box, activation, c, quarter % 2);
-      else put_activations(box, activation, c, quarter);
+      if (this->gated() && !this->halves()) put_activations<true>(box, activation, c, quarter);
+      else put_activations<false>(box, activation, c, quarter);
       results.store(box, Target<T>{out[2], p.act, I, I}, tile.n * units + quarter * BOX, row, tile.end);
     }
   }
@@ -42,42 +42,32 @@ template <class S, Major MB> struct UpByWarpgroups : Up<S, Major::K, MB> {
   static constexpr int SUMS = S::BN / 2, OF_BOX = BOX / 2, BLOCKS = 2;
   using Values = float[4 * BLOCKS][2];  // what the thread has of two blocks of a box
 
-  // The activations of 64 units. Gate columns are in the left half of the tile and their up columns in the right one;
-  // ungated, units are the columns of one quarter.
-  PTX_D void put_activations(const ResultBox<S>& box, const Activation& activation, const typename S::Sums& c, int quarter) const {
+  // The activations of 64 units, number `part` of the tile's. PAIRS: a thread's two columns are gate and up of a unit; else
+  // gate columns are in the left half of the tile and their up columns in the right one; ungated, units are columns.
+  template <bool PAIRS>
+  PTX_D void put_activations(const ResultBox<S>& box, const Activation& activation, const typename S::Sums& c, int part) const {
 #pragma unroll
     for (int first = 0; first < OF_BOX; first += 8 * BLOCKS) {
       Values gate, up, out;
 #pragma unroll
       for (int i = 0; i < 8 * BLOCKS; i++) {
-        const int at = quarter * OF_BOX + first + i;
-        gate[i / 2][i % 2] = c[at];
-        up[i / 2][i % 2] = c[(at + SUMS / 2) % SUMS];
+        const int at = part * OF_BOX + first + i;
+        gate[i / 2][i % 2] = c[PAIRS ? 2 * at % SUMS : at];
+        up[i / 2][i % 2] = c[PAIRS ? (2 * at + 1) % SUMS : (at + SUMS / 2) % SUMS];
       }
       activation.forward(gate, up, out);
+      if constexpr (PAIRS) {
 #pragma unroll
-      for (int block = 0; block < BLOCKS; block++) {
-        typename ResultBox<S>::Block values;
+        for (int i = 0; i < 8 * BLOCKS; i++) box.put_one(i % 2, S::lane_column((first + i) / 2) / 2, out[i / 2][i % 2]);
+      } else {
 #pragma unroll
-        for (int i = 0; i < 4; i++) values[i][0] = out[4 * block + i][0], values[i][1] = out[4 * block + i][1];
-        box.put(first / 8 + block, values);
+        for (int block = 0; block < BLOCKS; block++) {
+          typename ResultBox<S>::Block values;
+#pragma unroll
+          for (int i = 0; i < 4; i++) values[i][0] = out[4 * block + i][0], values[i][1] = out[4 * block + i][1];
+          box.put(first / 8 + block, values);
+        }
       }
-    }
-  }
-  // The same where a thread's two columns are gate and up of a unit.
-  PTX_D void put_activations_of_pairs(const ResultBox<S>& box, const Activation& activation, const typename S::Sums& c, int half) const {
-#pragma unroll
-    for (int first = 0; first < OF_BOX; first += 8 * BLOCKS) {
-      Values gate, up, out;
-#pragma unroll
-      for (int i = 0; i < 8 * BLOCKS; i++) {
-        const int at = 2 * (half * OF_BOX + first + i);
-        gate[i / 2][i % 2] = c[at];
-        up[i / 2][i % 2] = c[at + 1];
-      }
-      activation.forward(gate, up, out);
-#pragma unroll
-      for (int i = 0; i < 8 * BLOCKS; i++) box.put_one(i % 2, S::lane_column((first + i) / 2) / 2, out[i / 2][i % 2]);
     }
   }
 };

@@ -1,4 +1,4 @@
-// The shape of a tile that warpgroups compute (sm_90a), and the way of its sums to memory.
+// The shape of a tile that warpgroups compute (sm_90a).
 //
 // C[m, n] = sum over k of A[m, k] B[n, k]. The first warpgroup copies slices of 64 elements along K into shared memory,
 // STAGES of them in flight; each of the others owns 64 rows of the tile, each of its warps 16. Two blocks form a cluster,
