@@ -4,7 +4,7 @@ use crate::combine::Combine;
 use crate::dtype::Element;
 use crate::gemm::{Product, sums_len};
 use crate::grad_weight::GradWeight;
-use crate::layer::{BLOCK_COLS, Layer, PackedRows, WIDE_COLS, split_gate_up};
+use crate::layer::{BLOCK_COLS, Layer, PackedRows, WIDE_COLS, split_pairs};
 use crate::machine::{Machine, Op};
 use crate::math::dot;
 use crate::matrix::Matrix;
@@ -168,7 +168,9 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Hidden<'_, M, E> {
         let last = start + len == p.intermediate;
         let padding = |cols: usize| units::<M>(cols) * M::UNIT - cols;
         let mut saved = [M::Acc::ZERO; 2 * WIDE_COLS];
-        let [mut gate, mut up, mut out, mut scaled] = [[M::Acc::ZERO; WIDE_COLS]; 4];
+        let mut halves = saved;
+        let [mut out, mut scaled] = [[M::Acc::ZERO; WIDE_COLS]; 2];
+        let pairs = p.interleaved && p.activation.gated();
         // SAFETY: as promised by the caller of `backward`; this task alone writes these columns.
         unsafe {
             for (i, r) in rows.enumerate() {
@@ -177,12 +179,12 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Hidden<'_, M, E> {
                     let row = self.saved.add(r * up_cols + part.start);
                     E::widen(std::slice::from_raw_parts(row, part.len), &mut saved[q * len..][..part.len]);
                 }
-                let (gate, up, out) = (&mut gate[..len], &mut up[..len], &mut out[..len]);
-                if p.activation.gated() {
-                    split_gate_up(&saved, p.interleaved, len, gate, up);
-                } else {
-                    gate.copy_from_slice(&saved[..len]);
+                if pairs {
+                    let (gate, up) = halves[..2 * len].split_at_mut(len);
+                    split_pairs(&saved, gate, up);
                 }
+                let (gate, up) = if pairs { &mut halves } else { &mut saved }[..2 * len].split_at_mut(len);
+                let out = &mut out[..len];
                 if self.grad_out.is_some() {
                     let grad = std::slice::from_raw_parts(sums.add(i * stride), len);
                     for (s, &g) in scaled.iter_mut().zip(grad) {
@@ -195,14 +197,11 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Hidden<'_, M, E> {
                             *slopes.ptr().add(i * self.layer.rows() + r) = dot(grad, out);
                         }
                     }
-                    if p.interleaved && p.activation.gated() {
-                        for j in 0..len {
-                            saved[2 * j] = gate[j];
-                            saved[2 * j + 1] = up[j];
+                    if pairs {
+                        let (gate, up) = halves[..2 * len].split_at(len);
+                        for ((pair, &g), &u) in saved.chunks_exact_mut(2).zip(gate).zip(up) {
+                            (pair[0], pair[1]) = (g, u);
                         }
-                    } else {
-                        saved[..len].copy_from_slice(gate);
-                        saved[len..][..len].copy_from_slice(up);
                     }
                     for (q, part) in parts[..n].iter().enumerate() {
                         let cells = self.grad_h.row(r).cast::<M::Cell>().add(part.start);

@@ -3,7 +3,7 @@
 use crate::combine::Combine;
 use crate::dtype::Element;
 use crate::gemm::{Product, padded_cols, sums_len};
-use crate::layer::{Layer, PackedRows, WIDE_COLS, Work, split_gate_up};
+use crate::layer::{Layer, PackedRows, WIDE_COLS, Work, split_pairs};
 use crate::machine::{Machine, Op};
 use crate::memory::Scratch;
 use crate::pack::units;
@@ -133,11 +133,12 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Up<'_, M, E> {
                     }
                 }
                 let act = &mut out[..len];
-                if p.activation.gated() {
-                    split_gate_up(row, p.interleaved, width, &mut gate[..len], &mut up[..len]);
+                if p.activation.gated() && p.interleaved {
+                    split_pairs(row, &mut gate[..len], &mut up[..len]);
                     p.activation.forward(&gate[..len], &up[..len], act);
                 } else {
-                    p.activation.forward(&row[..len], &row[..len], act);
+                    // Without a gate the second row is not read.
+                    p.activation.forward(&row[..len], &row[stride - width..][..len], act);
                 }
                 let cells = self.act.row(r).cast::<M::Cell>().add(start);
                 M::Cell::narrow(act, std::slice::from_raw_parts_mut(cells, len));

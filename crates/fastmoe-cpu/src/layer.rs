@@ -229,17 +229,10 @@ impl<'a, M: Machine, E: Element<Acc = M::Acc>> Layer<'a, M, E> {
     }
 }
 
-/// Splits a row `[gate | up]` (`up_at` apart) or `g0 u0 g1 u1 ..` into the two halves.
+/// Splits a row `g0 u0 g1 u1 ..` into its halves.
 #[inline(always)]
-pub fn split_gate_up<F: Copy>(row: &[F], interleaved: bool, up_at: usize, gate: &mut [F], up: &mut [F]) {
-    let n = gate.len();
-    if interleaved {
-        for i in 0..n {
-            gate[i] = row[2 * i];
-            up[i] = row[2 * i + 1];
-        }
-    } else {
-        gate.copy_from_slice(&row[..n]);
-        up.copy_from_slice(&row[up_at..up_at + n]);
+pub fn split_pairs<F: Copy>(row: &[F], gate: &mut [F], up: &mut [F]) {
+    for ((pair, g), u) in row.chunks_exact(2).zip(gate).zip(up) {
+        (*g, *u) = (pair[0], pair[1]);
     }
 }

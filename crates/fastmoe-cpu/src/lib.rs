@@ -28,6 +28,7 @@ mod permute;
 mod prefetch;
 mod problem;
 mod route;
+mod row_pointers;
 mod scaled;
 mod simd;
 #[cfg(test)]

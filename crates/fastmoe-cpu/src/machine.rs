@@ -7,6 +7,7 @@
 use crate::dtype::Element;
 use crate::math::Real;
 use crate::prefetch::Prefetch;
+use crate::row_pointers::RowPointers;
 use crate::simd::{Array, Vector};
 
 /// Work that is compiled anew for every machine it runs on.
@@ -44,7 +45,7 @@ pub trait Machine: Copy + Send + Sync + 'static {
     const FEW_ROWS: usize = if Self::WHOLE_TILES {
         8
     } else if Self::MANY_REGISTERS {
-        160
+        96
     } else {
         24
     };
@@ -141,27 +142,48 @@ unsafe fn fma_tile<M: Machine, const R: usize>(t: Tile<'_, M::Acc>) {
     }
 }
 
+/// Units between two steps of the pointers.
+const UNROLL: usize = 4;
+
 /// Keeps all sums in registers; each block of the contraction starts at zero, which keeps rounding small.
 #[inline(always)]
 unsafe fn fma_tile_across<M: Machine, const R: usize, const N: usize>(t: Tile<'_, M::Acc>) {
     // SAFETY: as promised by the caller of `tile`: R rows of A, a panel of B, R rows of C.
     unsafe {
         let mut sums = [[M::V::zero(); N]; R];
-        let whole = t.units / BLOCK * BLOCK;
-        for block in (0..whole).step_by(BLOCK) {
+        let mut a = RowPointers::new(t.a, t.a_stride, R);
+        let mut b = t.b;
+        for _ in 0..t.units / BLOCK {
             t.ahead.step();
-            for k in block..block + BLOCK {
-                add_unit::<M, R, N>(&t, k, &mut sums);
+            for _ in 0..BLOCK / UNROLL {
+                for k in 0..UNROLL {
+                    add_unit::<M, R, N>(&a, b, k, &mut sums);
+                }
+                a.advance(UNROLL);
+                b = b.wrapping_add(UNROLL * M::COLS);
             }
         }
-        for k in whole..t.units {
-            add_unit::<M, R, N>(&t, k, &mut sums);
+        for k in 0..t.units % BLOCK {
+            add_unit::<M, R, N>(&a, b, k, &mut sums);
         }
-        for r in 0..R {
-            for n in 0..N {
-                let c = t.c.add(r * t.c_stride + n * M::V::LANES);
-                let sum = if t.accumulate { M::V::load(c).add(sums[r][n]) } else { sums[r][n] };
-                if t.streams { sum.store_past_caches(c) } else { sum.store(c) }
+        if t.accumulate {
+            for r in 0..R {
+                for n in 0..N {
+                    let c = t.c.add(r * t.c_stride + n * M::V::LANES);
+                    M::V::load(c).add(sums[r][n]).store(c);
+                }
+            }
+        } else if t.streams {
+            for r in 0..R {
+                for n in 0..N {
+                    sums[r][n].store_past_caches(t.c.add(r * t.c_stride + n * M::V::LANES));
+                }
+            }
+        } else {
+            for r in 0..R {
+                for n in 0..N {
+                    sums[r][n].store(t.c.add(r * t.c_stride + n * M::V::LANES));
+                }
             }
         }
     }
@@ -170,20 +192,21 @@ unsafe fn fma_tile_across<M: Machine, const R: usize, const N: usize>(t: Tile<'_
 /// One unit of the contraction.
 #[inline(always)]
 unsafe fn add_unit<M: Machine, const R: usize, const N: usize>(
-    t: &Tile<'_, M::Acc>,
+    a: &RowPointers<M::Acc>,
+    b: *const M::Acc,
     k: usize,
     sums: &mut [[M::V; N]; R],
 ) {
     // SAFETY: as promised by the caller of `tile`.
     unsafe {
-        let mut b = [M::V::zero(); N];
+        let mut panel = [M::V::zero(); N];
         for n in 0..N {
-            b[n] = M::V::load(t.b.add((k * N + n) * M::V::LANES));
+            panel[n] = M::V::load(b.add((k * N + n) * M::V::LANES));
         }
         for r in 0..R {
-            let a = M::V::splat(t.a.add(r * t.a_stride + k));
+            let a = M::V::splat(a.at(r, k));
             for n in 0..N {
-                sums[r][n] = multiply_add::<M>(sums[r][n], a, b[n]);
+                sums[r][n] = multiply_add::<M>(sums[r][n], a, panel[n]);
             }
         }
     }

@@ -29,12 +29,14 @@ impl Prefetch {
     /// Asks for the next few lines.
     #[inline(always)]
     pub fn step(&mut self) {
-        for _ in 0..self.lines_per_step {
-            if self.rows == 0 {
-                return;
+        let mut lines = self.lines_per_step;
+        while lines > 0 && self.rows > 0 {
+            let run = lines.min((self.bytes - self.column).div_ceil(LINE));
+            for _ in 0..run {
+                prefetch_l2(self.row.wrapping_add(self.column));
+                self.column += LINE;
             }
-            prefetch_l2(self.row.wrapping_add(self.column));
-            self.column += LINE;
+            lines -= run;
             if self.column >= self.bytes {
                 self.column = 0;
                 self.row = self.row.wrapping_add(self.stride);

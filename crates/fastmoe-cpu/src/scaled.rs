@@ -5,6 +5,7 @@ use crate::gemm::row_groups;
 use crate::machine::{BLOCK, Machine, Op, multiply_add};
 use crate::pack::{Rows, load};
 use crate::prefetch::Prefetch;
+use crate::row_pointers::RowPointers;
 use crate::simd::Vector;
 
 /// Up to so many tiles of rows, packing takes longer than reading B in place again for each (measured).
@@ -66,18 +67,18 @@ impl<M: Machine, E: Element<Acc = M::Acc>> ScaledRows<'_, '_, M, E> {
         // SAFETY: as promised by the caller of `run`.
         unsafe {
             let mut sums = [[M::V::zero(); N]; R];
-            let a = self.a.add(start * self.a_stride);
+            let mut a = RowPointers::new(self.a.add(start * self.a_stride), self.a_stride, R);
             let mut row = self.b.start.add(column);
-            let whole = self.units / BLOCK * BLOCK;
-            for block in (0..whole).step_by(BLOCK) {
+            for _ in 0..self.units / BLOCK {
                 self.ahead.step();
-                for k in block..block + BLOCK {
-                    self.add_unit::<R, N>(a.add(k), row, &mut sums);
+                for k in 0..BLOCK {
+                    self.add_unit::<R, N>(&a, k, row, &mut sums);
                     row = row.wrapping_add(M::UNIT * self.b.stride);
                 }
+                a.advance(BLOCK);
             }
-            for k in whole..self.units {
-                self.add_unit::<R, N>(a.add(k), row, &mut sums);
+            for k in 0..self.units % BLOCK {
+                self.add_unit::<R, N>(&a, k, row, &mut sums);
                 row = row.wrapping_add(M::UNIT * self.b.stride);
             }
             for r in 0..R {
@@ -93,7 +94,8 @@ impl<M: Machine, E: Element<Acc = M::Acc>> ScaledRows<'_, '_, M, E> {
     #[inline(always)]
     unsafe fn add_unit<const R: usize, const N: usize>(
         &self,
-        a: *const M::Acc,
+        a: &RowPointers<M::Acc>,
+        k: usize,
         row: *const E,
         sums: &mut [[M::V; N]; R],
     ) {
@@ -106,7 +108,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> ScaledRows<'_, '_, M, E> {
                     if M::PAIRS { M::V::zip(p.cast(), p.add(self.b.stride).cast()) } else { load::<M, E>(p) };
             }
             for r in 0..R {
-                let a = M::V::splat(a.add(r * self.a_stride));
+                let a = M::V::splat(a.at(r, k));
                 for n in 0..N {
                     sums[r][n] = multiply_add::<M>(sums[r][n], a, b[n]);
                 }
