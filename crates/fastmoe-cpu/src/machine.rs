@@ -142,7 +142,7 @@ unsafe fn fma_tile<M: Machine, const R: usize>(t: Tile<'_, M::Acc>) {
     }
 }
 
-/// Units between two steps of the pointers.
+/// Units between two steps of the pointers; divides `BLOCK`.
 const UNROLL: usize = 4;
 
 /// Keeps all sums in registers; each block of the contraction starts at zero, which keeps rounding small.
@@ -166,6 +166,7 @@ unsafe fn fma_tile_across<M: Machine, const R: usize, const N: usize>(t: Tile<'_
         for k in 0..t.units % BLOCK {
             add_unit::<M, R, N>(&a, b, k, &mut sums);
         }
+        // Chosen outside the loops, which the compiler unrolls then: sums that it indexes would live on the stack.
         if t.accumulate {
             for r in 0..R {
                 for n in 0..N {
