@@ -1,15 +1,20 @@
-"""One cell of the layer: check every path's answer, time those that agree, measure their memory."""
+"""One cell of the layer: check every path's answer, time those that agree, measure their memory.
+
+With few tokens a call cannot take less time than its weights take to be read. Reading takes turns with the
+paths then, for on a shared machine what memory gives changes within seconds.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import statistics
 import time
 from pathlib import Path
 
 from baselines import Peer
 from cells import OURS, OURS_FRESH, Cell
-from machine import GemmRates, available_bytes, peak_of
-from problem import problem
+from machine import READ_BYTES, GemmRates, available_bytes, peak_of, read_seconds
+from problem import DECODE_TOKENS, problem
 from solver import BOUNDS, Solver, applicable, ours, peer, row_error
 from timing import interleave, significant, summary
 from torch import Tensor
@@ -17,6 +22,7 @@ from torch import Tensor
 from fastmoe_rs import _native
 
 MEMORY_TOKENS = 512
+READS = "reads"
 OWN = frozenset({OURS, OURS_FRESH})
 
 
@@ -101,12 +107,11 @@ def measure(
             solvers.append(peer(path, task))
     first_s, errors = answers(solvers, paths)
     timed = {solver.name: solver for solver in solvers if solver.name in first_s}
-    samples = interleave(
-        {name: solver.timed for name, solver in timed.items()},
-        first_s,
-        always=OWN,
-        deadline=start + seconds,
-    )
+    timers = {name: solver.timed for name, solver in timed.items()}
+    if not cell.train and cell.tokens <= DECODE_TOKENS:
+        timers[READS] = read_seconds
+    samples = interleave(timers, first_s, always=OWN | {READS}, deadline=start + seconds)
+    read_rate = READ_BYTES / statistics.median(samples.pop(READS)) if READS in samples else None
     for name, taken in samples.items():
         paths[name] = summary(taken) | {
             "errors": {key: significant(error, 2) for key, error in errors[name].items()},
@@ -122,12 +127,15 @@ def measure(
         "shape": cell.shape.name,
         "tokens": cell.tokens,
         "paths": paths,
-        **verdict(cell, paths, ceilings, isa, task.active_weight_bytes()),
+        **verdict(cell, paths, ceilings, isa, read_rate and task.active_weight_bytes() / read_rate),
     }
 
 
-def verdict(cell: Cell, paths: dict[str, dict], ceilings: dict, isa: str, active_bytes: float) -> dict:
-    """Ratios of the best peer's time to ours, and our shares of the machine's ceilings."""
+def verdict(cell: Cell, paths: dict[str, dict], ceilings: dict, isa: str, read_s: float | None) -> dict:
+    """Ratios of the best peer's time to ours, and our shares of the machine's ceilings.
+
+    `read_s` is how long reading the weights takes, where that was measured.
+    """
     best = best_peer(paths)
     found: dict = {"best_peer": best, "ratios": {}}
     for name in sorted(OWN & paths.keys()):
@@ -137,6 +145,6 @@ def verdict(cell: Cell, paths: dict[str, dict], ceilings: dict, isa: str, active
         peak, source = peak_of(ceilings, isa, cell.dtype)
         median = paths[OURS]["median_s"]
         found["peak"] = {"share": significant(cell.flops / median / 1e9 / peak), "of": source}
-        if not cell.train:
-            found["read_share"] = significant(active_bytes / median / ceilings["read_bytes_per_s"])
+        if read_s:
+            found["read_share"] = significant(read_s / median)
     return found

@@ -13,12 +13,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from cells import DTYPES
 
 HERE = Path(__file__).parent
+READ_BYTES = 256 << 20
 ISA_VARIABLES = ("FASTMOE_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 # Multiply instructions of an instruction set by element type; types without their own are widened to float32.
 PEAK_INSTRUCTIONS = {
@@ -61,11 +63,17 @@ def gemm_rates(size: int) -> dict[str, GemmRates]:
     return rates
 
 
-def read_ceiling(gibibytes: float, seconds: float) -> float:
-    """Bytes a second of the fastest of torch's reductions over a tensor far beyond the caches."""
-    data = torch.randn(1 << 20).repeat(max(1, int(gibibytes * 256)))
-    fastest = min(best_of(run, seconds) for run in (data.sum, data.amax, lambda: torch.dot(data, data)))
-    return data.numel() * data.element_size() / fastest
+@lru_cache(maxsize=1)
+def _beyond_the_caches() -> torch.Tensor:
+    return torch.randn(1 << 20).repeat(READ_BYTES >> 22)
+
+
+def read_seconds(_turn: int = 0) -> float:
+    """How long torch's sum takes to read `READ_BYTES`."""
+    data = _beyond_the_caches()
+    start = time.perf_counter()
+    data.sum()
+    return time.perf_counter() - start
 
 
 def gemm_peaks(size: int, seconds: float) -> dict[str, dict[str, float]]:
@@ -115,7 +123,7 @@ def ceilings(threads: int, *, smoke: bool) -> dict:
     return {
         "instructions": instruction_peaks(threads),
         "gemm": gemm_peaks(128 if smoke else 2048, seconds),
-        "read_bytes_per_s": read_ceiling(0.01 if smoke else 1.0, seconds),
+        "read_bytes_per_s": READ_BYTES / min(read_seconds() for _ in range(3 if smoke else 30)),
     }
 
 

@@ -215,7 +215,8 @@ def ceilings_text(run: dict) -> str:
     )
     return (
         f"Multiply instructions back to back, GFLOP/s: {instructions}. Square matrix products of 2048, "
-        f"GFLOP/s: {products}. Memory reads: {found['read_bytes_per_s'] / 1e9:.1f} GB/s."
+        f"GFLOP/s: {products}. Memory reads: {found['read_bytes_per_s'] / 1e9:.1f} GB/s at most before the "
+        "first cell; shares of reads are of what they took in turn with the paths."
     )
 
 
