@@ -6,12 +6,14 @@
 use crate::dtype::Element;
 use crate::machine::{Machine, multiply_add};
 use crate::pack::{Rows, load, load_some};
-use crate::simd::{Vector, prefetch_l1, prefetch_l2};
+use crate::simd::{Vector, prefetch_l2};
 
 /// Most rows of A in a group.
 const GROUP: usize = 6;
+/// Bytes of A that the first cache keeps while W streams by.
+const A_IN_L1: usize = 8 << 10;
 /// How far ahead a single row of W is asked for, in bytes.
-const AHEAD: usize = 4096;
+const AHEAD: usize = 3072;
 
 /// `C[rows, cols] = A[rows, inner] W[cols, inner]^T`.
 pub struct Dots<'a, M: Machine, E> {
@@ -41,10 +43,12 @@ impl<M: Machine, E: Element> Dots<'_, M, E> {
     #[inline(always)]
     pub unsafe fn compute(&self) {
         let groups = self.rows.div_ceil(GROUP);
-        let together = match (self.rows, M::MANY_REGISTERS) {
-            (_, true) => 4,
-            (1, false) => 1,
-            (_, false) => 2,
+        // Memory gives one stream of W faster than four; but then all of A is loaded for every row of W.
+        let one_stream = self.rows == 1 && self.a_stride * size_of::<M::Acc>() <= A_IN_L1;
+        let together = match (M::MANY_REGISTERS, one_stream) {
+            (false, _) => 2,
+            (true, true) => 1,
+            (true, false) => 4,
         };
         let mut column = 0;
         while column < self.cols {
@@ -145,12 +149,7 @@ impl<M: Machine, E: Element> Dots<'_, M, E> {
             let mut w = [M::V::zero(); J];
             for q in 0..J {
                 let p = row(q).add(from);
-                let soon = p.cast::<u8>().wrapping_add(ahead);
-                if J == 1 {
-                    prefetch_l1(soon)
-                } else {
-                    prefetch_l2(soon)
-                }
+                prefetch_l2(p.cast::<u8>().wrapping_add(ahead));
                 w[q] = load::<M, E>(p);
             }
             self.multiply::<R, J>(start, from, &w, sums);
