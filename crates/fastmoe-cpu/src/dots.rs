@@ -43,12 +43,13 @@ impl<M: Machine, E: Element> Dots<'_, M, E> {
     #[inline(always)]
     pub unsafe fn compute(&self) {
         let groups = self.rows.div_ceil(GROUP);
-        // Memory gives one stream of W faster than four; but then all of A is loaded for every row of W.
-        let one_stream = self.rows == 1 && self.a_stride * size_of::<M::Acc>() <= A_IN_L1;
-        let together = match (M::MANY_REGISTERS, one_stream) {
-            (false, _) => 2,
-            (true, true) => 1,
-            (true, false) => 4,
+        // Memory gives one stream of W faster than four, but then all of A is loaded for every row of W: where A is as
+        // narrow as W that is the smaller cost.
+        let narrow = M::UNIT > 1 && self.a_stride * size_of::<M::Acc>() <= A_IN_L1;
+        let together = match (self.rows, M::MANY_REGISTERS) {
+            (1, true) if narrow => 1,
+            (_, true) => 4,
+            (_, false) => 2,
         };
         let mut column = 0;
         while column < self.cols {
