@@ -71,9 +71,9 @@ PTX_D void multiply(float (&c)[SUMS], const RingOperand<S, MA>& a, const RingOpe
 // The sums of the left half of a tile's columns.
 template <int SUMS> PTX_D auto left_half(float (&c)[SUMS]) -> float (&)[SUMS / 2] { return reinterpret_cast<float (&)[SUMS / 2]>(c); }
 
-// A warpgroup that has no rows of a tile only says that it is done with the slices, and of one that ends in its left half the
-// right one is not multiplied: its sums are anything, which no one stores. Both blocks of the cluster hear when
-// either is done with a place, since either may fill it for both.
+// A warpgroup that has no rows of a tile only says that it is done with the slices. Of a tile that ends in its left half the
+// right one is not multiplied. Both blocks of the cluster hear when either is done with a place, since either may fill it for
+// both.
 template <class S, Major MA, Major MB, bool FENCE, class Kernel> PTX_D void multiply_tiles(const Kernel& kernel) {
   Stage<S> stage;
   auto walk = kernel.walk();
@@ -91,8 +91,9 @@ template <class S, Major MA, Major MB, bool FENCE, class Kernel> PTX_D void mult
     const int slices = kernel.start(tile, rows, columns);
     const bool has_rows = S::group() * GROUP_ROWS < kernel.height(tile);
     if (has_rows) kernel.prefetch(tile, results);
+    const bool whole = columns.has_right && !BUG(pipeline_left_half);
     typename S::Sums sums;
-    if (slices == 0)
+    if (slices == 0 || !whole)
 #pragma unroll
       for (float& sum : sums) sum = 0;
     const auto multiply_slices = [&](auto& c) {
@@ -112,7 +113,7 @@ template <class S, Major MA, Major MB, bool FENCE, class Kernel> PTX_D void mult
       if (!BUG(pipeline_no_last_wait)) wgmma_wait<0>();
       if (slices > 0 && !BUG(pipeline_early_release)) release(last);
     };
-    if (columns.has_right && !BUG(pipeline_left_half)) multiply_slices(sums);
+    if (whole) multiply_slices(sums);
     else multiply_slices(left_half(sums));
     if (has_rows) kernel.finish(tile, sums, results);
   }
