@@ -85,7 +85,7 @@ def is_mma(instruction: Instruction) -> bool:
 
 
 def columns(product: Instruction) -> int:
-    """Of a product by a warpgroup, "HGMMA.64x256x16.F32"; the others of a kernel are all alike, and count 1."""
+    """Of a product by a warpgroup, "HGMMA.64x256x16.F32"; those of other kernels are alike, and count 1."""
     shape = re.search(r"x(\d+)x", product.opcode)
     return int(shape[1]) if shape else 1
 
