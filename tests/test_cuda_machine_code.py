@@ -22,7 +22,11 @@ PRODUCTS = {
     "tf32": {"HMMA.1688.F32.TF32"},
     "f32": set(),
 }
-BY_WARPGROUPS = {"bf16": {"HGMMA.64x256x16.F32.BF16"}, "f16": {"HGMMA.64x256x16.F32"}}
+# Of all columns of a tile, and of a last one's left half.
+BY_WARPGROUPS = {
+    "bf16": {"HGMMA.64x256x16.F32.BF16", "HGMMA.64x128x16.F32.BF16"},
+    "f16": {"HGMMA.64x256x16.F32", "HGMMA.64x128x16.F32"},
+}
 
 
 @pytest.fixture(scope="module", params=images.CODES)
@@ -101,6 +105,10 @@ def test_products_of_warpgroups_are_not_waited_for_one_by_one(kernels):
         products, wait = len(code) - 2, code.pop()
         assert code == ["WARPGROUP.ARRIVE"] + products * code[-1:], kernel.name
         assert (products, wait) == (4, "WARPGROUP.DEPBAR.LE"), kernel.name
+        assert code[-1].startswith("HGMMA.64x256"), kernel.name
+        # In the loop of left halves as well.
+        counts = {opcode: kernel.opcodes[opcode] for opcode in opcodes(kernel.opcodes, "HGMMA")}
+        assert (set(counts.values()), kernel.opcodes["WARPGROUP.ARRIVE"]) == ({4}, len(counts)), kernel.name
 
 
 def test_fragments_are_read_by_ldmatrix(tiles):

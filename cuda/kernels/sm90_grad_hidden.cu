@@ -103,8 +103,9 @@ template <class S, Major MW> struct GradHiddenByWarpgroups : GradHidden<S, MW> {
       weights[h] = !p.weights ? 1 : at < tile.end ? load_readonly(p.weights + at) : 0;
     }
     if (tile.n * S::BN + S::BN > I) clear_behind(c, I - tile.n * S::BN);
+    const int needed = tile.n * S::BN + S::BN / 2 < I ? TURNS : TURNS / 2;  // others have no units
 #pragma unroll 1
-    for (int round = 0; round < TURNS; round += PLACES) {
+    for (int round = 0; round < needed; round += PLACES) {
 #pragma unroll
       for (int place = 0; place < PLACES; place++) {
         const int turn = round + place, first = tile.n * S::BN + turn * UNITS;
@@ -130,7 +131,7 @@ template <class S, Major MW> struct GradHiddenByWarpgroups : GradHidden<S, MW> {
             scaled_act[part][i] = pack<T>(weights[i % 2] * act[i][0], weights[i % 2] * act[i][1]);
           }
           if (p.slopes && (part + 1) * PART % RUN == 0) store_slopes(tile, first + part * PART / RUN * RUN, slopes);
-          if (part == PARTS / 2 && turn + 1 >= PLACES && turn + 1 < TURNS) {
+          if (part == PARTS / 2 && turn + 1 >= PLACES && turn + 1 < needed) {
             boxes_are_free<0>();
             load(turns, 1 - place, first + UNITS, row);
           }

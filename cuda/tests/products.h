@@ -34,7 +34,12 @@ struct Entry {
     const int slice = 64 / static_cast<int>(sizeof(T));
     return size<T>(any_of({1, slice - 1, slice, 2 * slice + 9, stages * slice, (2 * stages + 1) * slice + 13}));
   }
-  template <class T> int width() const { return size<T>(any_of({1, 37, BN / 2, BN - 3, BN + 20, 2 * BN + 9})); }
+  // In turn, with what ends in either half of a tile.
+  template <class T> int width() const {
+    const int half = BN / 2, quarter = BN / 4;
+    const int widths[] = {1, quarter - 1, quarter, half, BN - 3, BN + quarter + 8, BN + half - 1, BN + half + 8, 2 * BN + 9};
+    return size<T>(widths[(index + emulator::settings.seed) % std::size(widths)]);
+  }
 };
 
 // A test for every entry point of a family; check.operator()<Math>(entry) is one problem.

@@ -146,9 +146,11 @@ template <class S, int SIZE> class Boxes<S, SIZE, Major::MN, true> {
   }
 };
 
-// Points nowhere: for the threads that multiply.
-struct NoBoxes {
-  template <class Element, class Place> PTX_D void start(const Rows<Element>&, int, Place) {}
+// Points nowhere: for the threads that multiply, which look at nothing but whether the right half of a tile is there.
+template <int SIZE> struct NoBoxes {
+  bool has_right = true;
+
+  template <class Element, class Place> PTX_D void start(const Rows<Element>&, int, Place place) { has_right = place(SIZE / 2) >= 0; }
 };
 
 }  // namespace tile

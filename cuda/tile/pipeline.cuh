@@ -56,10 +56,10 @@ template <class S, Major MAJOR> struct RingOperand {
   }
 };
 
-// c = A B^T of a slice, as far as the warpgroup's rows are concerned, plus c where it `adds`; does not wait for it. FENCE:
-// threads have copied it.
-template <class S, Major MA, Major MB, bool FENCE>
-PTX_D void multiply(typename S::Sums& c, const RingOperand<S, MA>& a, const RingOperand<S, MB>& b, int stage, bool adds) {
+// c = A B^T of a slice, as far as the warpgroup's rows and the columns of c are concerned, plus c where it `adds`; does not
+// wait for it. FENCE: threads have copied it.
+template <class S, Major MA, Major MB, bool FENCE, int SUMS>
+PTX_D void multiply(float (&c)[SUMS], const RingOperand<S, MA>& a, const RingOperand<S, MB>& b, int stage, bool adds) {
   if (FENCE && !BUG(pipeline_no_fence)) fence_proxy_async();  // cp.async writes as threads do
   wgmma_fence();
 #pragma unroll
@@ -68,13 +68,18 @@ PTX_D void multiply(typename S::Sums& c, const RingOperand<S, MA>& a, const Ring
   wgmma_commit();
 }
 
-// A warpgroup that has no rows of a tile only says that it is done with the slices. Both blocks of the cluster hear when
-// either is done with a place, since either may fill it for both.
+// The sums of the left half of a tile's columns.
+template <int SUMS> PTX_D auto left_half(float (&c)[SUMS]) -> float (&)[SUMS / 2] { return reinterpret_cast<float (&)[SUMS / 2]>(c); }
+
+// A warpgroup that has no rows of a tile only says that it is done with the slices. Of a tile that ends in its left half the
+// right one is not multiplied. Both blocks of the cluster hear when either is done with a place, since either may fill it for
+// both.
 template <class S, Major MA, Major MB, bool FENCE, class Kernel> PTX_D void multiply_tiles(const Kernel& kernel) {
   Stage<S> stage;
   auto walk = kernel.walk();
   typename decltype(walk)::Tile tile;
-  NoBoxes none;
+  NoBoxes<S::BM> rows;
+  NoBoxes<S::BN> columns;
   typename Kernel::Results results;
   const RingOperand<S, MA> a(shared_memory() + S::group() * GROUP_ROWS * BOX_ROW_BYTES);
   const RingOperand<S, MB> b(shared_memory() + S::A_BYTES);
@@ -83,28 +88,33 @@ template <class S, Major MA, Major MB, bool FENCE, class Kernel> PTX_D void mult
     if (lane < 2 - BUG(pipeline_release_one_block)) mbarrier_release_at(empty, BUG(pipeline_release_own) ? cluster_rank() : lane);
   };
   while (walk.next(tile)) {
-    const int slices = kernel.start(tile, none, none);
+    const int slices = kernel.start(tile, rows, columns);
     const bool has_rows = S::group() * GROUP_ROWS < kernel.height(tile);
     if (has_rows) kernel.prefetch(tile, results);
+    const bool whole = columns.has_right && !BUG(pipeline_left_half);
     typename S::Sums sums;
-    if (slices == 0)
+    if (slices == 0 || !whole)
 #pragma unroll
       for (float& sum : sums) sum = 0;
-    Shared last = stage.empty();
-    for (int s = 0; s < slices; s++, stage.advance()) {
-      if (!BUG(pipeline_no_full_wait)) mbarrier_wait(stage.full(), stage.parity);
-      if (has_rows) {
-        multiply<S, MA, MB, FENCE>(sums, a, b, stage.index, s > 0 || BUG(pipeline_adds_to_last));
-        if (BUG(pipeline_early_release)) release(stage.empty());
-        wgmma_wait<1>();
-      } else {
-        sync_warp();  // lanes that lag behind must not miss the round
+    const auto multiply_slices = [&](auto& c) {
+      Shared last = stage.empty();
+      for (int s = 0; s < slices; s++, stage.advance()) {
+        if (!BUG(pipeline_no_full_wait)) mbarrier_wait(stage.full(), stage.parity);
+        if (has_rows) {
+          multiply<S, MA, MB, FENCE>(c, a, b, stage.index, s > 0 || BUG(pipeline_adds_to_last));
+          if (BUG(pipeline_early_release)) release(stage.empty());
+          wgmma_wait<1>();
+        } else {
+          sync_warp();  // lanes that lag behind must not miss the round
+        }
+        if (s > 0 && !BUG(pipeline_early_release)) release(last);
+        last = stage.empty();
       }
-      if (s > 0 && !BUG(pipeline_early_release)) release(last);
-      last = stage.empty();
-    }
-    if (!BUG(pipeline_no_last_wait)) wgmma_wait<0>();
-    if (slices > 0 && !BUG(pipeline_early_release)) release(last);
+      if (!BUG(pipeline_no_last_wait)) wgmma_wait<0>();
+      if (slices > 0 && !BUG(pipeline_early_release)) release(last);
+    };
+    if (whole) multiply_slices(sums);
+    else multiply_slices(left_half(sums));
     if (has_rows) kernel.finish(tile, sums, results);
   }
   if (leads_warp()) tma_store_wait<0>();

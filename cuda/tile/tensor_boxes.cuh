@@ -14,8 +14,8 @@ template <class Params> struct Mapped {
   Params params;
 };
 
-// As Boxes, with the same layout. What lies outside the tensor becomes zeros; rows of another expert may come along with
-// those of the tile, which are no one's results.
+// As Boxes, with the same layout. What lies outside the tensor becomes zeros, but a right half that is not there is left as it
+// is; rows of another expert may come along with those of the tile, which are no one's results.
 template <class S, int SIZE, Major MAJOR> class TensorBoxes {
   static constexpr bool ALONG_K = MAJOR == Major::K;
   static constexpr int HALF = SIZE / 2, BOXES = ALONG_K ? 1 : HALF / BOX;  // BOXES of either half
@@ -48,10 +48,11 @@ template <class S, int SIZE, Major MAJOR> class TensorBoxes {
   }
   PTX_D void copy(Shared slice, Shared full, bool shared) {
     if (thread_id() == 0) {
-      mbarrier_expect(full, 2 * BOXES * BOX_BYTES);
+      const int halves = at[1] == NOWHERE ? 1 : 2;
+      mbarrier_expect(full, (BUG(box_expects_missing) ? 2 : halves) * BOXES * BOX_BYTES);
 #pragma unroll
       for (int half = 0; half < 2; half++)
-        if (!shared || half == cluster_rank()) copy_half(half, slice + half * BOXES * BOX_BYTES, full, shared);
+        if (half < halves && (!shared || half == cluster_rank())) copy_half(half, slice + half * BOXES * BOX_BYTES, full, shared);
     }
     k += S::SLICE;
   }

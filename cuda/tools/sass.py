@@ -43,11 +43,11 @@ class Function:
     code: list[Instruction]
 
     def main_loop(self) -> list[Instruction]:
-        """The loop of the steady state: of the innermost loops with matrix products the one with the most of
-        them. Empty where no loop has any."""
+        """The loop of the steady state: of the innermost loops with matrix products the one with the most, or
+        the widest, of them. Empty where no loop has any."""
         loops = [loop for loop in self._loops() if any(is_mma(self.code[i]) for i in loop)]
         innermost = [loop for loop in loops if not any(inner < loop for inner in loops)]
-        products = [sum(is_mma(self.code[i]) for i in loop) for loop in innermost]
+        products = [sum(columns(self.code[i]) for i in loop if is_mma(self.code[i])) for loop in innermost]
         if not innermost:
             return []
         return [self.code[i] for i in sorted(innermost[products.index(max(products))])]
@@ -82,6 +82,12 @@ class Function:
 
 def is_mma(instruction: Instruction) -> bool:
     return MMA.match(instruction.opcode) is not None
+
+
+def columns(product: Instruction) -> int:
+    """Of a product by a warpgroup, "HGMMA.64x256x16.F32"; those of other kernels are alike, and count 1."""
+    shape = re.search(r"x(\d+)x", product.opcode)
+    return int(shape[1]) if shape else 1
 
 
 def bytes_moved(instruction: Instruction) -> int:
