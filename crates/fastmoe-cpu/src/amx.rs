@@ -3,7 +3,7 @@
 //! Operands are packed as for the AVX-512 dot products: a tile register of A is 16 rows of 16 pairs, one of B
 //! 16 pairs by 16 columns, which is what a panel of pairs looks like in memory.
 
-use crate::machine::{Avx512Pairs, BLOCK, Machine, Op, Tile};
+use crate::machine::{Avx512Pairs, BLOCK, Machine, Op, Tile, TileUpdate};
 use crate::simd::F32x16;
 use std::arch::asm;
 use std::sync::LazyLock;
@@ -120,7 +120,7 @@ unsafe fn full_tile(t: &mut Tile<'_, f32>) {
     let (c0, c1) = (t.c, t.c.wrapping_add(16 * t.c_stride));
     // SAFETY: 32 rows of A and C and a panel of B are valid; between the blocks nothing else uses tiles.
     unsafe {
-        if t.accumulate {
+        if t.update == TileUpdate::Add {
             asm!(
                 "tileloadd tmm0, [{c0} + {s}]", "tileloadd tmm1, [{c0} + {s} + 64]",
                 "tileloadd tmm2, [{c1} + {s}]", "tileloadd tmm3, [{c1} + {s} + 64]",
@@ -159,7 +159,7 @@ unsafe fn half_tile(t: &mut Tile<'_, f32>) {
     let (a_stride, c_stride) = (t.a_stride * UNIT, t.c_stride * UNIT);
     // SAFETY: 16 rows of A and C and a panel of B are valid; between the blocks nothing else uses tiles.
     unsafe {
-        if t.accumulate {
+        if t.update == TileUpdate::Add {
             asm!(
                 "tileloadd tmm0, [{c} + {s}]", "tileloadd tmm1, [{c} + {s} + 64]",
                 c = in(reg) t.c, s = in(reg) c_stride,

@@ -2,7 +2,7 @@
 
 use crate::dots::Dots;
 use crate::dtype::Element;
-use crate::machine::{BLOCK, Machine, Tile};
+use crate::machine::{BLOCK, Machine, Tile, TileUpdate};
 use crate::memory::Scratch;
 use crate::pack::{Rows, pack_panels_kn, pack_panels_nk, units};
 use crate::prefetch::Prefetch;
@@ -231,8 +231,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
                             units: M::DEPTH.min(units - k),
                             c: self.c.add(start * self.c_stride() + block.c + panel * M::COLS),
                             c_stride: self.c_stride(),
-                            accumulate: block.from + k > 0,
-                            streams: false,
+                            update: if block.from + k > 0 { TileUpdate::Add } else { TileUpdate::Write },
                             ahead,
                         });
                     }

@@ -3,7 +3,7 @@
 use crate::dtype::Element;
 use crate::gemm::{padded_cols, row_groups};
 use crate::layer::Work;
-use crate::machine::{Machine, Op, Tile};
+use crate::machine::{Machine, Op, Tile, TileUpdate};
 use crate::matrix::Matrix;
 use crate::memory::Scratch;
 use crate::pack::{row_stride, units};
@@ -268,20 +268,21 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
             }
         };
         let mut nothing = Prefetch::NONE;
-        // Sums that are complete at once and of dW's type need not pass through the cache.
+        // Sums that are complete at once, and of dW's type or rounded to it in registers, need not pass through the cache.
         let size = size_of::<M::V>();
+        let rounds = M::PAIRS && !M::WHOLE_TILES;
         let direct = streams
-            && E::WIDE
+            && (E::WIDE || rounds)
             && all <= M::DEPTH
             && cols.is_multiple_of(M::COLS)
             && job.out.addr().is_multiple_of(size)
             && (n * size_of::<E>()).is_multiple_of(size);
+        let update = match direct {
+            true if rounds => TileUpdate::StreamRounded,
+            true => TileUpdate::Stream,
+            false => TileUpdate::Write,
+        };
         for (start, end) in row_groups::<M>(rows) {
-            let (c, c_stride) = if direct {
-                (job.out.cast::<M::Acc>().wrapping_add(first + start * n), n)
-            } else {
-                (sums.ptr(), stride)
-            };
             for k in (0..all).step_by(M::DEPTH) {
                 for panel in (0..stride).step_by(M::COLS) {
                     old.step();
@@ -293,10 +294,13 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
                             rows: end - start,
                             b: job.b(expert, col + panel).add(k * M::COLS),
                             units: M::DEPTH.min(all - k),
-                            c: c.add(panel),
-                            c_stride,
-                            accumulate: k > 0,
-                            streams: direct,
+                            c: if direct {
+                                job.out.cast::<E>().add(first + start * n + panel).cast()
+                            } else {
+                                sums.ptr().add(panel)
+                            },
+                            c_stride: if direct { n } else { stride },
+                            update: if k > 0 { TileUpdate::Add } else { update },
                             ahead: &mut nothing,
                         });
                     }

@@ -9,6 +9,7 @@ use crate::math::Real;
 use crate::prefetch::Prefetch;
 use crate::row_pointers::RowPointers;
 use crate::simd::{Array, Vector};
+use half::bf16;
 
 /// Work that is compiled anew for every machine it runs on.
 pub trait Op<M: Machine> {
@@ -92,12 +93,23 @@ pub struct Tile<'a, F> {
     pub c: *mut F,
     /// Numbers from one row of C to the next.
     pub c_stride: usize,
-    /// Adds to C instead of writing it.
-    pub accumulate: bool,
-    /// Writes C past the caches, see `Vector::store_past_caches`.
-    pub streams: bool,
+    /// What becomes of C.
+    pub update: TileUpdate,
     /// Memory that will be wanted soon.
     pub ahead: &'a mut Prefetch,
+}
+
+/// What a tile does with its sums.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum TileUpdate {
+    /// Writes them.
+    Write,
+    /// Adds them to what is there.
+    Add,
+    /// Writes them past the caches, see `Vector::store_past_caches`.
+    Stream,
+    /// Writes them past the caches as bf16, of which C is then made; for machines with `PAIRS`.
+    StreamRounded,
 }
 
 /// Packed operands are padded with zeros to a multiple of this many units along the contraction.
@@ -166,24 +178,37 @@ unsafe fn fma_tile_across<M: Machine, const R: usize, const N: usize>(t: Tile<'_
         for k in 0..t.units % BLOCK {
             add_unit::<M, R, N>(&a, b, k, &mut sums);
         }
+        let at = |r: usize, n: usize| r * t.c_stride + n * M::V::LANES;
         // Chosen outside the loops, which the compiler unrolls then: sums that it indexes would live on the stack.
-        if t.accumulate {
-            for r in 0..R {
-                for n in 0..N {
-                    let c = t.c.add(r * t.c_stride + n * M::V::LANES);
-                    M::V::load(c).add(sums[r][n]).store(c);
+        match t.update {
+            TileUpdate::Write => {
+                for r in 0..R {
+                    for n in 0..N {
+                        sums[r][n].store(t.c.add(at(r, n)));
+                    }
                 }
             }
-        } else if t.streams {
-            for r in 0..R {
-                for n in 0..N {
-                    sums[r][n].store_past_caches(t.c.add(r * t.c_stride + n * M::V::LANES));
+            TileUpdate::Add => {
+                for r in 0..R {
+                    for n in 0..N {
+                        let c = t.c.add(at(r, n));
+                        M::V::load(c).add(sums[r][n]).store(c);
+                    }
                 }
             }
-        } else {
-            for r in 0..R {
-                for n in 0..N {
-                    sums[r][n].store(t.c.add(r * t.c_stride + n * M::V::LANES));
+            TileUpdate::Stream => {
+                for r in 0..R {
+                    for n in 0..N {
+                        sums[r][n].store_past_caches(t.c.add(at(r, n)));
+                    }
+                }
+            }
+            TileUpdate::StreamRounded => {
+                for r in 0..R {
+                    for n in (0..N - N % 2).step_by(2) {
+                        let c = t.c.cast::<bf16>().add(at(r, n));
+                        M::V::store_rounded_past_caches([sums[r][n], sums[r][n + 1]], c);
+                    }
                 }
             }
         }
@@ -269,6 +294,6 @@ machine!(
 #[cfg(target_arch = "x86_64")]
 machine!(
     /// bf16 by AVX-512 dot products.
-    Avx512Pairs, f32, half::bf16, crate::simd::F32x16, 12 x 2, true,
+    Avx512Pairs, f32, bf16, crate::simd::F32x16, 12 x 2, true,
     "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 );

@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 #[derive(Clone, Copy)]
 pub struct F32x16(__m512);
 
-// SAFETY: reached only from functions compiled for AVX-512 F, BW, VL and DQ (and BF16 for `dot_pairs`).
+// SAFETY: reached only from functions compiled for AVX-512 F, BW, VL and DQ (and BF16 for what rounds or multiplies bf16).
 unsafe impl Vector for F32x16 {
     type Cell = f32;
     const LANES: usize = 16;
@@ -37,6 +37,14 @@ unsafe impl Vector for F32x16 {
     unsafe fn store_past_caches(self, p: *mut f32) {
         // SAFETY: see the impl.
         unsafe { _mm512_stream_ps(p, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn store_rounded_past_caches([low, high]: [Self; 2], p: *mut bf16) {
+        // SAFETY: see the impl.
+        unsafe {
+            let rounded = _mm512_cvtne2ps_pbh(high.0, low.0);
+            _mm512_stream_si512(p.cast(), std::mem::transmute::<__m512bh, __m512i>(rounded));
+        }
     }
     #[inline(always)]
     unsafe fn add(self, other: Self) -> Self {

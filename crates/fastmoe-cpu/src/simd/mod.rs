@@ -48,6 +48,11 @@ pub unsafe trait Vector: Copy {
     }
     /// `self + other`.
     unsafe fn add(self, other: Self) -> Self;
+    /// Rounds two registers of f32 to bf16, and stores them as `store_past_caches` does. What is too small for a normal
+    /// number may become zero.
+    unsafe fn store_rounded_past_caches(_: [Self; 2], _p: *mut bf16) {
+        unreachable!("only registers with bf16 dot products round to bf16")
+    }
     /// `self + a * b`.
     unsafe fn fma(self, a: Self, b: Self) -> Self;
     /// Sum of the lanes in a fixed order.
