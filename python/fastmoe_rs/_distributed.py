@@ -35,7 +35,7 @@ def place(group: Any) -> tuple[int, int]:
     """This rank's number in a group, and how many there are; None is the default group."""
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("group: torch.distributed is not initialized, call init_process_group first")
-    outside = dist.GroupMember.NON_GROUP_MEMBER
+    outside: Any = dist.GroupMember.NON_GROUP_MEMBER
     if not (group is None or group is outside or isinstance(group, dist.ProcessGroup)):
         what = "None or a torch.distributed.ProcessGroup (mesh.get_group() of a DeviceMesh)"
         _check.wanted("group", type(group).__name__, what, TypeError)
@@ -45,7 +45,7 @@ def place(group: Any) -> tuple[int, int]:
 
 
 def agree(name: str, given: str, group: Any) -> None:
-    """Raise on all ranks where they are given different things: later collectives of theirs would not meet."""
+    """Raise on all ranks where they are given different things, as their collectives would not meet."""
     told: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(told, given, group=group)
     for rank, other in enumerate(told):
