@@ -121,7 +121,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, group: dist.ProcessGroup 
     torch's own would scale by another norm on every rank, and the copies of a router would drift apart.
 
     Args:
-        model: a model after `shard_experts`, or within DistributedDataParallel.
+        model: a model after `shard_experts`, or within DistributedDataParallel. Without shared-out experts
+            ranks need not call together.
         max_norm: the gradients are scaled down to this 2-norm where theirs is larger.
         group: the one of its experts.
 
@@ -130,15 +131,16 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, group: dist.ProcessGroup 
     """
     apart = {weight for share in _parallel(model).values() for weight in share.parameters()}
     learning = [weight for weight in model.parameters() if weight.grad is not None]
-    device = next(model.parameters()).device
 
     def squared_norm(local: bool) -> Tensor:
         grads = [w.grad for w in learning if w.grad is not None and (w in apart) is local]
-        return get_total_norm(grads).to(device).square()
+        return get_total_norm(grads).to(next(model.parameters()).device).square()
 
-    norm = (squared_norm(False) + all_reduced(squared_norm(True), True if group is None else group)).sqrt()
-    clip_grads_with_norm_(learning, max_norm, norm)
-    return norm
+    squares = squared_norm(local=False)
+    if apart:
+        squares = squares + all_reduced(squared_norm(local=True), True if group is None else group)
+    clip_grads_with_norm_(learning, max_norm, squares.sqrt())
+    return squares.sqrt()
 
 
 def _parallel(model: nn.Module) -> dict[str, ExpertParallel]:
