@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import fastmoe_rs
-from fastmoe_rs import RoutingPlan, nn
+from fastmoe_rs import RoutingPlan, functional, nn
 from fastmoe_rs.expert_parallel import ExpertParallel, clip_grad_norm_, full_state_dict, shard_experts
 from moe_cases import DTYPES, EMULATED, WIDEST, Stack, assert_near, assert_same
 
@@ -146,8 +146,21 @@ def capacity_of_fixed_buffers(rank, ranks):
         assert_same(moe.router.weight.grad, full.router.weight.grad)
         for name, weight in moe.experts.named_parameters():
             assert_same(weight.grad, summed(full.experts.get_parameter(name).grad)[share_of(moe.experts)])
-        # A plan of another maker, with more rows than there are seats.
+        # Plans of others, with more rows than there are seats, and with fewer.
         assert_same(moe.experts(x[rank], stats.router.ids, stats.router.weights), y)
+        fewer = RoutingPlan.from_ids(stats.router.ids, experts, capacity=1)
+        with pytest.MonkeyPatch.context() as patch:
+            computed, mlp = [], functional.moe_mlp
+
+            def spy(*args, plan, computed=computed, mlp=mlp, **options):
+                computed.append(plan)
+                return mlp(*args, plan=plan, **options)
+
+            patch.setattr(functional, "moe_mlp", spy)
+            y = moe(x[rank], plan=fewer)
+        assert_same(y, full(x[rank], plan=fewer))
+        rows = sum(plan.counts.sum() for plan in computed) + torch.tensor(0)
+        assert summed(rows) == summed(fewer.counts.sum().long())  # and none of the empty seats
 
 
 def the_same_bits(rank, ranks):
