@@ -11,9 +11,9 @@ checkpointing repeats the forward.
 - The host has to know how many rows come: on a GPU each forward waits for the device once, but not with a
   `capacity`, for which rows travel in buffers of fixed size.
 - An expert gets the rows that it would get in one process from the tokens of all ranks, rank after rank, in
-  the same order. Outputs and the gradients of tokens and experts are the same bits from run to run, and on
-  CPUs for any number of ranks but one, whose kernel sums over K as it computes. On a GPU the tile, and with
-  it the last bits, may follow from how many rows and experts a rank has.
+  the same order. The same routing gives the same bits, outputs and the gradients of tokens and experts, from
+  run to run, and on CPUs for any number of ranks but one, whose kernel sums over K as it computes. On a GPU
+  the tile, and with it the last bits, may follow from how many rows and experts a rank has.
 - `torch.compile` calls the experts uncompiled, after a graph break; with fullgraph=True it raises.
 """
 
@@ -118,7 +118,8 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def clip_grad_norm_(model: nn.Module, max_norm: float, group: dist.ProcessGroup | None = None) -> Tensor:
     """`torch.nn.utils.clip_grad_norm_` with the experts of all ranks in the norm; all ranks call it together.
 
-    torch's own would scale by another norm on every rank, and the copies of a router would drift apart.
+    torch's own would scale by another norm on every rank, and the copies of a router would drift apart. Not for
+    models within FSDP2.
 
     Args:
         model: a model after `shard_experts`, or within DistributedDataParallel. Without shared-out experts
