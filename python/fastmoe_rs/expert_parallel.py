@@ -118,8 +118,8 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def clip_grad_norm_(model: nn.Module, max_norm: float, group: dist.ProcessGroup | None = None) -> Tensor:
     """`torch.nn.utils.clip_grad_norm_` with the experts of all ranks in the norm; all ranks call it together.
 
-    torch's own would scale by another norm on every rank, and the copies of a router would drift apart. Not for
-    models within FSDP2.
+    torch's own would scale by another norm on every rank, and the copies of a router would drift apart.
+    Not for models within FSDP2.
 
     Args:
         model: a model after `shard_experts`, or within DistributedDataParallel. Without shared-out experts
