@@ -118,6 +118,7 @@ def test_id_out_of_range_names_the_first(value):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        ({"ids_TK": None}, TypeError, "ids: got NoneType, wanted a torch tensor or a NumPy array"),
         ({"num_experts": 0}, ValueError, "num_experts: got 0, wanted at least 1"),
         ({"num_experts": "4"}, TypeError, "num_experts: got '4', wanted a whole number"),
         ({"capacity": -1}, ValueError, "capacity: got -1, wanted at least 0"),
@@ -137,7 +138,7 @@ def test_id_out_of_range_names_the_first(value):
 )
 def test_plan(options, error, message):
     with pytest.raises(error, match=re.escape(message)):
-        RoutingPlan.from_ids(IDS, **({"num_experts": 4} | options))
+        RoutingPlan.from_ids(**({"ids_TK": IDS, "num_experts": 4} | options))
 
 
 def test_plan_made_by_hand_cannot_reach_outside():

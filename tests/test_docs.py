@@ -163,6 +163,19 @@ def test_training(run, monkeypatch, capsys):
     assert moved.nonzero().flatten().tolist() == [2, 5]
 
 
+def test_expert_parallel(run, tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        names = run("docs/expert_parallel.md", batches_of_this_rank=torch.randn(2, 6, 64))
+        model, large, x = names["model"], names["large"], torch.randn(6, 64)
+        assert torch.equal(large(x), model(x))
+        assert names["state"].keys() == model.state_dict().keys()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     build("olmoe").save_pretrained("olmoe")

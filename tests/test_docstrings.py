@@ -13,6 +13,7 @@ pytest.importorskip("transformers", reason="some public modules are about transf
 MODULES = (
     "checkpoints",
     "distillation",
+    "expert_parallel",
     "functional",
     "integrations",
     "integrations.dense",

@@ -63,20 +63,29 @@ def test_lora(run):
     assert numbers(lines[-1])[0] < 1e-4
 
 
-def test_fsdp():
+def losses_of_two_processes(name):
+    """All that an example prints with two processes, and its losses beside those of one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, EXAMPLES / "fsdp.py"], env=environment, capture_output=True, text=True, timeout=300
+        [*command, EXAMPLES / f"{name}.py"], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("holds 50% of the experts' weights") == 2
     together, alone = (
         numbers(line) for line in done.stdout.splitlines() if "process" in line and ":" in line
     )
     assert together == pytest.approx(alone, abs=2e-4)
     assert len(alone) == 6
     assert alone[-1] < 0.8 * alone[0]
+    return done.stdout
+
+
+def test_fsdp():
+    assert losses_of_two_processes("fsdp").count("holds 50% of the experts' weights") == 2
+
+
+def test_expert_parallel():
+    assert losses_of_two_processes("expert_parallel").count("holds 4 of 8 experts") == 2
 
 
 def test_checkpointing(run):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from . import (
         checkpoints,
         distillation,
+        expert_parallel,
         functional,
         losses,
         nn,
@@ -44,6 +45,7 @@ __all__ = [
     "checkpoints",
     "distillation",
     "empty_cache",
+    "expert_parallel",
     "freeze_routers",
     "functional",
     "load_routing",

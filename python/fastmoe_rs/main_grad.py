@@ -50,7 +50,7 @@ def owner(weight: Tensor) -> Tensor | None:
     if weight.is_leaf:
         return weight
     leaf = weight._base
-    if leaf is None or not leaf.is_leaf:
+    if leaf is None or not leaf.is_leaf or weight._backward_hooks:
         return None
     places = [(t.shape, t.stride(), t.storage_offset()) for t in (weight, leaf)]
     return leaf if places[0] == places[1] else None

@@ -253,9 +253,11 @@ class MoE(nn.Module):
             )
 
     def _plan(self, router: RouterOutput) -> RoutingPlan:
-        experts, capacity = self.num_experts, None
+        experts = self.num_experts
+        capacity = getattr(self.experts, "capacity", None)  # of `ExpertParallel`
         if self.capacity_factor is not None:
-            capacity = math.ceil(self.capacity_factor * router.ids.numel() / experts)
+            even = math.ceil(self.capacity_factor * router.ids.numel() / experts)
+            capacity = even if capacity is None else min(even, capacity)
         seats = router.ids if router.seats is None else router.seats
         plan = RoutingPlan.from_ids(seats, experts, capacity=capacity, out_of_range="drop")
         rows: Any = getattr(self.router, "rows", None)

@@ -174,7 +174,7 @@ def _checked(
 ) -> tuple[Array, Array | None]:
     """ids and weights as the kernels want them, once every argument makes sense."""
     for name, array in (("ids", ids), ("weights", weights)):
-        if array is not None and not hasattr(array, "dtype"):
+        if not hasattr(array, "dtype") and (name == "ids" or array is not None):
             wanted(name, type(array).__name__, "a torch tensor or a NumPy array", TypeError)
     if _dtype(ids) not in ("int64", "int32"):
         wanted("ids", f"dtype {_dtype(ids)}", "int64 or int32", TypeError)
