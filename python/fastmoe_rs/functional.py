@@ -20,7 +20,7 @@ from torch import Tensor
 from . import _check, ops
 from .kernels import wide
 from .plan import RoutingPlan
-from .quantization import QuantizedWeight
+from .quantized_weight import QuantizedWeight
 from .reference import GATED, UNGATED, Routing, activate
 from .reference import route_weights as _route_weights
 

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 
 from . import _native
 from ._check import DTYPES
-from .quantization import numbers
+from .quantized_weight import numbers
 
 _PLAIN = (Tensor, Parameter)
 # An emulated GPU has torch's allocator, as a real one.

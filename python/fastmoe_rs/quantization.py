@@ -1,190 +1,114 @@
-"""Frozen expert weights of a quarter or half of the bytes of bfloat16: MXFP4 and FP8.
+"""Frozen expert weights in half or a quarter of the bytes of bfloat16: FP8 and MXFP4.
 
-`functional.moe_mlp` takes a `QuantizedWeight` in place of w1 and w2, and computes what it computes with the
-numbers of `dequantize(x.dtype)`, to the bit; it makes them a block at a time, in a CPU's cache. On a GPU the weights
-of a call are dequantized as a whole before it, which saves memory between calls, not time.
-
-Legend: E experts, N rows of a weight, D columns, its contraction.
+`functional.moe_mlp` takes a `QuantizedWeight` in place of w1 and of w2, and returns what it returns for the
+numbers of `dequantize(x.dtype)`, to the bit. A CPU makes these numbers a block at a time, in its caches. On a GPU the
+weights of a call are dequantized as a whole, before the call and again before its backward: that saves memory, not
+time.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _check
+from .experts import Experts
+from .quantized_weight import FORMATS, QuantizedWeight, quantize
 
-FORMATS = ("mxfp4", "fp8")
-_FP8 = torch.float8_e4m3fn
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_BLOCK, _SQUARE = 32, 128
+__all__ = ["QuantizedExperts", "QuantizedWeight", "quantize", "quantize_experts"]
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class QuantizedWeight:
-    """The weights [E, N, D] of a product of all experts, D the contraction, as codes times scales.
+class QuantizedExperts(Experts):
+    """`nn.Experts` whose weights are quantized and frozen; made by `quantize_experts` only.
 
-    Formats:
-        "mxfp4": codes uint8 [E, N, D / 32, 16], two numbers E2M1 a byte, the lower half first; scales uint8
-            [E, N, D / 32], exponents E8M0 (OCP Microscaling Formats 1.0). So are the `_blocks` and `_scales` of
-            gpt-oss, whose gate and up rows alternate: pass them with interleaved=True.
-        "fp8": codes float8_e4m3fn [E, N, D]; scales float32 [E, ceil(N / 128), ceil(D / 128)], each the factor of
-            128 x 128 codes, as DeepSeek-V3's `weight_scale_inv`.
-
-    A number is code times scale in float32, rounded to the dtype that is asked for. A weight is frozen: it has no
-    gradient. It can be pickled and copied.
-
-    Attributes:
-        format: "mxfp4" or "fp8".
-        codes: see above.
-        scales: see above.
-
-    Raises:
-        ValueError, TypeError: a format that is none, codes or scales of another dtype, shape or device.
+    Buffers: w1_codes, w1_scales, w2_codes and w2_scales, those of FP8 codes as uint8, which no cast changes; nor
+    does one change the scales. Biases stay the parameters that they were.
     """
 
-    format: str
-    codes: Tensor
-    scales: Tensor
-
-    def __post_init__(self) -> None:
-        _check.one_of("format", self.format, FORMATS)
-        mxfp4 = self.format == "mxfp4"
-        _check.tensor("codes", self.codes, "[E, N, D / 32, 16]" if mxfp4 else "[E, N, D]")
-        _check.tensor("scales", self.scales, "[E, N, D / 32]" if mxfp4 else "[E, ceil(N / 128), ceil(D / 128)]")
-        codes, scales = (torch.uint8, torch.uint8) if mxfp4 else (_FP8, torch.float32)
-        for name, value, dtype in (("codes", self.codes, codes), ("scales", self.scales, scales)):
-            if value.dtype != dtype:
-                _check.wanted(name, f"dtype {value.dtype}", f"{dtype} for {self.format!r}", TypeError)
-        experts, rows, columns = self.codes.shape[:3]
-        if mxfp4:
-            _check.shape("codes", self.codes, "[E, N, D / 32, 16]", (experts, rows, columns, 16))
-            _check.shape("scales", self.scales, "[E, N, D / 32]", (experts, rows, columns))
-        else:
-            squares = (experts, -(-rows // _SQUARE), -(-columns // _SQUARE))
-            _check.shape("scales", self.scales, "[E, ceil(N / 128), ceil(D / 128)]", squares)
-        _check.like("scales", self.scales, "codes", self.codes, dtype=False)
-        object.__setattr__(self, "codes", self.codes.detach())
-        object.__setattr__(self, "scales", self.scales.detach())
+    def __init__(self) -> None:
+        raise TypeError("QuantizedExperts: made by fastmoe_rs.quantization.quantize_experts(model, format)")
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(E, N, D)."""
-        experts, rows, columns = self.codes.shape[:3]
-        return experts, rows, columns * _BLOCK if self.format == "mxfp4" else columns
+    def w1(self) -> QuantizedWeight:  # type: ignore[override]
+        """[E, 2I, H] ([E, I, H] when the activation has no gate)."""
+        return _weight(self.w1_codes, self.w1_scales)
 
     @property
-    def device(self) -> torch.device:
-        """That of both tensors."""
-        return self.codes.device
+    def w2(self) -> QuantizedWeight:  # type: ignore[override]
+        """[E, H, I]."""
+        return _weight(self.w2_codes, self.w2_scales)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.nbytes + self.scales.nbytes
+    def reset_parameters(self) -> None:
+        """Raises TypeError: frozen weights are not drawn anew."""
+        raise TypeError("QuantizedExperts: quantized weights are frozen")
 
-    def to(self, device: torch.device | str) -> QuantizedWeight:
-        """The weight on another device."""
-        return dataclasses.replace(self, codes=self.codes.to(device), scales=self.scales.to(device))
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedExperts:
+        """Moves the scales but keeps their dtype."""
+        before = {name: getattr(self, name) for name in ("w1_scales", "w2_scales")}
+        super()._apply(fn, recurse)
+        for name, scales in before.items():
+            after = getattr(self, name)
+            if after.dtype != scales.dtype:
+                setattr(self, name, scales.to(after.device))
+        return self
 
-    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """The numbers, [E, N, D].
-
-        Args:
-            dtype: float32, bfloat16, float16 or float64.
-
-        Raises:
-            TypeError: another dtype.
-        """
-        if dtype not in _check.DTYPES:
-            _check.wanted("dtype", dtype, "float32, bfloat16, float16 or float64", TypeError)
-        return numbers(self.codes, self.scales, dtype)
-
-    def __repr__(self) -> str:
-        return f"QuantizedWeight({self.format!r}, {list(self.shape)}, device={str(self.device)!r})"
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, format={self.w1.format!r}"
 
 
-def quantize(weight: Tensor, format: str) -> QuantizedWeight:
-    """Quantize weights [E, N, D] of any float dtype, an expert at a time.
+def quantize_experts(model: Model, format: str) -> Model:
+    """Quantize and freeze the weights of every `nn.Experts` in a model, in place, a weight at a time.
 
-    MXFP4 takes the scales of the OCP specification, 2 to the power floor(log2(the largest)) - 2, and rounds to
-    nearest even; what exceeds 6 scales becomes 6. A number is off by at most a quarter of the largest of its 32. FP8
-    scales by the largest of 128 x 128, divided by 448; a number is off by at most a sixteenth of itself, or 2^-10 of
-    the scale where that is more.
+    Each module becomes a `QuantizedExperts`; the memory of a weight is free before the next is quantized. Give an
+    optimizer the parameters that are left. To load a saved model, quantize a new one and load the state into it.
 
     Args:
-        weight: [E, N, D], D the contraction; a multiple of 32 for "mxfp4".
+        model: a module; the experts of `nn.MoE` are found in it.
         format: "mxfp4" or "fp8".
 
+    Returns:
+        `model` itself.
+
     Raises:
-        ValueError: an unknown format, a shape that does not fit it, NaN or infinite weights.
-        TypeError: no float tensor.
+        TypeError: `model` is not a `torch.nn.Module`.
+        ValueError: an unknown format; no experts that are not quantized yet; experts of a subclass, without memory
+            (meta, FSDP), or of sizes that do not fit the format, before any is changed; NaN or infinite weights,
+            where modules before may have been quantized.
     """
+    _check.module("model", model)
     _check.one_of("format", format, FORMATS)
-    _check.floating("weight", weight, "[E, N, D]")
-    if not all(weight.shape):
-        _check.wanted("weight", f"shape {tuple(weight.shape)}", "[E, N, D] without a size of 0")
-    if format == "mxfp4" and weight.shape[2] % _BLOCK:
-        _check.wanted("weight", f"shape {tuple(weight.shape)}", "[E, N, D] with D a multiple of 32 for 'mxfp4'")
-    of_expert = _mxfp4 if format == "mxfp4" else _fp8
-    with torch.no_grad():
-        experts = [of_expert(_finite(expert.float())) for expert in weight]
-    codes, scales = (torch.stack(parts) for parts in zip(*experts, strict=True))
-    return QuantizedWeight(format, codes, scales)
+    found = [m for m in model.modules() if isinstance(m, Experts) and not isinstance(m, QuantizedExperts)]
+    if not found:
+        _check.wanted("model", f"a {type(model).__name__} without nn.Experts", "one with experts to quantize")
+    for experts in found:
+        _check_experts(experts, format)
+    for experts in found:
+        for name in ("w1", "w2"):
+            weight = quantize(getattr(experts, name), format)
+            delattr(experts, name)
+            experts.register_buffer(f"{name}_codes", weight.codes.view(torch.uint8))
+            experts.register_buffer(f"{name}_scales", weight.scales)
+        experts.__class__ = QuantizedExperts
+    return model
 
 
-def numbers(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers of the codes and scales of a `QuantizedWeight`, its FP8 codes also as uint8."""
-    mxfp4 = codes.ndim == 4
-    shape = (*codes.shape[:2], codes.shape[2] * _BLOCK) if mxfp4 else codes.shape
-    out = torch.empty(shape, dtype=dtype, device=codes.device)
-    if mxfp4:
-        of_code = torch.tensor([*_E2M1, *(-number for number in _E2M1)], device=codes.device)
-        byte = torch.arange(256, device=codes.device)
-        of_byte = torch.stack((of_code[byte % 16], of_code[byte // 16]), dim=1)
-        of_scale = torch.exp2(byte.double() - 127).float()
-        of_scale[255] = torch.nan
-    for expert, code, scale in zip(out, codes, scales, strict=True):
-        if mxfp4:
-            block = of_byte[code.int()].flatten(2)
-            expert.copy_((block * of_scale[scale.int()][..., None]).flatten(1))
-        else:
-            expert.copy_(code.view(_FP8).float() * _squares(scale, expert.shape))
-    return out
+def _check_experts(experts: Experts, format: str) -> None:
+    if type(experts) is not Experts:
+        _check.wanted("model", f"experts of the class {type(experts).__name__}", "nn.Experts themselves")
+    for weight in (experts.w1, experts.w2):
+        if type(weight) is not nn.Parameter or weight.is_meta:
+            _check.wanted("model", "experts whose weights are not in memory here", "nn.Experts with parameters")
+        if format == "mxfp4" and weight.shape[2] % 32:
+            shape = tuple(weight.shape)
+            _check.wanted("model", f"experts with a weight {shape}", "a last size of a multiple of 32 for 'mxfp4'")
 
 
-def _finite(weight: Tensor) -> Tensor:
-    if not weight.isfinite().all():
-        _check.wanted("weight", "NaN or infinite numbers", "finite ones, in float32 too")
-    return weight
-
-
-def _mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    blocks = weight.unflatten(1, (-1, _BLOCK))
-    # frexp has the exponent of a fraction below 1: one more than floor(log2).
-    exponent = (torch.frexp(blocks.abs().amax(2)).exponent - 3).clamp(-127, 127)
-    size = torch.ldexp(blocks.abs(), -exponent[..., None])
-    # Half of the way between two numbers it is the even code, that is now the lower, now the higher one.
-    code = sum((size > middle).to(torch.uint8) for middle in (0.25, 1.25, 2.5, 5.0))
-    code = code + sum((size >= middle).to(torch.uint8) for middle in (0.75, 1.75, 3.5))
-    code = code + 8 * blocks.signbit().to(torch.uint8)
-    return code[..., ::2] + 16 * code[..., 1::2], (exponent + 127).to(torch.uint8)
-
-
-def _fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    rows, columns = weight.shape
-    whole = torch.nn.functional.pad(weight, (0, -columns % _SQUARE, 0, -rows % _SQUARE))
-    largest = whole.unflatten(1, (-1, _SQUARE)).unflatten(0, (-1, _SQUARE)).abs().amax((1, 3))
-    scales = (largest / 448).clamp(min=torch.finfo(torch.float32).tiny)
-    codes = (weight / _squares(scales, weight.shape)).clamp(-448, 448)
-    return codes.to(_FP8), scales
-
-
-def _squares(scales: Tensor, shape: torch.Size) -> Tensor:
-    """The scale of every number."""
-    rows, columns = shape
-    down = scales.repeat_interleave(_SQUARE, dim=0)[:rows]
-    return down.repeat_interleave(_SQUARE, dim=1)[:, :columns]
+def _weight(codes: Tensor, scales: Tensor) -> QuantizedWeight:
+    if codes.ndim == 4:
+        return QuantizedWeight("mxfp4", codes, scales)
+    return QuantizedWeight("fp8", codes.view(torch.float8_e4m3fn), scales)

@@ -6,7 +6,7 @@ use crate::machine::{BLOCK, Machine, Tile};
 use crate::memory::Scratch;
 use crate::pack::{Rows, pack_panels_kn, pack_panels_nk, units};
 use crate::prefetch::Prefetch;
-use crate::quantized::Quantized;
+use crate::quantized::{Quantized, Room};
 use crate::scaled::{FEW_TILES, ScaledRows};
 
 /// Most units of the contraction in a packed panel of rows that are contiguous along it: long runs of memory are
@@ -20,8 +20,8 @@ pub const A_IN_CACHE: usize = 128 << 10;
 const SHALLOW: usize = 128;
 
 /// Columns of a quantized B that few rows of A are multiplied by at a time: whole groups of `Dots`, so that its sums are
-/// those of a plain B, and few enough for the second cache.
-const STRIP: usize = 32;
+/// those of a plain B, and few enough for the first cache.
+const STRIP: usize = 4;
 
 /// A matrix `[inner, cols]` as it lies in memory.
 #[derive(Clone, Copy)]
@@ -84,21 +84,24 @@ impl<'a, E: Element> Factor<'a, E> {
         }
     }
 
-    /// The first `inner` rows and `cols` columns of B as numbers, which are put into `room` where they are quantized.
+    /// Memory for `inner` rows and `cols` columns of a quantized B.
+    fn room<M: Machine>(&self, inner: usize, cols: usize) -> Option<Room<M>> {
+        match self {
+            Self::QuantizedNk(part) => Some(Room::new(part, cols, inner)),
+            Self::QuantizedKn(part) => Some(Room::new(part, inner, cols)),
+            _ => None,
+        }
+    }
+
+    /// The first `inner` rows and `cols` columns of B as numbers, those of a quantized one in its `room`.
     #[inline(always)]
-    unsafe fn plain<M: Machine>(self, inner: usize, cols: usize, room: *mut E) -> Self {
+    unsafe fn plain<M: Machine>(self, inner: usize, cols: usize, room: &mut Option<Room<M>>) -> Self {
         // SAFETY: as promised by the caller.
         unsafe {
-            match self {
-                Self::QuantizedNk(part) => {
-                    part.dequantize::<M>(cols, inner, room);
-                    Self::Nk(Rows::dense(room, inner))
-                }
-                Self::QuantizedKn(part) => {
-                    part.dequantize::<M>(inner, cols, room);
-                    Self::Kn(Rows::dense(room, cols))
-                }
-                plain => plain,
+            match (self, room) {
+                (Self::QuantizedNk(part), Some(room)) => Self::Nk(part.dequantize(cols, inner, room)),
+                (Self::QuantizedKn(part), Some(room)) => Self::Kn(part.dequantize(inner, cols, room)),
+                (plain, _) => plain,
             }
         }
     }
@@ -189,7 +192,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
         };
         let in_place = self.in_place();
         let packed = Scratch::<M::Acc>::new(if in_place { 0 } else { units_at_once * cols });
-        let plain = self.room(units_at_once * M::UNIT, cols);
+        let mut room = self.parts[0].room::<M>(units_at_once * M::UNIT, cols);
         let across = self.cols.div_ceil(cols);
         let blocks_of_k = self.inner.div_ceil(units_at_once * M::UNIT);
         let blocks = blocks_of_k * self.parts.len() * across;
@@ -197,7 +200,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
             let block = self.block(i, across, cols, units_at_once * M::UNIT);
             // SAFETY: as promised by the caller; `packed` has room for the block.
             unsafe {
-                let factor = block.factor.plain::<M>(block.inner, block.cols, plain.ptr().cast());
+                let factor = block.factor.plain(block.inner, block.cols, &mut room);
                 if !in_place {
                     factor.pack::<M>(block.inner, block.cols, packed.ptr());
                 }
@@ -235,15 +238,15 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
     #[inline(always)]
     unsafe fn dots(&self) {
         let strip = if self.parts[0].is_quantized() { STRIP } else { self.cols };
-        let plain = self.room(self.inner, strip);
+        let mut room = self.parts[0].room::<M>(self.inner, strip);
         for (p, part) in self.parts.iter().enumerate() {
             for from in (0..self.cols).step_by(strip) {
                 let cols = strip.min(self.cols - from);
                 let c = self.c.wrapping_add(p * padded_cols::<M>(self.cols) + from);
                 let (a, a_stride, rows, inner) = (self.a, self.a_stride, self.rows, self.inner);
-                // SAFETY: as promised by the caller of `compute`; `plain` has room for the strip.
+                // SAFETY: as promised by the caller of `compute`; `room` has room for the strip.
                 unsafe {
-                    let Factor::Nk(w) = part.column(from).plain::<M>(inner, cols, plain.ptr().cast()) else {
+                    let Factor::Nk(w) = part.column(from).plain(inner, cols, &mut room) else {
                         unreachable!("the parts of B lie alike")
                     };
                     Dots::<M, E> { a, a_stride, rows, w, inner, cols, c, c_stride: self.c_stride() }
@@ -251,12 +254,6 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
                 }
             }
         }
-    }
-
-    /// Memory for a block of B to be dequantized to.
-    fn room(&self, inner: usize, cols: usize) -> Scratch<M::Acc> {
-        let bytes = if self.parts[0].is_quantized() { inner * cols * size_of::<E>() } else { 0 };
-        Scratch::new(bytes.div_ceil(size_of::<M::Acc>()))
     }
 
     /// Whether rows of B along the contraction are better left where they are.

@@ -3,11 +3,12 @@
 
 use crate::dtype::Element;
 use crate::machine::{Machine, Op};
+use crate::memory::Scratch;
+use crate::pack::Rows;
 use crate::prefetch::Prefetch;
 use crate::problem::{Format, Ptr};
 use crate::simd::{Vector, prefetch_l2};
 use std::marker::PhantomData;
-use std::ops::Range;
 
 /// Numbers along the contraction that share a scale in MXFP4, and that are made at a time in either format.
 pub const CHUNK: usize = 32;
@@ -81,117 +82,173 @@ impl<E: Element> Quantized<E> {
         Prefetch::new(self.codes(0, 0), rows, bytes, self.row_bytes(), steps)
     }
 
-    /// Writes `rows x cols` numbers, one row after the other.
+    /// `rows x cols` numbers, put into `room`.
     ///
     /// # Safety
-    /// Reached only from code compiled for the machine; the weight has these rows and columns, `out` room for them.
+    /// Reached only from code compiled for the machine; the weight has these rows and columns, and `room` was made for
+    /// as many or more.
     #[inline(always)]
-    pub unsafe fn dequantize<M: Machine>(&self, rows: usize, cols: usize, out: *mut E) {
+    pub unsafe fn dequantize<M: Machine>(
+        &self,
+        rows: usize,
+        cols: usize,
+        room: &mut Room<M>,
+    ) -> Rows<'static, E> {
+        let out = room.numbers.ptr().cast();
         // SAFETY: as promised by the caller.
-        unsafe { M::call(Dequantize { part: *self, rows, cols, out }) }
+        unsafe { M::call(Dequantize { part: *self, rows, cols, room, out }) };
+        Rows::dense(out, cols)
     }
 }
 
-struct Dequantize<E> {
+/// Memory to dequantize to.
+pub struct Room<M: Machine> {
+    numbers: Scratch<M::Acc>,
+    /// Where the machine looks numbers up: those of FP8 that are not negative, by each scale of a row of squares.
+    tables: Option<Scratch<M::Acc>>,
+    /// The first of those scales, and how many.
+    of: (*const f32, usize),
+}
+
+impl<M: Machine> Room<M> {
+    const TABLE: usize = 128;
+
+    /// For `rows x cols` numbers of a weight.
+    pub fn new<E: Element>(part: &Quantized<E>, rows: usize, cols: usize) -> Self {
+        let scratch = |numbers: usize| Scratch::new((numbers * size_of::<E>()).div_ceil(size_of::<M::Acc>()));
+        let looks_up = part.format == Format::Fp8 && looks_up::<M, E>();
+        let tables = looks_up.then(|| scratch((cols.div_ceil(SQUARE) + 1) * Self::TABLE));
+        Self { numbers: scratch(rows * cols), tables, of: (std::ptr::null(), 0) }
+    }
+
+    /// The tables of `squares` scales, one after the other; null where nothing is looked up.
+    #[inline(always)]
+    unsafe fn tables<E: Element>(&mut self, scales: *const f32, squares: usize) -> *const E {
+        let Some(tables) = &self.tables else { return std::ptr::null() };
+        let start = tables.ptr().cast::<E>();
+        if self.of != (scales, squares) {
+            for square in 0..squares {
+                // SAFETY: as promised by the caller of `dequantize`.
+                unsafe {
+                    let table = start.add(square * Self::TABLE);
+                    fp8_table(*scales.add(square), std::slice::from_raw_parts_mut(table, Self::TABLE));
+                }
+            }
+            self.of = (scales, squares);
+        }
+        start
+    }
+}
+
+/// Whether numbers of 16 bits are looked up rather than computed.
+#[inline(always)]
+fn looks_up<M: Machine, E>() -> bool {
+    M::V::LOOKS_UP && size_of::<E>() == 2
+}
+
+struct Dequantize<'r, M: Machine, E> {
     part: Quantized<E>,
     rows: usize,
     cols: usize,
+    room: &'r mut Room<M>,
     out: *mut E,
 }
 
-impl<M: Machine, E: Element> Op<M> for Dequantize<E> {
+impl<M: Machine, E: Element> Op<M> for Dequantize<'_, M, E> {
     type Out = ();
     #[inline(always)]
-    unsafe fn run(self) {
+    unsafe fn run(mut self) {
         // SAFETY: as promised by the caller of `dequantize`.
         unsafe {
             match self.part.format {
-                Format::Mxfp4 => self.mxfp4::<M>(),
-                Format::Fp8 => self.fp8::<M>(),
+                Format::Mxfp4 => self.mxfp4(),
+                Format::Fp8 => self.fp8(),
             }
         }
     }
 }
 
-impl<E: Element> Dequantize<E> {
+impl<M: Machine, E: Element> Dequantize<'_, M, E> {
+    /// The bytes from one row of codes to that which is read next where the product goes on with the next rows.
     #[inline(always)]
-    unsafe fn mxfp4<M: Machine>(&self) {
-        let Self { part, rows, cols, out } = *self;
+    fn ahead(&self) -> usize {
+        self.rows * self.part.row_bytes()
+    }
+
+    #[inline(always)]
+    unsafe fn mxfp4(&self) {
+        const AT_ONCE: usize = 2 * LINE / CHUNK;
+        let Self { part, rows, cols, out, .. } = *self;
         assert!(
             part.column.is_multiple_of(CHUNK) && cols.is_multiple_of(CHUNK),
             "products take whole blocks"
         );
-        let tables = E::mxfp4_tables();
-        // The codes that the next call reads, where it goes on with the next rows.
-        let ahead = rows * part.row_bytes();
+        let (tables, blocks, ahead) = (E::mxfp4_tables(), cols / CHUNK, self.ahead());
         for r in 0..rows {
             let scales = part.scales.wrapping_add(((part.row + r) * part.inner + part.column) / CHUNK);
             let (codes, out) = (part.codes(r, 0), out.wrapping_add(r * cols));
-            for i in 0..cols / CHUNK {
-                // SAFETY: the weight has this block, `out` room for it.
-                unsafe {
-                    let block = codes.add(i * CHUNK / 2);
-                    if (i * CHUNK / 2).is_multiple_of(LINE) {
-                        prefetch_l2(block.wrapping_add(ahead));
+            let whole = blocks / AT_ONCE * AT_ONCE;
+            // SAFETY: the weight has these blocks, `out` room for them.
+            unsafe {
+                for i in (0..whole).step_by(AT_ONCE) {
+                    prefetch_l2(codes.wrapping_add(i * CHUNK / 2 + ahead));
+                    for i in i..i + AT_ONCE {
+                        Self::block(codes.add(i * CHUNK / 2), *scales.add(i), tables, out.add(i * CHUNK));
                     }
-                    let (scale, out) = (*scales.add(i), out.add(i * CHUNK));
-                    if M::V::LOOKS_UP && size_of::<E>() == 2 {
-                        M::V::look_up_nibbles(block, tables[usize::from(scale)].as_ptr().cast(), out.cast());
-                    } else {
-                        out.cast::<[E; CHUNK]>()
-                            .write_unaligned(mxfp4_block(&block.cast::<[u8; CHUNK / 2]>().read(), scale));
-                    }
+                }
+                for i in whole..blocks {
+                    Self::block(codes.add(i * CHUNK / 2), *scales.add(i), tables, out.add(i * CHUNK));
                 }
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn fp8<M: Machine>(&self) {
-        let Self { part, rows, cols, .. } = *self;
+    unsafe fn block(codes: Ptr, scale: u8, tables: &Mxfp4Tables<E>, out: *mut E) {
+        // SAFETY: there are 16 bytes of codes, and room for 32 numbers.
+        unsafe {
+            if looks_up::<M, E>() {
+                M::V::look_up_nibbles(codes, tables[usize::from(scale)].as_ptr().cast(), out.cast());
+            } else {
+                let numbers = mxfp4_block(&codes.cast::<[u8; CHUNK / 2]>().read(), scale);
+                out.cast::<[E; CHUNK]>().write_unaligned(numbers);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn fp8(&mut self) {
+        let Self { part, rows, cols, out, .. } = *self;
+        let (across, ahead) = (part.inner.div_ceil(SQUARE), self.ahead());
         for (start, end) in pieces(part.row, rows) {
-            for (from, to) in pieces(part.column, cols) {
-                let across = part.inner.div_ceil(SQUARE);
-                let square = (part.row + start) / SQUARE * across + (part.column + from) / SQUARE;
-                // SAFETY: as promised by the caller of `dequantize`.
-                unsafe {
-                    let scale = *part.scales.cast::<f32>().add(square);
-                    self.square::<M>(start..end, from..to, scale);
-                }
-            }
-        }
-    }
-
-    /// Rows and columns that share a scale.
-    #[inline(always)]
-    unsafe fn square<M: Machine>(&self, rows: Range<usize>, cols: Range<usize>, scale: f32) {
-        let looks_up = M::V::LOOKS_UP && size_of::<E>() == 2;
-        // The numbers that are not negative.
-        let mut table = [[E::default(); CHUNK]; 4];
-        if looks_up {
-            for (i, numbers) in table.iter_mut().enumerate() {
-                *numbers = fp8_chunk(&std::array::from_fn(|j| (i * CHUNK + j) as u8), scale);
-            }
-        }
-        let ahead = self.rows * self.part.row_bytes();
-        for r in rows {
-            for c in cols.clone().step_by(LINE) {
-                prefetch_l2(self.part.codes(r, c).wrapping_add(ahead));
-            }
-            for c in cols.clone().step_by(CHUNK) {
-                let n = CHUNK.min(cols.end - c);
-                // SAFETY: as promised by the caller of `dequantize`: there are n codes, and room for as many numbers.
-                unsafe {
-                    let (codes, out) = (self.part.codes(r, c), self.out.add(r * self.cols + c));
-                    if n < CHUNK {
-                        let mut some = [0; CHUNK];
-                        std::ptr::copy_nonoverlapping(codes, some.as_mut_ptr(), n);
-                        std::ptr::copy_nonoverlapping(fp8_chunk(&some, scale).as_ptr(), out, n);
-                    } else if looks_up {
-                        M::V::look_up_bytes(codes, table.as_ptr().cast(), out.cast());
-                    } else {
-                        out.cast::<[E; CHUNK]>()
-                            .write_unaligned(fp8_chunk(&codes.cast::<[u8; CHUNK]>().read(), scale));
+            let first = (part.row + start) / SQUARE * across + part.column / SQUARE;
+            let scales = part.scales.cast::<f32>().wrapping_add(first);
+            // SAFETY: as promised by the caller of `dequantize`.
+            unsafe {
+                let tables = self.room.tables::<E>(scales, pieces(part.column, cols).count());
+                for r in start..end {
+                    for (square, (from, to)) in pieces(part.column, cols).enumerate() {
+                        let (codes, out) = (part.codes(r, from), out.add(r * cols + from));
+                        prefetch_l2(codes.wrapping_add(ahead));
+                        prefetch_l2(codes.wrapping_add(ahead + LINE));
+                        let whole = (to - from) / CHUNK;
+                        if looks_up::<M, E>() {
+                            let table = tables.add(square * Room::<M>::TABLE);
+                            M::V::look_up_bytes(codes, whole, table.cast(), out.cast());
+                        } else {
+                            for i in 0..whole {
+                                let codes = codes.add(i * CHUNK).cast::<[u8; CHUNK]>().read();
+                                let out = out.add(i * CHUNK).cast::<[E; CHUNK]>();
+                                out.write_unaligned(fp8_chunk(&codes, *scales.add(square)));
+                            }
+                        }
+                        let (done, rest) = (whole * CHUNK, (to - from) % CHUNK);
+                        if rest > 0 {
+                            let mut some = [0; CHUNK];
+                            std::ptr::copy_nonoverlapping(codes.add(done), some.as_mut_ptr(), rest);
+                            let numbers = fp8_chunk::<E>(&some, *scales.add(square));
+                            std::ptr::copy_nonoverlapping(numbers.as_ptr(), out.add(done), rest);
+                        }
                     }
                 }
             }
@@ -239,8 +296,10 @@ fn e8m0(code: u8) -> f32 {
 fn mxfp4_block<E: Element>(codes: &[u8; CHUNK / 2], scale: u8) -> [E; CHUNK] {
     let (mut numbers, mut out) = ([0.0; CHUNK], [E::default(); CHUNK]);
     let scale = e8m0(scale);
-    for (pair, &code) in numbers.as_chunks_mut::<2>().0.iter_mut().zip(codes) {
-        *pair = [u32::from(code) & 15, u32::from(code) >> 4].map(|code| decode::<4, 1>(code) * scale);
+    for i in 0..CHUNK / 2 {
+        let code = u32::from(codes[i]);
+        numbers[2 * i] = decode::<4, 1>(code & 15) * scale;
+        numbers[2 * i + 1] = decode::<4, 1>(code >> 4) * scale;
     }
     E::from_f32(&numbers, &mut out);
     out
@@ -249,11 +308,19 @@ fn mxfp4_block<E: Element>(codes: &[u8; CHUNK / 2], scale: u8) -> [E; CHUNK] {
 #[inline(always)]
 fn fp8_chunk<E: Element>(codes: &[u8; CHUNK], scale: f32) -> [E; CHUNK] {
     let (mut numbers, mut out) = ([0.0; CHUNK], [E::default(); CHUNK]);
-    for (number, &code) in numbers.iter_mut().zip(codes) {
-        *number = e4m3(code) * scale;
+    for i in 0..CHUNK {
+        numbers[i] = e4m3(codes[i]) * scale;
     }
     E::from_f32(&numbers, &mut out);
     out
+}
+
+/// The numbers of the codes that are not negative.
+#[inline(always)]
+fn fp8_table<E: Element>(scale: f32, out: &mut [E]) {
+    for (i, out) in out.as_chunks_mut::<CHUNK>().0.iter_mut().enumerate() {
+        *out = fp8_chunk(&std::array::from_fn(|j| (i * CHUNK + j) as u8), scale);
+    }
 }
 
 /// `Mxfp4Tables` of a type.
@@ -374,7 +441,7 @@ mod tests {
         }
     }
 
-    fn check<M: Machine, E: Element>() {
+    fn check<M: Machine, E: Element<Acc = M::Acc>>() {
         let cases = [
             (Format::Mxfp4, 7, 96, [0, 0, 7, 96]),
             (Format::Mxfp4, 9, 128, [3, 32, 5, 64]),
@@ -386,10 +453,15 @@ mod tests {
         for (format, n, inner, [row, column, rows, cols]) in cases {
             let (codes, scales) = weight(format, n, inner);
             let part = Quantized::<E>::new(format, codes.as_ptr(), scales.as_ptr(), [2, n, inner]);
-            let mut out = vec![E::default(); rows * cols];
-            // SAFETY: the weight has these rows and columns, and the machine is one of this computer.
-            unsafe { part.skip(row).column(column).dequantize::<M>(rows, cols, out.as_mut_ptr()) };
-            for (i, out) in out.into_iter().enumerate() {
+            let part = part.skip(row).column(column);
+            let mut room = Room::<M>::new(&part, rows, cols);
+            // SAFETY: the weight has these rows and columns, and the machine is one of this computer. The second time has
+            // the tables of the first.
+            let numbers = unsafe {
+                part.dequantize(rows, cols, &mut room);
+                std::slice::from_raw_parts(part.dequantize(rows, cols, &mut room).start, rows * cols)
+            };
+            for (i, &out) in numbers.iter().enumerate() {
                 let want = number(format, &codes, &scales, [2, n, inner], row + i / cols, column + i % cols);
                 let (mut got, mut rounded) = ([E::Acc::default()], [E::default()]);
                 E::from_f32(&[want], &mut rounded);
