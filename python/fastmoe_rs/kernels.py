@@ -198,7 +198,9 @@ def mlp(
 ) -> tuple[Tensor, Tensor | None]:
     """The output [T, H] and, to be saved for the backward, the pre-activation [R, 2I].
 
-    Where a weight comes with scales it is the uint8 codes of a quantized one. With `ids` their plan is made first, and what is saved is flat, with the plan behind the pre-activation.
+    Where a weight comes with scales it is the uint8 codes of a quantized one.
+
+    With `ids` their plan is made first, and what is saved is flat, with the plan behind the pre-activation.
     """
     out = torch.empty_like(x)
     hidden = None
@@ -255,7 +257,7 @@ def mlp_backward(
     *,
     sums: Sequence[Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weights, w1, w2, b1 and b2, each where `needs` says so; quantized weights have none.
+    """The gradients of x, weights, w1, w2, b1 and b2, each where `needs` says so.
 
     Those of w1 and w2 are added to `sums` where these are given. Without a plan `hidden` has that of the ids.
     """

@@ -207,7 +207,11 @@ _SCORE_BACKWARD = {
 
 
 def _mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-    tensors, (activation, transposed, interleaved, save_hidden), scales = inputs[:9], inputs[9:13], inputs[13:]
+    tensors, (activation, transposed, interleaved, save_hidden), scales = (
+        inputs[:9],
+        inputs[9:13],
+        inputs[13:],
+    )
     _, hidden = output
     ctx.options = None
     if save_hidden:

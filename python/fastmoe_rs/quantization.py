@@ -1,9 +1,9 @@
 """Frozen expert weights in half or a quarter of the bytes of bfloat16: FP8 and MXFP4.
 
 `functional.moe_mlp` takes a `QuantizedWeight` in place of w1 and of w2, and returns what it returns for the
-numbers of `dequantize(x.dtype)`, to the bit. A CPU makes these numbers a block at a time, in its caches. On a GPU the
-weights of a call are dequantized as a whole, before the call and again before its backward: that saves memory, not
-time.
+numbers of `dequantize(x.dtype)`, to the bit. A CPU makes these numbers a block at a time, in its caches. On a
+GPU the weights of a call are dequantized as a whole, before the call and again before its backward: that saves
+memory, not time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import _check
 from .experts import Experts
-from .quantized_weight import FORMATS, QuantizedWeight, quantize
+from .quantized_weight import FORMATS, QuantizedWeight, of_bytes, quantize
 
 __all__ = ["QuantizedExperts", "QuantizedWeight", "quantize", "quantize_experts"]
 
@@ -26,8 +26,8 @@ Model = TypeVar("Model", bound=nn.Module)
 class QuantizedExperts(Experts):
     """`nn.Experts` whose weights are quantized and frozen; made by `quantize_experts` only.
 
-    Buffers: w1_codes, w1_scales, w2_codes and w2_scales, those of FP8 codes as uint8, which no cast changes; nor
-    does one change the scales. Biases stay the parameters that they were.
+    Buffers: w1_codes, w1_scales, w2_codes and w2_scales, the codes as uint8 in either format. No cast changes
+    them. Biases stay the parameters that they were.
     """
 
     def __init__(self) -> None:
@@ -36,12 +36,12 @@ class QuantizedExperts(Experts):
     @property
     def w1(self) -> QuantizedWeight:  # type: ignore[override]
         """[E, 2I, H] ([E, I, H] when the activation has no gate)."""
-        return _weight(self.w1_codes, self.w1_scales)
+        return of_bytes(self.w1_codes, self.w1_scales)
 
     @property
     def w2(self) -> QuantizedWeight:  # type: ignore[override]
         """[E, H, I]."""
-        return _weight(self.w2_codes, self.w2_scales)
+        return of_bytes(self.w2_codes, self.w2_scales)
 
     def reset_parameters(self) -> None:
         """Raises TypeError: frozen weights are not drawn anew."""
@@ -64,8 +64,9 @@ class QuantizedExperts(Experts):
 def quantize_experts(model: Model, format: str) -> Model:
     """Quantize and freeze the weights of every `nn.Experts` in a model, in place, a weight at a time.
 
-    Each module becomes a `QuantizedExperts`; the memory of a weight is free before the next is quantized. Give an
-    optimizer the parameters that are left. To load a saved model, quantize a new one and load the state into it.
+    Each module becomes a `QuantizedExperts`; the memory of a weight is free before the next is quantized. Give
+    an optimizer the parameters that are left. To load a saved model, quantize a new one and load the state
+    into it.
 
     Args:
         model: a module; the experts of `nn.MoE` are found in it.
@@ -102,13 +103,11 @@ def _check_experts(experts: Experts, format: str) -> None:
         _check.wanted("model", f"experts of the class {type(experts).__name__}", "nn.Experts themselves")
     for weight in (experts.w1, experts.w2):
         if type(weight) is not nn.Parameter or weight.is_meta:
-            _check.wanted("model", "experts whose weights are not in memory here", "nn.Experts with parameters")
+            _check.wanted(
+                "model", "experts whose weights are not in memory here", "nn.Experts with parameters"
+            )
         if format == "mxfp4" and weight.shape[2] % 32:
             shape = tuple(weight.shape)
-            _check.wanted("model", f"experts with a weight {shape}", "a last size of a multiple of 32 for 'mxfp4'")
-
-
-def _weight(codes: Tensor, scales: Tensor) -> QuantizedWeight:
-    if codes.ndim == 4:
-        return QuantizedWeight("mxfp4", codes, scales)
-    return QuantizedWeight("fp8", codes.view(torch.float8_e4m3fn), scales)
+            _check.wanted(
+                "model", f"experts with a weight {shape}", "a last size of a multiple of 32 for 'mxfp4'"
+            )

@@ -25,13 +25,13 @@ class QuantizedWeight:
 
     Formats:
         "mxfp4": codes uint8 [E, N, D / 32, 16], two numbers E2M1 a byte, the lower half first; scales uint8
-            [E, N, D / 32], exponents E8M0 (OCP Microscaling Formats 1.0). So are the `_blocks` and `_scales` of
-            gpt-oss, whose gate and up rows alternate: pass them with interleaved=True.
-        "fp8": codes float8_e4m3fn [E, N, D]; scales float32 [E, ceil(N / 128), ceil(D / 128)], each the factor of
-            128 x 128 codes, as DeepSeek-V3's `weight_scale_inv`.
+            [E, N, D / 32], exponents E8M0 (OCP Microscaling Formats 1.0). So are the `_blocks` and `_scales`
+            of gpt-oss, whose gate and up rows alternate: pass them with interleaved=True.
+        "fp8": codes float8_e4m3fn [E, N, D]; scales float32 [E, ceil(N / 128), ceil(D / 128)], each the
+            factor of 128 x 128 codes, as DeepSeek-V3's `weight_scale_inv`.
 
-    A number is code times scale in float32, rounded to the dtype that is asked for. A weight is frozen: it has no
-    gradient. It can be pickled and copied.
+    A number is code times scale in float32, rounded to the dtype that is asked for; a scale 255 of E8M0 and a
+    code NaN of E4M3 are NaN. A weight is frozen: it has no gradient. It can be pickled and copied.
 
     Attributes:
         format: "mxfp4" or "fp8".
@@ -50,7 +50,9 @@ class QuantizedWeight:
         _check.one_of("format", self.format, FORMATS)
         mxfp4 = self.format == "mxfp4"
         _check.tensor("codes", self.codes, "[E, N, D / 32, 16]" if mxfp4 else "[E, N, D]")
-        _check.tensor("scales", self.scales, "[E, N, D / 32]" if mxfp4 else "[E, ceil(N / 128), ceil(D / 128)]")
+        _check.tensor(
+            "scales", self.scales, "[E, N, D / 32]" if mxfp4 else "[E, ceil(N / 128), ceil(D / 128)]"
+        )
         codes, scales = (torch.uint8, torch.uint8) if mxfp4 else (_FP8, torch.float32)
         for name, value, dtype in (("codes", self.codes, codes), ("scales", self.scales, scales)):
             if value.dtype != dtype:
@@ -99,6 +101,10 @@ class QuantizedWeight:
             _check.wanted("dtype", dtype, "float32, bfloat16, float16 or float64", TypeError)
         return numbers(self.codes, self.scales, dtype)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # The pickles of torch hold no float8.
+        return of_bytes, (self.codes.view(torch.uint8), self.scales)
+
     def __repr__(self) -> str:
         return f"QuantizedWeight({self.format!r}, {list(self.shape)}, device={str(self.device)!r})"
 
@@ -106,10 +112,10 @@ class QuantizedWeight:
 def quantize(weight: Tensor, format: str) -> QuantizedWeight:
     """Quantize weights [E, N, D] of any float dtype, an expert at a time.
 
-    MXFP4 takes the scales of the OCP specification, 2 to the power floor(log2(the largest)) - 2, and rounds to
-    nearest even; what exceeds 6 scales becomes 6. A number is off by at most a quarter of the largest of its 32. FP8
-    scales by the largest of 128 x 128, divided by 448; a number is off by at most a sixteenth of itself, or 2^-10 of
-    the scale where that is more.
+    MXFP4 takes the scales of the OCP specification, 2 to the power floor(log2(the largest)) - 2, and rounds
+    to nearest even; what exceeds 6 scales becomes 6. A number is off by at most a quarter of the largest of
+    its 32. FP8 scales by the largest of 128 x 128, divided by 448; a number is off by at most a sixteenth of
+    itself, or 2^-10 of the scale where that is more.
 
     Args:
         weight: [E, N, D], D the contraction; a multiple of 32 for "mxfp4".
@@ -124,12 +130,21 @@ def quantize(weight: Tensor, format: str) -> QuantizedWeight:
     if not all(weight.shape):
         _check.wanted("weight", f"shape {tuple(weight.shape)}", "[E, N, D] without a size of 0")
     if format == "mxfp4" and weight.shape[2] % _BLOCK:
-        _check.wanted("weight", f"shape {tuple(weight.shape)}", "[E, N, D] with D a multiple of 32 for 'mxfp4'")
+        _check.wanted(
+            "weight", f"shape {tuple(weight.shape)}", "[E, N, D] with D a multiple of 32 for 'mxfp4'"
+        )
     of_expert = _mxfp4 if format == "mxfp4" else _fp8
     with torch.no_grad():
         experts = [of_expert(_finite(expert.float())) for expert in weight]
     codes, scales = (torch.stack(parts) for parts in zip(*experts, strict=True))
     return QuantizedWeight(format, codes, scales)
+
+
+def of_bytes(codes: Tensor, scales: Tensor) -> QuantizedWeight:
+    """The weight of codes that are uint8, whatever their format."""
+    if codes.ndim == 4:
+        return QuantizedWeight("mxfp4", codes, scales)
+    return QuantizedWeight("fp8", codes.view(_FP8), scales)
 
 
 def numbers(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
