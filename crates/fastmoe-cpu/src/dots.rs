@@ -9,20 +9,67 @@ use crate::pack::{Rows, load, load_some};
 use crate::simd::{Vector, prefetch_l1, prefetch_l2};
 
 /// Most rows of A in a group.
-const GROUP: usize = 6;
+pub const GROUP: usize = 6;
 /// How far ahead a single row of W is asked for, in bytes.
 const AHEAD: usize = 4096;
 
+/// Rows of W, each with its contraction contiguous.
+pub trait Columns<M: Machine> {
+    /// Where a row begins.
+    type Row: Copy;
+    /// Row `i`.
+    fn row(&self, i: usize) -> Self::Row;
+    /// One register of units, from number `from` of a row on.
+    ///
+    /// # Safety
+    /// Reached only from code compiled for the machine; the row has these numbers.
+    unsafe fn load(&self, row: Self::Row, from: usize) -> M::V;
+    /// As `load`, of `n` numbers, zeros after them.
+    ///
+    /// # Safety
+    /// As `load`.
+    unsafe fn load_some(&self, row: Self::Row, from: usize, n: usize) -> M::V;
+    /// Asks for what is read soon after that, where so many rows are read together.
+    fn prefetch(&self, row: Self::Row, from: usize, together: usize);
+}
+
+impl<M: Machine, E: Element> Columns<M> for Rows<'_, E> {
+    type Row = *const E;
+    #[inline(always)]
+    fn row(&self, i: usize) -> *const E {
+        self.start.wrapping_add(i * self.stride)
+    }
+    #[inline(always)]
+    unsafe fn load(&self, row: *const E, from: usize) -> M::V {
+        // SAFETY: as promised by the caller.
+        unsafe { load::<M, E>(row.add(from)) }
+    }
+    #[inline(always)]
+    unsafe fn load_some(&self, row: *const E, from: usize, n: usize) -> M::V {
+        // SAFETY: as promised by the caller.
+        unsafe { load_some::<M, E>(row.add(from), n) }
+    }
+    #[inline(always)]
+    fn prefetch(&self, row: *const E, from: usize, together: usize) {
+        let p = row.wrapping_add(from).cast::<u8>();
+        if together == 1 {
+            prefetch_l1(p.wrapping_add(AHEAD))
+        } else {
+            prefetch_l2(p.wrapping_add(together * self.stride * size_of::<E>()))
+        }
+    }
+}
+
 /// `C[rows, cols] = A[rows, inner] W[cols, inner]^T`.
-pub struct Dots<'a, M: Machine, E> {
+pub struct Dots<M: Machine, W> {
     /// Packed rows of A.
     pub a: *const M::Acc,
     /// Units from one row of A to the next.
     pub a_stride: usize,
     /// Rows of A and C, at least one.
     pub rows: usize,
-    /// Rows of W, each with its contraction contiguous.
-    pub w: Rows<'a, E>,
+    /// The rows of W.
+    pub w: W,
     /// Length of the contraction, in numbers.
     pub inner: usize,
     /// Rows of W.
@@ -33,7 +80,7 @@ pub struct Dots<'a, M: Machine, E> {
     pub c_stride: usize,
 }
 
-impl<M: Machine, E: Element> Dots<'_, M, E> {
+impl<M: Machine, W: Columns<M>> Dots<M, W> {
     /// Computes C.
     ///
     /// # Safety
@@ -81,8 +128,7 @@ impl<M: Machine, E: Element> Dots<'_, M, E> {
     unsafe fn some<const R: usize, const J: usize>(&self, start: usize, column: usize) {
         let step = M::V::LANES * M::UNIT;
         let (whole, mut from) = (self.inner / step * step, 0);
-        let w = |q: usize| self.w.start.wrapping_add((column + q) * self.w.stride);
-        let ahead = if J == 1 { AHEAD } else { J * self.w.stride * size_of::<E>() };
+        let w: [W::Row; J] = std::array::from_fn(|q| self.w.row(column + q));
         // SAFETY: as promised by the caller of `compute`; A is padded to whole registers.
         unsafe {
             let mut sums = [[M::V::zero(); J]; R];
@@ -90,8 +136,8 @@ impl<M: Machine, E: Element> Dots<'_, M, E> {
                 // More sums than results, for an addition takes longer than it takes to begin the next.
                 let mut others = [[M::V::zero(); J]; R];
                 while from + 2 * step <= whole {
-                    self.add::<R, J>(start, from, w, ahead, &mut sums);
-                    self.add::<R, J>(start, from + step, w, ahead, &mut others);
+                    self.add::<R, J>(start, from, &w, &mut sums);
+                    self.add::<R, J>(start, from + step, &w, &mut others);
                     from += 2 * step;
                 }
                 for r in 0..R {
@@ -101,13 +147,13 @@ impl<M: Machine, E: Element> Dots<'_, M, E> {
                 }
             }
             while from < whole {
-                self.add::<R, J>(start, from, w, ahead, &mut sums);
+                self.add::<R, J>(start, from, &w, &mut sums);
                 from += step;
             }
             if from < self.inner {
                 let mut rest = [M::V::zero(); J];
                 for q in 0..J {
-                    rest[q] = load_some::<M, E>(w(q).add(from), self.inner - from);
+                    rest[q] = self.w.load_some(w[q], from, self.inner - from);
                 }
                 self.multiply::<R, J>(start, from, &rest, &mut sums);
             }
@@ -136,22 +182,15 @@ impl<M: Machine, E: Element> Dots<'_, M, E> {
         &self,
         start: usize,
         from: usize,
-        row: impl Fn(usize) -> *const E,
-        ahead: usize,
+        rows: &[W::Row; J],
         sums: &mut [[M::V; J]; R],
     ) {
         // SAFETY: as promised by the caller of `compute`.
         unsafe {
             let mut w = [M::V::zero(); J];
             for q in 0..J {
-                let p = row(q).add(from);
-                let soon = p.cast::<u8>().wrapping_add(ahead);
-                if J == 1 {
-                    prefetch_l1(soon)
-                } else {
-                    prefetch_l2(soon)
-                }
-                w[q] = load::<M, E>(p);
+                self.w.prefetch(rows[q], from, J);
+                w[q] = self.w.load(rows[q], from);
             }
             self.multiply::<R, J>(start, from, &w, sums);
         }

@@ -1,6 +1,6 @@
 //! One task's product: packed A by a block of B, which is packed on the way where the rows of A repay it.
 
-use crate::dots::Dots;
+use crate::dots::{Columns, Dots, GROUP};
 use crate::dtype::Element;
 use crate::machine::{BLOCK, Machine, Tile};
 use crate::memory::Scratch;
@@ -239,21 +239,36 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
     unsafe fn dots(&self) {
         let strip = if self.parts[0].is_quantized() { STRIP } else { self.cols };
         let mut room = self.parts[0].room::<M>(self.inner, strip);
-        for (p, part) in self.parts.iter().enumerate() {
+        for (p, &part) in self.parts.iter().enumerate() {
+            let c = self.c.wrapping_add(p * padded_cols::<M>(self.cols));
+            if let (Factor::QuantizedNk(part), Some(room)) = (part, &mut room)
+                && self.rows <= GROUP
+                && let Some(pieces) = part.looked_up::<M>(self.cols)
+            {
+                for (from, to) in pieces {
+                    // SAFETY: as promised by the caller of `compute`.
+                    unsafe { self.some_dots(part.codes_of(from, room), to - from, c.add(from)) }
+                }
+                continue;
+            }
             for from in (0..self.cols).step_by(strip) {
                 let cols = strip.min(self.cols - from);
-                let c = self.c.wrapping_add(p * padded_cols::<M>(self.cols) + from);
-                let (a, a_stride, rows, inner) = (self.a, self.a_stride, self.rows, self.inner);
                 // SAFETY: as promised by the caller of `compute`; `room` has room for the strip.
                 unsafe {
-                    let Factor::Nk(w) = part.column(from).plain(inner, cols, &mut room) else {
+                    let Factor::Nk(w) = part.column(from).plain(self.inner, cols, &mut room) else {
                         unreachable!("the parts of B lie alike")
                     };
-                    Dots::<M, E> { a, a_stride, rows, w, inner, cols, c, c_stride: self.c_stride() }
-                        .compute();
+                    self.some_dots(w, cols, c.add(from));
                 }
             }
         }
+    }
+
+    #[inline(always)]
+    unsafe fn some_dots<W: Columns<M>>(&self, w: W, cols: usize, c: *mut M::Acc) {
+        let (a, a_stride, rows, inner) = (self.a, self.a_stride, self.rows, self.inner);
+        // SAFETY: as promised by the caller of `compute`.
+        unsafe { Dots { a, a_stride, rows, w, inner, cols, c, c_stride: self.c_stride() }.compute() }
     }
 
     /// Whether rows of B along the contraction are better left where they are.

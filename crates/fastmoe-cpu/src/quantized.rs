@@ -1,10 +1,11 @@
 //! Quantized weights: small codes with a scale for each block of them, of which a product makes numbers a block at
 //! a time, just before it reads them.
 
+use crate::dots::Columns;
 use crate::dtype::Element;
 use crate::machine::{Machine, Op};
 use crate::memory::Scratch;
-use crate::pack::Rows;
+use crate::pack::{Rows, load_some};
 use crate::prefetch::Prefetch;
 use crate::problem::{Format, Ptr};
 use crate::simd::{Vector, prefetch_l2};
@@ -98,6 +99,91 @@ impl<E: Element> Quantized<E> {
         // SAFETY: as promised by the caller.
         unsafe { M::call(Dequantize { part: *self, rows, cols, room, out }) };
         Rows::dense(out, cols)
+    }
+}
+
+impl<E: Element> Quantized<E> {
+    /// Rows that are looked up as they are multiplied, in pieces: where each starts and ends, and so many rows of A or
+    /// fewer. `None` where they are to be dequantized first.
+    pub fn looked_up<M: Machine>(
+        &self,
+        rows: usize,
+    ) -> Option<impl Iterator<Item = (usize, usize)> + use<M, E>> {
+        // Groups of `Dots` must not be cut: sums would differ in their order from those of numbers.
+        let whole = self.row.is_multiple_of(4) && self.column == 0;
+        (M::PAIRS && looks_up::<M, E>() && whole).then(|| pieces(self.row, rows))
+    }
+
+    /// Rows from `from` on, of one piece, to be looked up.
+    ///
+    /// # Safety
+    /// As `dequantize`.
+    #[inline(always)]
+    pub unsafe fn codes_of<M: Machine>(&self, from: usize, room: &mut Room<M>) -> Codes<E> {
+        let part = self.skip(from);
+        let across = part.inner.div_ceil(SQUARE);
+        let scales = part.scales.cast::<f32>().wrapping_add(part.row / SQUARE * across);
+        let squares = if part.format == Format::Fp8 { across } else { 0 };
+        // SAFETY: as promised by the caller.
+        Codes { part, scales, tables: unsafe { room.tables(scales, squares) }, numbers: E::mxfp4_tables() }
+    }
+}
+
+/// Rows of a weight that a machine looks up as it multiplies them.
+pub struct Codes<E: Element> {
+    part: Quantized<E>,
+    scales: *const f32,
+    tables: *const E,
+    numbers: &'static Mxfp4Tables<E>,
+}
+
+impl<M: Machine, E: Element> Columns<M> for Codes<E> {
+    /// The codes, and the scales of MXFP4.
+    type Row = [Ptr; 2];
+    #[inline(always)]
+    fn row(&self, i: usize) -> [Ptr; 2] {
+        [
+            self.part.codes(i, 0),
+            self.part.scales.wrapping_add((self.part.row + i) * (self.part.inner / CHUNK)),
+        ]
+    }
+    #[inline(always)]
+    unsafe fn load(&self, [codes, scales]: [Ptr; 2], from: usize) -> M::V {
+        // SAFETY: as promised by the caller; a register is a chunk.
+        unsafe {
+            match self.part.format {
+                Format::Mxfp4 => {
+                    let table = &self.numbers[usize::from(*scales.add(from / CHUNK))];
+                    M::V::look_up_nibbles(codes.add(from / 2), table.as_ptr().cast())
+                }
+                Format::Fp8 => {
+                    let table = self.tables.add(from / SQUARE * Room::<M>::TABLE);
+                    M::V::look_up_bytes(codes.add(from), table.cast())
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_some(&self, [codes, _]: [Ptr; 2], from: usize, n: usize) -> M::V {
+        // Only FP8 has a part of a chunk.
+        let mut some = [0; CHUNK];
+        // SAFETY: as promised by the caller.
+        unsafe {
+            std::ptr::copy_nonoverlapping(codes.add(from), some.as_mut_ptr(), n);
+            let numbers = fp8_chunk::<E>(&some, *self.scales.add(from / SQUARE));
+            load_some::<M, E>(numbers.as_ptr(), n)
+        }
+    }
+    #[inline(always)]
+    fn prefetch(&self, [codes, _]: [Ptr; 2], from: usize, together: usize) {
+        if from.is_multiple_of(2 * LINE) {
+            let bytes = if self.part.format == Format::Mxfp4 { from / 2 } else { from };
+            let soon = codes.wrapping_add(bytes + together * self.part.row_bytes());
+            prefetch_l2(soon);
+            if self.part.format == Format::Fp8 {
+                prefetch_l2(soon.wrapping_add(LINE));
+            }
+        }
     }
 }
 
@@ -208,7 +294,8 @@ impl<M: Machine, E: Element> Dequantize<'_, M, E> {
         // SAFETY: there are 16 bytes of codes, and room for 32 numbers.
         unsafe {
             if looks_up::<M, E>() {
-                M::V::look_up_nibbles(codes, tables[usize::from(scale)].as_ptr().cast(), out.cast());
+                let numbers = M::V::look_up_nibbles(codes, tables[usize::from(scale)].as_ptr().cast());
+                numbers.store(out.cast());
             } else {
                 let numbers = mxfp4_block(&codes.cast::<[u8; CHUNK / 2]>().read(), scale);
                 out.cast::<[E; CHUNK]>().write_unaligned(numbers);
@@ -234,7 +321,10 @@ impl<M: Machine, E: Element> Dequantize<'_, M, E> {
                         let whole = (to - from) / CHUNK;
                         if looks_up::<M, E>() {
                             let table = tables.add(square * Room::<M>::TABLE);
-                            M::V::look_up_bytes(codes, whole, table.cast(), out.cast());
+                            for i in 0..whole {
+                                let numbers = M::V::look_up_bytes(codes.add(i * CHUNK), table.cast());
+                                numbers.store(out.add(i * CHUNK).cast());
+                            }
                         } else {
                             for i in 0..whole {
                                 let codes = codes.add(i * CHUNK).cast::<[u8; CHUNK]>().read();

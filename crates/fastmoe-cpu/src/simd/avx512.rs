@@ -134,31 +134,29 @@ unsafe impl Vector for F32x16 {
 
     const LOOKS_UP: bool = true;
     #[inline(always)]
-    unsafe fn look_up_nibbles(codes: *const u8, table: *const u16, out: *mut u16) {
+    unsafe fn look_up_nibbles(codes: *const u8, table: *const u16) -> Self {
         // SAFETY: see the impl. The table is there twice, so that of an index 4 bits count: those of the low half, and
         // of the high one in the word above it.
         unsafe {
             let table = _mm512_broadcast_i64x4(_mm256_loadu_si256(table.cast()));
             let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.cast()));
             let halves = _mm512_or_si512(bytes, _mm512_slli_epi32::<12>(bytes));
-            _mm512_storeu_si512(out.cast(), _mm512_permutexvar_epi16(halves, table));
+            Self(_mm512_castsi512_ps(_mm512_permutexvar_epi16(halves, table)))
         }
     }
     #[inline(always)]
-    unsafe fn look_up_bytes(codes: *const u8, chunks: usize, table: *const u16, out: *mut u16) {
+    unsafe fn look_up_bytes(codes: *const u8, table: *const u16) -> Self {
         // SAFETY: see the impl. Each half of the table is picked from by 6 bits, between the two by the one above them.
         unsafe {
             let low = [_mm512_loadu_si512(table.cast()), _mm512_loadu_si512(table.add(32).cast())];
             let high = [_mm512_loadu_si512(table.add(64).cast()), _mm512_loadu_si512(table.add(96).cast())];
-            for i in 0..chunks {
-                let bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes.add(32 * i).cast()));
-                let upper = _mm512_movepi16_mask(_mm512_slli_epi16::<9>(bytes));
-                let small = _mm512_permutex2var_epi16(low[0], bytes, low[1]);
-                let large = _mm512_permutex2var_epi16(high[0], bytes, high[1]);
-                let sign = _mm512_and_si512(_mm512_slli_epi16::<8>(bytes), _mm512_set1_epi16(i16::MIN));
-                let words = _mm512_xor_si512(_mm512_mask_blend_epi16(upper, small, large), sign);
-                _mm512_storeu_si512(out.add(32 * i).cast(), words);
-            }
+            let bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes.cast()));
+            let upper = _mm512_movepi16_mask(_mm512_slli_epi16::<9>(bytes));
+            let small = _mm512_permutex2var_epi16(low[0], bytes, low[1]);
+            let large = _mm512_permutex2var_epi16(high[0], bytes, high[1]);
+            let sign = _mm512_and_si512(_mm512_slli_epi16::<8>(bytes), _mm512_set1_epi16(i16::MIN));
+            let words = _mm512_xor_si512(_mm512_mask_blend_epi16(upper, small, large), sign);
+            Self(_mm512_castsi512_ps(words))
         }
     }
 }

@@ -76,13 +76,12 @@ pub unsafe trait Vector: Copy {
 
     /// Whether the register has the two functions below.
     const LOOKS_UP: bool = false;
-    /// 32 words to `out`: each half of 16 bytes, the low one first, picks one in a table of 16.
-    unsafe fn look_up_nibbles(_codes: *const u8, _table: *const u16, _out: *mut u16) {
+    /// 32 words: each half of 16 bytes, the low one first, picks one in a table of 16.
+    unsafe fn look_up_nibbles(_codes: *const u8, _table: *const u16) -> Self {
         unreachable!("only registers that look up")
     }
-    /// 32 words to `out` for each of some chunks: each of 32 bytes picks one in a table of 128, its highest bit flips
-    /// that of the word.
-    unsafe fn look_up_bytes(_codes: *const u8, _chunks: usize, _table: *const u16, _out: *mut u16) {
+    /// 32 words: each of 32 bytes picks one in a table of 128, its highest bit flips that of the word.
+    unsafe fn look_up_bytes(_codes: *const u8, _table: *const u16) -> Self {
         unreachable!("only registers that look up")
     }
 }
