@@ -19,6 +19,7 @@ MODULES = (
     "integrations.grok",
     "losses",
     "nn",
+    "quantization",
     "reference",
     "routing",
     "sinks",

@@ -1,4 +1,4 @@
-"""Quantized expert weights: what codes mean, how close they are, and a layer of them beside one of numbers."""
+"""Quantized weights: what codes mean, how near they are, and layers of them beside those of numbers."""
 
 import copy
 import io

@@ -242,8 +242,12 @@ def moe_mlp(
             refused = error
     try:
         # For the others, and to say in the words of this function what the kernel refused.
-        quantized = isinstance(w1, QuantizedWeight) or isinstance(w2, QuantizedWeight)
-        numbers = _stand_ins(x_TH, w1, w2, transposed) if quantized else (w1, w2)
+        scales: tuple[Tensor, ...] = ()
+        if isinstance(w1, QuantizedWeight) or isinstance(w2, QuantizedWeight):
+            numbers = _stand_ins(x_TH, w1, w2, transposed)
+            (w1, w2), scales = zip(_codes(w1), _codes(w2), strict=True)
+        else:
+            numbers = w1, w2
         _check_mlp(x_TH, *numbers, b1, b2, activation, transposed, interleaved)
         experts = numbers[0].shape[0]
         if plan is None:
@@ -258,10 +262,6 @@ def moe_mlp(
             raise refused
     finally:
         refused = None  # its traceback holds this frame, and the tensors of those below
-    scales = ()
-    if quantized:
-        (w1, w1_scales), (w2, w2_scales) = _codes(w1), _codes(w2)
-        scales = (w1_scales, w2_scales)
     dense, transposed = _dense(x_TH, weights_TK, w1, w2, b1, b2, transposed)
     # A trace is also checked, and run, in other modes than that in which it was made.
     learns = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None
@@ -411,7 +411,7 @@ def _stand_ins(x: Tensor, w1: Any, w2: Any, transposed: bool) -> tuple[Tensor, T
     return x.new_empty(()).expand(w1.shape), x.new_empty(()).expand(w2.shape)
 
 
-def _codes(w: QuantizedWeight) -> tuple[Tensor, Tensor]:
+def _codes(w: Any) -> tuple[Tensor, Tensor]:
     return w.codes.view(torch.uint8).contiguous(), w.scales.contiguous()
 
 
@@ -469,8 +469,8 @@ def _rows(plan: RoutingPlan) -> tuple[Any, Any, Any]:
 def _dense(
     x: Tensor,
     weights: Tensor,
-    w1: Tensor,
-    w2: Tensor,
+    w1: Any,
+    w2: Any,
     b1: Tensor | None,
     b2: Tensor | None,
     transposed: bool,

@@ -2,8 +2,8 @@
 
 `functional.moe_mlp` takes a `QuantizedWeight` in place of w1 and of w2, and returns what it returns for the
 numbers of `dequantize(x.dtype)`, to the bit. A CPU makes these numbers a block at a time, in its caches. On a
-GPU the weights of a call are dequantized as a whole, before the call and again before its backward: that saves
-memory, not time.
+GPU the weights of a call are dequantized as a whole, before the call and again before its backward: that
+saves memory, not time.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ class QuantizedExperts(Experts):
     Buffers: w1_codes, w1_scales, w2_codes and w2_scales, the codes as uint8 in either format. No cast changes
     them. Biases stay the parameters that they were.
     """
+
+    w1_codes: Tensor
+    w1_scales: Tensor
+    w2_codes: Tensor
+    w2_scales: Tensor
 
     def __init__(self) -> None:
         raise TypeError("QuantizedExperts: made by fastmoe_rs.quantization.quantize_experts(model, format)")
@@ -64,9 +69,9 @@ class QuantizedExperts(Experts):
 def quantize_experts(model: Model, format: str) -> Model:
     """Quantize and freeze the weights of every `nn.Experts` in a model, in place, a weight at a time.
 
-    Each module becomes a `QuantizedExperts`; the memory of a weight is free before the next is quantized. Give
-    an optimizer the parameters that are left. To load a saved model, quantize a new one and load the state
-    into it.
+    Each module becomes a `QuantizedExperts`; the memory of a weight is free before the next is quantized.
+    Give an optimizer the parameters that are left. To load a saved model, quantize a new one and load the
+    state into it.
 
     Args:
         model: a module; the experts of `nn.MoE` are found in it.
@@ -77,9 +82,9 @@ def quantize_experts(model: Model, format: str) -> Model:
 
     Raises:
         TypeError: `model` is not a `torch.nn.Module`.
-        ValueError: an unknown format; no experts that are not quantized yet; experts of a subclass, without memory
-            (meta, FSDP), or of sizes that do not fit the format, before any is changed; NaN or infinite weights,
-            where modules before may have been quantized.
+        ValueError: an unknown format; no experts that are not quantized yet; experts of a subclass, without
+            memory (meta, FSDP), or of sizes that do not fit the format, before any is changed; NaN or
+            infinite weights, where modules before may have been quantized.
     """
     _check.module("model", model)
     _check.one_of("format", format, FORMATS)

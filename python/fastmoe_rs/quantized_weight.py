@@ -178,10 +178,12 @@ def _mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     # frexp has the exponent of a fraction below 1: one more than floor(log2).
     exponent = (torch.frexp(blocks.abs().amax(2)).exponent - 3).clamp(-127, 127)
     size = torch.ldexp(blocks.abs(), -exponent[..., None])
+    code = 8 * blocks.signbit().to(torch.uint8)
     # Half of the way between two numbers it is the even code, that is now the lower, now the higher one.
-    code = sum((size > middle).to(torch.uint8) for middle in (0.25, 1.25, 2.5, 5.0))
-    code = code + sum((size >= middle).to(torch.uint8) for middle in (0.75, 1.75, 3.5))
-    code = code + 8 * blocks.signbit().to(torch.uint8)
+    for middle in (0.25, 1.25, 2.5, 5.0):
+        code += size > middle
+    for middle in (0.75, 1.75, 3.5):
+        code += size >= middle
     return code[..., ::2] + 16 * code[..., 1::2], (exponent + 127).to(torch.uint8)
 
 

@@ -9,7 +9,7 @@ use crate::pack::{Rows, load, load_some};
 use crate::simd::{Vector, prefetch_l1, prefetch_l2};
 
 /// Most rows of A in a group.
-pub const GROUP: usize = 6;
+const GROUP: usize = 6;
 /// How far ahead a single row of W is asked for, in bytes.
 const AHEAD: usize = 4096;
 

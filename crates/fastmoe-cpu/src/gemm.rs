@@ -1,6 +1,6 @@
 //! One task's product: packed A by a block of B, which is packed on the way where the rows of A repay it.
 
-use crate::dots::{Columns, Dots, GROUP};
+use crate::dots::{Columns, Dots};
 use crate::dtype::Element;
 use crate::machine::{BLOCK, Machine, Tile};
 use crate::memory::Scratch;
@@ -22,6 +22,9 @@ const SHALLOW: usize = 128;
 /// Columns of a quantized B that few rows of A are multiplied by at a time: whole groups of `Dots`, so that its sums are
 /// those of a plain B, and few enough for the first cache.
 const STRIP: usize = 4;
+
+/// Up to so many rows of A, numbers of a quantized B are best made in registers, without going through memory (measured).
+const LOOKED_UP_ROWS: usize = 2;
 
 /// A matrix `[inner, cols]` as it lies in memory.
 #[derive(Clone, Copy)]
@@ -242,7 +245,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
         for (p, &part) in self.parts.iter().enumerate() {
             let c = self.c.wrapping_add(p * padded_cols::<M>(self.cols));
             if let (Factor::QuantizedNk(part), Some(room)) = (part, &mut room)
-                && self.rows <= GROUP
+                && self.rows <= LOOKED_UP_ROWS
                 && let Some(pieces) = part.looked_up::<M>(self.cols)
             {
                 for (from, to) in pieces {

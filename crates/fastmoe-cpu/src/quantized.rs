@@ -103,8 +103,8 @@ impl<E: Element> Quantized<E> {
 }
 
 impl<E: Element> Quantized<E> {
-    /// Rows that are looked up as they are multiplied, in pieces: where each starts and ends, and so many rows of A or
-    /// fewer. `None` where they are to be dequantized first.
+    /// The pieces, where each starts and ends, in which `rows` rows can be looked up as they are multiplied; `None` where
+    /// they have to be dequantized first.
     pub fn looked_up<M: Machine>(
         &self,
         rows: usize,
@@ -158,7 +158,7 @@ impl<M: Machine, E: Element> Columns<M> for Codes<E> {
                 }
                 Format::Fp8 => {
                     let table = self.tables.add(from / SQUARE * Room::<M>::TABLE);
-                    M::V::look_up_bytes(codes.add(from), table.cast())
+                    M::V::look_up_bytes(codes.add(from), &registers::<M, E>(table))
                 }
             }
         }
@@ -223,6 +223,21 @@ impl<M: Machine> Room<M> {
             self.of = (scales, squares);
         }
         start
+    }
+}
+
+/// A table of 128 numbers of 16 bits.
+#[inline(always)]
+unsafe fn registers<M: Machine, E>(table: *const E) -> [M::V; 4] {
+    let table = table.cast::<[E; CHUNK]>();
+    // SAFETY: as promised by the caller of `dequantize`; a register holds a chunk.
+    unsafe {
+        [
+            M::V::load(table.cast()),
+            M::V::load(table.add(1).cast()),
+            M::V::load(table.add(2).cast()),
+            M::V::load(table.add(3).cast()),
+        ]
     }
 }
 
@@ -321,8 +336,9 @@ impl<M: Machine, E: Element> Dequantize<'_, M, E> {
                         let whole = (to - from) / CHUNK;
                         if looks_up::<M, E>() {
                             let table = tables.add(square * Room::<M>::TABLE);
+                            let table = registers::<M, E>(table);
                             for i in 0..whole {
-                                let numbers = M::V::look_up_bytes(codes.add(i * CHUNK), table.cast());
+                                let numbers = M::V::look_up_bytes(codes.add(i * CHUNK), &table);
                                 numbers.store(out.add(i * CHUNK).cast());
                             }
                         } else {

@@ -145,11 +145,14 @@ unsafe impl Vector for F32x16 {
         }
     }
     #[inline(always)]
-    unsafe fn look_up_bytes(codes: *const u8, table: *const u16) -> Self {
+    unsafe fn look_up_bytes(codes: *const u8, table: &[Self; 4]) -> Self {
         // SAFETY: see the impl. Each half of the table is picked from by 6 bits, between the two by the one above them.
         unsafe {
-            let low = [_mm512_loadu_si512(table.cast()), _mm512_loadu_si512(table.add(32).cast())];
-            let high = [_mm512_loadu_si512(table.add(64).cast()), _mm512_loadu_si512(table.add(96).cast())];
+            let [a, b, c, d] = [table[0].0, table[1].0, table[2].0, table[3].0];
+            let (low, high) = (
+                [_mm512_castps_si512(a), _mm512_castps_si512(b)],
+                [_mm512_castps_si512(c), _mm512_castps_si512(d)],
+            );
             let bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes.cast()));
             let upper = _mm512_movepi16_mask(_mm512_slli_epi16::<9>(bytes));
             let small = _mm512_permutex2var_epi16(low[0], bytes, low[1]);

@@ -80,8 +80,8 @@ pub unsafe trait Vector: Copy {
     unsafe fn look_up_nibbles(_codes: *const u8, _table: *const u16) -> Self {
         unreachable!("only registers that look up")
     }
-    /// 32 words: each of 32 bytes picks one in a table of 128, its highest bit flips that of the word.
-    unsafe fn look_up_bytes(_codes: *const u8, _table: *const u16) -> Self {
+    /// 32 words: each of 32 bytes picks one in a table of 128 words, its highest bit flips that of the word.
+    unsafe fn look_up_bytes(_codes: *const u8, _table: &[Self; 4]) -> Self {
         unreachable!("only registers that look up")
     }
 }
