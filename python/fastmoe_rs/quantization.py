@@ -28,6 +28,9 @@ class QuantizedExperts(Experts):
 
     Buffers: w1_codes, w1_scales, w2_codes and w2_scales, the codes as uint8 in either format. No cast changes
     them. Biases stay the parameters that they were.
+
+    Raises:
+        TypeError: it is called, or told to draw its weights anew.
     """
 
     w1_codes: Tensor

@@ -431,7 +431,7 @@ fn fp8_table<E: Element>(scale: f32, out: &mut [E]) {
 
 /// `Mxfp4Tables` of a type.
 pub fn mxfp4_tables<E: Element>() -> Box<Mxfp4Tables<E>> {
-    let codes = std::array::from_fn(|i| (2 * i as u8 & 15) | (2 * i as u8 + 1) << 4);
+    let codes = std::array::from_fn(|i| ((2 * i as u8) & 15) | ((2 * i as u8 + 1) << 4));
     Box::new(std::array::from_fn(|scale| {
         let numbers = mxfp4_block(&codes, scale as u8);
         std::array::from_fn(|i| numbers[i])
