@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastmoe_rs import RoutingPlan, _native, functional, nn, reference
+from fastmoe_rs import RoutingPlan, _native, functional, kernels, nn, reference
 from fastmoe_rs.quantization import QuantizedExperts, QuantizedWeight, quantize, quantize_experts
 from moe_cases import ACTIVATIONS, DTYPES, EMULATED, mlp_case
 from native_cases import CASES, call
@@ -228,6 +228,19 @@ class TestLayer:
         grads = [torch.autograd.grad(out.float().sum(), (x, weights)) for out in outs]
         assert torch.equal(*outs)
         assert all(map(torch.equal, *grads))
+
+    @pytest.mark.cpu_only(reason="does on a CPU what is done for a GPU")
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_dequantized_before_the_call_as_for_a_gpu(self, format, monkeypatch):
+        case = quantized_case((format, format), dtype=torch.bfloat16, bias=True)
+        forwards = []
+        forward = kernels._native.mlp_forward
+        monkeypatch.setattr(
+            kernels._native, "mlp_forward", lambda *a: forwards.append(a[1].dtype) or forward(*a)
+        )
+        monkeypatch.setattr(kernels, "_POOLED", False)
+        assert_same_bits(*case)
+        assert forwards == [torch.bfloat16] * 2
 
     @pytest.mark.parametrize("format", FORMATS)
     def test_saves_no_numbers_for_the_backward(self, format):
