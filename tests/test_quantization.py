@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from fastmoe_rs import RoutingPlan, _native, functional, kernels, nn, reference
 from fastmoe_rs.quantization import QuantizedExperts, QuantizedWeight, quantize, quantize_experts
@@ -241,6 +242,16 @@ class TestLayer:
         monkeypatch.setattr(kernels, "_POOLED", False)
         assert_same_bits(*case)
         assert forwards == [torch.bfloat16] * 2
+
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_checkpointing(self, format):
+        (x, *others), _, _ = quantized_case((format, format), dtype=torch.bfloat16)
+        outs = (
+            functional.moe_mlp(x, *others),
+            checkpoint(lambda x: functional.moe_mlp(x, *others), x, use_reentrant=False),
+        )
+        grads = [torch.autograd.grad(out.float().sum(), (x, others[1])) for out in outs]
+        assert all(map(torch.equal, *grads))
 
     @pytest.mark.parametrize("format", FORMATS)
     def test_saves_no_numbers_for_the_backward(self, format):

@@ -237,8 +237,8 @@ def _mlp_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ...]
 def _mlp_grads(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     """The gradients of x, weights, w1, w2, b1 and b2, but for what is added to a main_grad."""
     needs = ctx.needs_input_grad[:6]
-    tensors, scales = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
-    arguments = grad_out.contiguous(), *tensors, *ctx.options, needs, *scales
+    saved = ctx.saved_tensors  # to be asked for once only
+    arguments = grad_out.contiguous(), *saved[:10], *ctx.options, needs, *saved[10:]
     sums = _main_grads(ctx, arguments, needs[2:4], ("w1", "w2"))
     if sums is None:
         return mlp_backward(*arguments)
