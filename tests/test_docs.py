@@ -105,6 +105,12 @@ def test_integrations(run):
     assert names["student"].config.intermediate_size == 2 * names["dense"].config.intermediate_size
 
 
+def test_quantization(run):
+    names = run("docs/quantization.md")
+    assert names["x"].grad.abs().sum() > 0
+    assert names["y"].shape == (16, 256)
+
+
 @pytest.mark.filterwarnings("ignore::fastmoe_rs.ExpertCollapseWarning")
 def test_training(run, monkeypatch, capsys):
     pytest.importorskip("accelerate", reason="transformers' Trainer needs it")

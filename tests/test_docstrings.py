@@ -20,6 +20,7 @@ MODULES = (
     "integrations.grok",
     "losses",
     "nn",
+    "quantization",
     "reference",
     "routing",
     "sinks",

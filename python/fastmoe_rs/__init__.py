@@ -1,8 +1,8 @@
 """Fast Mixture-of-Experts layers for PyTorch.
 
 `functional` has the differentiable functions, `routing` routers beyond the plain one, `nn` the modules,
-`reference` the same in plain torch, `RoutingPlan` says which row goes to which expert, and
-`accelerate(model)` switches a Hugging Face model over, `restore(model)` back.
+`quantization` weights in few bytes, `reference` the same in plain torch, `RoutingPlan` says which row goes to
+which expert, and `accelerate(model)` switches a Hugging Face model over, `restore(model)` back.
 
 `RoutingPlan` on NumPy arrays works without torch; everything else raises ImportError where torch is missing.
 """
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         functional,
         losses,
         nn,
+        quantization,
         reference,
         routing,
         sinks,
@@ -53,6 +54,7 @@ __all__ = [
     "main_grads",
     "memory_stats",
     "nn",
+    "quantization",
     "record_routing",
     "reference",
     "replay_routing",

@@ -187,6 +187,8 @@ def mlp_forward(
     transposed: bool,
     interleaved: bool,
     threads: int,
+    w1_scales: _Tensor | None = None,
+    w2_scales: _Tensor | None = None,
 ) -> None:
     """out[t] = sum of weights[t, k] * (act(x[t] @ w1[e].T + b1[e]) @ w2[e].T + b2[e]), e the expert of t, k.
 
@@ -199,6 +201,10 @@ def mlp_forward(
     without a capacity, and these are None. hidden is then flat and receives the plan too: behind the R * 2I
     elements of the pre-activation it has 2(2E + 1 + 2R) + 1 more, and in them, from a multiple of 4 bytes on,
     int32 counts, offsets, gather and inverse, one after the other.
+
+    A weight that comes with scales is quantized, in numbers code * scale: uint8 codes [E, N, D/32, 16],
+    two E2M1 a byte, with E8M0 scales uint8 [E, N, D/32]; or uint8 codes E4M3 [E, N, D] with scales float32
+    [E, ceil(N/128), ceil(D/128)]. Not transposed, and on CPUs only.
     """
 
 def mlp_backward(
@@ -225,10 +231,13 @@ def mlp_backward(
     threads: int,
     add_w1: bool = False,
     add_w2: bool = False,
+    w1_scales: _Tensor | None = None,
+    w2_scales: _Tensor | None = None,
 ) -> None:
     """Gradients of mlp_forward; each is like its tensor, and None where it is not wanted and not computed.
 
     Without offsets, gather and inverse the plan is that which mlp_forward made of ids, in hidden.
+    Quantized weights come as there, without grad_w1 and grad_w2.
     add_w1, add_w2: grad_w1, grad_w2 are added to, and may be wide; experts without rows leave them be.
     """
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import _check, ops
 from .kernels import wide
 from .plan import RoutingPlan
+from .quantized_weight import QuantizedWeight
 from .reference import GATED, UNGATED, Routing, activate
 from .reference import route_weights as _route_weights
 
@@ -191,8 +192,8 @@ def moe_mlp(
     x_TH: Tensor,
     ids_TK: Tensor | None,
     weights_TK: Tensor,
-    w1: Tensor,
-    w2: Tensor,
+    w1: Tensor | QuantizedWeight,
+    w2: Tensor | QuantizedWeight,
     *,
     b1: Tensor | None = None,
     b2: Tensor | None = None,
@@ -212,13 +213,14 @@ def moe_mlp(
         x_TH: [T, H].
         ids_TK: int64 or int32 [T, K] expert ids in [0, E); may be None when `plan` is given.
         weights_TK: [T, K] in any float dtype; used in float32 (float64 beside a float64 x).
-        w1: [E, 2I, H], gate rows then up rows; [E, I, H] when the activation has no gate. dtype of x.
-        w2: [E, H, I]. dtype of x.
+        w1: [E, 2I, H], gate rows then up rows; [E, I, H] when the activation has no gate. dtype of x, or a
+            `fastmoe_rs.quantization.QuantizedWeight` of any format, as w2 then is too.
+        w2: [E, H, I]. dtype of x, or a QuantizedWeight.
         b1: [E, 2I] ([E, I]) in the order of the rows of w1, or None.
         b2: [E, H], or None.
         activation: "swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_oai" (gated), "silu", "gelu",
             "gelu_tanh", "relu", "relu2" (not gated); `activate` has the formulas.
-        transposed: w1 is [E, H, 2I] ([E, H, I]) and w2 is [E, I, H].
+        transposed: w1 is [E, H, 2I] ([E, H, I]) and w2 is [E, I, H]; quantized weights never are.
         interleaved: the rows of w1 alternate, gate 0, up 0, gate 1, up 1, ...
         plan: the plan to follow, for a capacity or a recorded routing; made from the ids when None. Rows that
             it drops add nothing.
@@ -240,8 +242,14 @@ def moe_mlp(
             refused = error
     try:
         # For the others, and to say in the words of this function what the kernel refused.
-        _check_mlp(x_TH, w1, w2, b1, b2, activation, transposed, interleaved)
-        experts = w1.shape[0]
+        scales: tuple[Tensor, ...] = ()
+        if isinstance(w1, QuantizedWeight) or isinstance(w2, QuantizedWeight):
+            numbers = _stand_ins(x_TH, w1, w2, transposed)
+            (w1, w2), scales = zip(_codes(w1), _codes(w2), strict=True)
+        else:
+            numbers = w1, w2
+        _check_mlp(x_TH, *numbers, b1, b2, activation, transposed, interleaved)
+        experts = numbers[0].shape[0]
         if plan is None:
             if ids_TK is None:
                 _check.wanted("ids", None, "expert ids [T, K], or a plan")
@@ -258,7 +266,7 @@ def moe_mlp(
     # A trace is also checked, and run, in other modes than that in which it was made.
     learns = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None
     save_hidden = learns and any(t is not None and t.requires_grad for t in dense)
-    out, _ = ops.mlp(*dense, *_rows(plan), activation, transposed, interleaved, save_hidden)
+    out, _ = ops.mlp(*dense, *_rows(plan), activation, transposed, interleaved, save_hidden, *scales)
     return out
 
 
@@ -391,6 +399,22 @@ def _check_mlp(
     _check.like("w2", w2, "x", x)
 
 
+def _stand_ins(x: Tensor, w1: Any, w2: Any, transposed: bool) -> tuple[Tensor, Tensor]:
+    """Tensors of no memory with the shapes of quantized weights, to be checked as any."""
+    _check.floating("x", x, "[T, H]")
+    if transposed:
+        _check.wanted("transposed", True, "False, as quantized weights lie along their contraction")
+    for name, w in (("w1", w1), ("w2", w2)):
+        if not isinstance(w, QuantizedWeight):
+            _check.wanted(name, type(w).__name__, "a QuantizedWeight, as the other weight is one", TypeError)
+        _check.like(name, w.codes, "x", x, dtype=False)
+    return x.new_empty(()).expand(w1.shape), x.new_empty(()).expand(w2.shape)
+
+
+def _codes(w: Any) -> tuple[Tensor, Tensor]:
+    return w.codes.view(torch.uint8).contiguous(), w.scales.contiguous()
+
+
 def _fitting_options(w1: Tensor, w2: Tensor, hidden: int) -> str:
     """How to call `moe_mlp` for weights of these shapes, where they make sense in one way."""
     fitting = []
@@ -445,8 +469,8 @@ def _rows(plan: RoutingPlan) -> tuple[Any, Any, Any]:
 def _dense(
     x: Tensor,
     weights: Tensor,
-    w1: Tensor,
-    w2: Tensor,
+    w1: Any,
+    w2: Any,
     b1: Tensor | None,
     b2: Tensor | None,
     transposed: bool,

@@ -20,6 +20,7 @@ from torch.nn import Parameter
 
 from . import _native
 from ._check import DTYPES
+from .quantized_weight import numbers
 
 _PLAIN = (Tensor, Parameter)
 # An emulated GPU has torch's allocator, as a real one.
@@ -51,6 +52,13 @@ def _is_pooled(like: Tensor) -> bool:
     On the CPU torch gives freed memory back to the system.
     """
     return _POOLED and like.is_cpu and _has_memory(like)
+
+
+def _plain(w: Tensor, scales: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A weight and its scales as the native kernels of the device of x take them."""
+    if scales is None or _is_pooled(x) or not _has_memory(x):
+        return w, scales
+    return numbers(w, scales, x.dtype), None
 
 
 def _recycled(like: Tensor, *shape: int) -> Tensor:
@@ -184,9 +192,13 @@ def mlp(
     transposed: bool,
     interleaved: bool,
     save_hidden: bool,
+    w1_scales: Tensor | None = None,
+    w2_scales: Tensor | None = None,
     ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The output [T, H] and, to be saved for the backward, the pre-activation [R, 2I].
+
+    Where a weight comes with scales it is the uint8 codes of a quantized one.
 
     With `ids` their plan is made first, and what is saved is flat, with the plan behind the pre-activation.
     """
@@ -198,6 +210,8 @@ def mlp(
             hidden = _recycled(x, gather.shape[0], width)
         else:  # the plan takes 2E + 1 + 2R numbers of 4 bytes, from a multiple of 4 bytes on
             hidden = _recycled(x, weights.numel() * (width + 4) + 4 * w1.shape[0] + 3)
+    if w1_scales is not None or w2_scales is not None:
+        (w1, w1_scales), (w2, w2_scales) = _plain(w1, w1_scales, x), _plain(w2, w2_scales, x)
     if _has_memory(x):
         _native.mlp_forward(
             x,
@@ -216,6 +230,8 @@ def mlp(
             transposed,
             interleaved,
             torch.get_num_threads(),
+            w1_scales,
+            w2_scales,
         )
     return out, hidden
 
@@ -236,6 +252,8 @@ def mlp_backward(
     transposed: bool,
     interleaved: bool,
     needs: Sequence[bool],
+    w1_scales: Tensor | None = None,
+    w2_scales: Tensor | None = None,
     *,
     sums: Sequence[Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, ...]:
@@ -252,6 +270,8 @@ def mlp_backward(
     grad_w2 = recycled(w2) if w2_need and sum_w2 is None else None
     grad_b1 = torch.empty_like(b1) if b1 is not None and b1_need else None
     grad_b2 = torch.empty_like(b2) if b2 is not None and b2_need else None
+    if w1_scales is not None or w2_scales is not None:
+        (w1, w1_scales), (w2, w2_scales) = _plain(w1, w1_scales, x), _plain(w2, w2_scales, x)
     if _has_memory(x):
         _native.mlp_backward(
             grad_out,
@@ -277,6 +297,8 @@ def mlp_backward(
             torch.get_num_threads(),
             sum_w1 is not None,
             sum_w2 is not None,
+            w1_scales,
+            w2_scales,
         )
     return grad_x, grad_weights, grad_w1, grad_w2, grad_b1, grad_b2
 

@@ -207,13 +207,17 @@ _SCORE_BACKWARD = {
 
 
 def _mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-    *tensors, activation, transposed, interleaved, save_hidden = inputs
+    tensors, (activation, transposed, interleaved, save_hidden), scales = (
+        inputs[:9],
+        inputs[9:13],
+        inputs[13:],
+    )
     _, hidden = output
     ctx.options = None
     if save_hidden:
         ctx.mark_non_differentiable(hidden)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, hidden)
+        ctx.save_for_backward(*tensors, hidden, *scales)
         ctx.options = activation, transposed, interleaved
         ctx.owners = main_grad.owner(tensors[2]), main_grad.owner(tensors[3])
 
@@ -233,7 +237,8 @@ def _mlp_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ...]
 def _mlp_grads(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     """The gradients of x, weights, w1, w2, b1 and b2, but for what is added to a main_grad."""
     needs = ctx.needs_input_grad[:6]
-    arguments = grad_out.contiguous(), *ctx.saved_tensors, *ctx.options, needs
+    saved = ctx.saved_tensors  # to be asked for once only
+    arguments = grad_out.contiguous(), *saved[:10], *ctx.options, needs, *saved[10:]
     sums = _main_grads(ctx, arguments, needs[2:4], ("w1", "w2"))
     if sums is None:
         return mlp_backward(*arguments)
@@ -297,7 +302,7 @@ class _Mlp(torch.autograd.Function):
             transposed,
             interleaved,
             True,
-            ids,
+            ids=ids,
         )
         ctx.save_for_backward(x, weights, w1, w2, b1, b2, offsets, gather, inverse, hidden)
         ctx.options = options
@@ -353,7 +358,7 @@ def direct_mlp(
                 x, weights, w1, w2, b1, b2 = dense
                 return _Mlp.apply(x, weights, w1, w2, b1, b2, (ids, rows, options))
     kernel: Callable[..., Any] = kernels.mlp
-    out, _ = kernel(*dense, *rows, *options, False, ids)
+    out, _ = kernel(*dense, *rows, *options, False, ids=ids)
     return out
 
 
@@ -445,7 +450,8 @@ route_backward = _operator(
 )
 mlp = _operator(
     "mlp(Tensor x, Tensor weights, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2, Tensor offsets,"
-    " Tensor gather, Tensor inverse, str activation, bool transposed, bool interleaved, bool save_hidden)"
+    " Tensor gather, Tensor inverse, str activation, bool transposed, bool interleaved, bool save_hidden,"
+    " Tensor? w1_scales=None, Tensor? w2_scales=None)"
     " -> (Tensor out, Tensor hidden)",
     _mlp_setup,
     _mlp_backward,
@@ -453,7 +459,7 @@ mlp = _operator(
 mlp_backward = _operator(
     "mlp_backward(Tensor grad_out, Tensor x, Tensor weights, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2,"
     " Tensor? offsets, Tensor? gather, Tensor? inverse, Tensor hidden, str activation, bool transposed,"
-    " bool interleaved, bool[] needs)"
+    " bool interleaved, bool[] needs, Tensor? w1_scales=None, Tensor? w2_scales=None)"
     " -> (Tensor x, Tensor weights, Tensor w1, Tensor w2, Tensor b1, Tensor b2)",
     *_once("moe_mlp"),
 )

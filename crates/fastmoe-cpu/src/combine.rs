@@ -39,7 +39,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Combine<'_, M, E> {
     pub unsafe fn run(&self) {
         let hidden = self.layer.p.hidden;
         // More tasks divide the work more evenly; fewer read A less often, and long rows of B in longer runs.
-        let small = self.layer.rows() * self.inner <= A_IN_CACHE && matches!((self.factor)(0), Factor::Nk(_));
+        let small = self.layer.rows() * self.inner <= A_IN_CACHE && (self.factor)(0).is_nk();
         let share = hidden.div_ceil(if small { 8 } else { 2 } * self.layer.threads.0);
         let span = share.next_multiple_of(BLOCK_COLS).min(WIDE_COLS);
         self.layer.threads.for_each(hidden.div_ceil(span), |i| {
@@ -91,10 +91,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> CombineTask<'_, '_, M, E> {
     unsafe fn add_experts(&self, total: *mut M::Acc, stride: usize) {
         let Combine { layer, a, inner, factor, bias, .. } = *self.all;
         // As in `block_cols`: long runs of B's memory, few of A's.
-        let step = match factor(0) {
-            Factor::Nk(_) => BLOCK_COLS,
-            Factor::Kn(_) => WIDE_COLS,
-        };
+        let step = if factor(0).is_nk() { BLOCK_COLS } else { WIDE_COLS };
         let most = layer.work.iter().map(|w| w.longest_chunk(step)).max().unwrap_or(0);
         let sums = Scratch::<M::Acc>::new(sums_len::<M>(most, 1, step));
         let mut offset = [M::Acc::ZERO; WIDE_COLS];

@@ -1,9 +1,11 @@
 //! The tensor element types of the backend, and how numbers enter and leave them.
 
 use crate::math::Real;
+use crate::quantized::{Mxfp4Tables, mxfp4_tables};
 use crate::simd::Vector;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use std::sync::LazyLock;
 
 /// Element type of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +31,10 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     fn widen(src: &[Self], dst: &mut [Self::Acc]);
     /// Rounds a slice of sums to nearest even; both slices have one length.
     fn narrow(src: &[Self::Acc], dst: &mut [Self]);
+    /// `narrow`, of f32 whatever the type of sums is.
+    fn from_f32(src: &[f32], dst: &mut [Self]);
+    /// All numbers of MXFP4.
+    fn mxfp4_tables() -> &'static Mxfp4Tables<Self>;
 
     /// One register of units: numbers widened to the lane, or bf16 pairs as they are.
     ///
@@ -51,6 +57,16 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     }
 }
 
+/// Made when first asked for.
+macro_rules! tables {
+    ($number:ty) => {
+        fn mxfp4_tables() -> &'static Mxfp4Tables<Self> {
+            static TABLES: LazyLock<Box<Mxfp4Tables<$number>>> = LazyLock::new(mxfp4_tables);
+            &TABLES
+        }
+    };
+}
+
 macro_rules! native_element {
     ($float:ty) => {
         impl Element for $float {
@@ -64,6 +80,13 @@ macro_rules! native_element {
             fn narrow(src: &[Self], dst: &mut [Self]) {
                 dst.copy_from_slice(src);
             }
+            #[inline(always)]
+            fn from_f32(src: &[f32], dst: &mut [Self]) {
+                for (d, &s) in dst.iter_mut().zip(src) {
+                    *d = s.into();
+                }
+            }
+            tables!($float);
             #[inline(always)]
             unsafe fn load<V: Vector, const PAIRS: bool>(p: *const Self) -> V {
                 // SAFETY: as promised by the caller; the lanes of V are of this type.
@@ -94,6 +117,11 @@ impl Element for bf16 {
         }
     }
     #[inline(always)]
+    fn from_f32(src: &[f32], dst: &mut [Self]) {
+        Self::narrow(src, dst);
+    }
+    tables!(bf16);
+    #[inline(always)]
     unsafe fn load<V: Vector, const PAIRS: bool>(p: *const Self) -> V {
         // SAFETY: as promised by the caller.
         unsafe { if PAIRS { V::load(p.cast()) } else { V::widen_bf16(p) } }
@@ -110,6 +138,11 @@ impl Element for f16 {
     fn narrow(src: &[f32], dst: &mut [Self]) {
         dst.convert_from_f32_slice(src);
     }
+    #[inline(always)]
+    fn from_f32(src: &[f32], dst: &mut [Self]) {
+        Self::narrow(src, dst);
+    }
+    tables!(f16);
     #[inline(always)]
     unsafe fn load<V: Vector, const PAIRS: bool>(p: *const Self) -> V {
         // SAFETY: as promised by the caller.

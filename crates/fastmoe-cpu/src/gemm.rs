@@ -1,11 +1,12 @@
 //! One task's product: packed A by a block of B, which is packed on the way where the rows of A repay it.
 
-use crate::dots::Dots;
+use crate::dots::{Columns, Dots};
 use crate::dtype::Element;
 use crate::machine::{BLOCK, Machine, Tile, TileUpdate};
 use crate::memory::Scratch;
 use crate::pack::{Rows, pack_panels_kn, pack_panels_nk, units};
 use crate::prefetch::Prefetch;
+use crate::quantized::{Quantized, Room};
 use crate::scaled::{FEW_TILES, ScaledRows};
 
 /// Most units of the contraction in a packed panel of rows that are contiguous along it: long runs of memory are
@@ -18,6 +19,13 @@ pub const A_IN_CACHE: usize = 128 << 10;
 /// Units of the contraction in a packed block of rows that are contiguous across it.
 const SHALLOW: usize = 128;
 
+/// Columns of a quantized B that few rows of A are multiplied by at a time: whole groups of `Dots`, so that its sums are
+/// those of a plain B, and few enough for the first cache.
+const STRIP: usize = 4;
+
+/// Up to so many rows of A, numbers of a quantized B are best made in registers, without going through memory (measured).
+const LOOKED_UP_ROWS: usize = 2;
+
 /// A matrix `[inner, cols]` as it lies in memory.
 #[derive(Clone, Copy)]
 pub enum Factor<'a, E> {
@@ -25,6 +33,10 @@ pub enum Factor<'a, E> {
     Nk(Rows<'a, E>),
     /// Rows run along the contraction.
     Kn(Rows<'a, E>),
+    /// `Nk`, once it is dequantized.
+    QuantizedNk(Quantized<E>),
+    /// `Kn`, once it is dequantized.
+    QuantizedKn(Quantized<E>),
 }
 
 impl<'a, E: Element> Factor<'a, E> {
@@ -38,7 +50,19 @@ impl<'a, E: Element> Factor<'a, E> {
         match self {
             Self::Nk(rows) => Self::Kn(rows),
             Self::Kn(rows) => Self::Nk(rows),
+            Self::QuantizedNk(part) => Self::QuantizedKn(part),
+            Self::QuantizedKn(part) => Self::QuantizedNk(part),
         }
+    }
+
+    /// Whether a column of B, rather than a row, is contiguous.
+    #[inline(always)]
+    pub fn is_nk(&self) -> bool {
+        matches!(self, Self::Nk(_) | Self::QuantizedNk(_))
+    }
+
+    fn is_quantized(&self) -> bool {
+        matches!(self, Self::QuantizedNk(_) | Self::QuantizedKn(_))
     }
 
     /// From column `c` of B on.
@@ -47,6 +71,8 @@ impl<'a, E: Element> Factor<'a, E> {
         match self {
             Self::Nk(rows) => Self::Nk(rows.skip(c)),
             Self::Kn(rows) => Self::Kn(rows.column(c)),
+            Self::QuantizedNk(part) => Self::QuantizedNk(part.skip(c)),
+            Self::QuantizedKn(part) => Self::QuantizedKn(part.column(c)),
         }
     }
 
@@ -56,6 +82,30 @@ impl<'a, E: Element> Factor<'a, E> {
         match self {
             Self::Nk(rows) => Self::Nk(rows.column(k)),
             Self::Kn(rows) => Self::Kn(rows.skip(k)),
+            Self::QuantizedNk(part) => Self::QuantizedNk(part.column(k)),
+            Self::QuantizedKn(part) => Self::QuantizedKn(part.skip(k)),
+        }
+    }
+
+    /// Memory for `inner` rows and `cols` columns of a quantized B.
+    fn room<M: Machine>(&self, inner: usize, cols: usize) -> Option<Room<M>> {
+        match self {
+            Self::QuantizedNk(part) => Some(Room::new(part, cols, inner)),
+            Self::QuantizedKn(part) => Some(Room::new(part, inner, cols)),
+            _ => None,
+        }
+    }
+
+    /// The first `inner` rows and `cols` columns of B as numbers, those of a quantized one in its `room`.
+    #[inline(always)]
+    unsafe fn plain<M: Machine>(self, inner: usize, cols: usize, room: &mut Option<Room<M>>) -> Self {
+        // SAFETY: as promised by the caller.
+        unsafe {
+            match (self, room) {
+                (Self::QuantizedNk(part), Some(room)) => Self::Nk(part.dequantize(cols, inner, room)),
+                (Self::QuantizedKn(part), Some(room)) => Self::Kn(part.dequantize(inner, cols, room)),
+                (plain, _) => plain,
+            }
         }
     }
 
@@ -66,6 +116,7 @@ impl<'a, E: Element> Factor<'a, E> {
             match self {
                 Self::Nk(rows) => pack_panels_nk::<M, E>(rows, inner, cols, dst),
                 Self::Kn(rows) => pack_panels_kn::<M, E>(rows, inner, cols, dst),
+                _ => unreachable!("dequantized before it is packed"),
             }
         }
     }
@@ -76,6 +127,8 @@ impl<'a, E: Element> Factor<'a, E> {
         match self {
             Self::Nk(rows) => Prefetch::new(rows.start.cast(), cols, inner * size, rows.stride * size, steps),
             Self::Kn(rows) => Prefetch::new(rows.start.cast(), inner, cols * size, rows.stride * size, steps),
+            Self::QuantizedNk(part) => part.prefetch(cols, inner, steps),
+            Self::QuantizedKn(part) => part.prefetch(inner, cols, steps),
         }
     }
 }
@@ -122,21 +175,12 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
     /// Reached only from code compiled for the machine; the pointers are valid for the sizes above.
     #[inline(always)]
     pub unsafe fn compute(&self) {
+        if self.rows <= M::FEW_ROWS && self.parts[0].is_nk() {
+            // SAFETY: as promised by the caller.
+            return unsafe { self.dots() };
+        }
         let c_stride = self.c_stride();
         let width = padded_cols::<M>(self.cols);
-        if let (true, Factor::Nk(_)) = (self.rows <= M::FEW_ROWS, self.parts[0]) {
-            for (p, part) in self.parts.iter().enumerate() {
-                let Factor::Nk(w) = *part else { unreachable!("the parts of B lie alike") };
-                let (a, a_stride, rows) = (self.a, self.a_stride, self.rows);
-                let c = self.c.wrapping_add(p * width);
-                // SAFETY: as promised by the caller.
-                unsafe {
-                    Dots::<M, E> { a, a_stride, rows, w, inner: self.inner, cols: self.cols, c, c_stride }
-                        .compute();
-                }
-            }
-            return;
-        }
         if self.inner == 0 {
             // SAFETY: C has room for all its rows.
             unsafe { std::ptr::write_bytes(self.c, 0, self.rows * c_stride) };
@@ -145,12 +189,13 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
         // that would send more rows of A through the cache for every panel than it holds.
         let a_stays = self.rows * units::<M>(self.inner) <= A_IN_CACHE;
         let (cols, units_at_once) = match self.parts[0] {
-            Factor::Nk(_) if a_stays => (M::COLS, DEEP.min(units::<M>(self.inner))),
-            Factor::Nk(_) => (width, M::DEPTH),
-            Factor::Kn(_) => (width, SHALLOW),
+            b if b.is_nk() && a_stays => (M::COLS, DEEP.min(units::<M>(self.inner))),
+            b if b.is_nk() => (width, M::DEPTH),
+            _ => (width, SHALLOW),
         };
         let in_place = self.in_place();
         let packed = Scratch::<M::Acc>::new(if in_place { 0 } else { units_at_once * cols });
+        let mut room = self.parts[0].room::<M>(units_at_once * M::UNIT, cols);
         let across = self.cols.div_ceil(cols);
         let blocks_of_k = self.inner.div_ceil(units_at_once * M::UNIT);
         let blocks = blocks_of_k * self.parts.len() * across;
@@ -158,8 +203,9 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
             let block = self.block(i, across, cols, units_at_once * M::UNIT);
             // SAFETY: as promised by the caller; `packed` has room for the block.
             unsafe {
+                let factor = block.factor.plain(block.inner, block.cols, &mut room);
                 if !in_place {
-                    block.factor.pack::<M>(block.inner, block.cols, packed.ptr());
+                    factor.pack::<M>(block.inner, block.cols, packed.ptr());
                 }
                 let steps = padded_cols::<M>(block.cols) / M::COLS
                     * self.rows.div_ceil(M::ROWS)
@@ -172,7 +218,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
                     let first = (cols.min(self.cols), self.inner.min(units_at_once * M::UNIT));
                     self.next.map_or(Prefetch::NONE, |next| next.prefetch(first.1, first.0, steps))
                 };
-                match block.factor {
+                match factor {
                     Factor::Kn(b) if in_place => M::call(ScaledRows {
                         a: self.a.add(block.from / M::UNIT),
                         a_stride: self.a_stride,
@@ -191,9 +237,46 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
         }
     }
 
+    /// Inner products with the rows of B where they lie, or where a few at a time are dequantized.
+    #[inline(always)]
+    unsafe fn dots(&self) {
+        let strip = if self.parts[0].is_quantized() { STRIP } else { self.cols };
+        let mut room = self.parts[0].room::<M>(self.inner, strip);
+        for (p, &part) in self.parts.iter().enumerate() {
+            let c = self.c.wrapping_add(p * padded_cols::<M>(self.cols));
+            if let (Factor::QuantizedNk(part), Some(room)) = (part, &mut room)
+                && self.rows <= LOOKED_UP_ROWS
+                && let Some(pieces) = part.looked_up::<M>(self.cols)
+            {
+                for (from, to) in pieces {
+                    // SAFETY: as promised by the caller of `compute`.
+                    unsafe { self.some_dots(part.codes_of(from, room), to - from, c.add(from)) }
+                }
+                continue;
+            }
+            for from in (0..self.cols).step_by(strip) {
+                let cols = strip.min(self.cols - from);
+                // SAFETY: as promised by the caller of `compute`; `room` has room for the strip.
+                unsafe {
+                    let Factor::Nk(w) = part.column(from).plain(self.inner, cols, &mut room) else {
+                        unreachable!("the parts of B lie alike")
+                    };
+                    self.some_dots(w, cols, c.add(from));
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn some_dots<W: Columns<M>>(&self, w: W, cols: usize, c: *mut M::Acc) {
+        let (a, a_stride, rows, inner) = (self.a, self.a_stride, self.rows, self.inner);
+        // SAFETY: as promised by the caller of `compute`.
+        unsafe { Dots { a, a_stride, rows, w, inner, cols, c, c_stride: self.c_stride() }.compute() }
+    }
+
     /// Whether rows of B along the contraction are better left where they are.
     fn in_place(&self) -> bool {
-        matches!(self.parts[0], Factor::Kn(_))
+        !self.parts[0].is_nk()
             && self.rows <= FEW_TILES * M::ROWS
             && !M::WHOLE_TILES
             && self.cols.is_multiple_of(M::COLS)

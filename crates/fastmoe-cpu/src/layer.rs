@@ -5,7 +5,8 @@ use crate::gemm::Factor;
 use crate::machine::{Machine, Op};
 use crate::memory::Scratch;
 use crate::pack::{Rows, pack_row, row_stride};
-use crate::problem::{Mlp, Ptr};
+use crate::problem::{Mlp, Ptr, Weight};
+use crate::quantized::Quantized;
 use crate::threads::Threads;
 use std::ops::Range;
 
@@ -19,12 +20,12 @@ const CHUNK_SUMS: usize = 128 << 10;
 
 /// Columns of a task: wide where the rows of B run along them, for only then is its memory read in long runs;
 /// narrow where that leaves threads without work.
-pub fn block_cols<E>(factor: Factor<'_, E>, cols: usize, experts: usize, threads: Threads) -> usize {
+pub fn block_cols<E: Element>(factor: Factor<'_, E>, cols: usize, experts: usize, threads: Threads) -> usize {
     let enough = |width: &usize| experts * cols.div_ceil(*width) >= 4 * threads.0;
-    match factor {
-        Factor::Nk(_) => BLOCK_COLS,
-        Factor::Kn(_) => [WIDE_COLS, 2 * BLOCK_COLS].into_iter().find(enough).unwrap_or(BLOCK_COLS),
+    if factor.is_nk() {
+        return BLOCK_COLS;
     }
+    [WIDE_COLS, 2 * BLOCK_COLS].into_iter().find(enough).unwrap_or(BLOCK_COLS)
 }
 
 /// An expert that has rows, and which.
@@ -216,16 +217,24 @@ impl<'a, M: Machine, E: Element<Acc = M::Acc>> Layer<'a, M, E> {
 
     /// W1 of an expert as the factor of the up projection, `[H, 2I]`.
     pub fn w1(&self, expert: usize) -> Factor<'a, E> {
-        let size = self.up_cols() * self.p.hidden;
-        let start = self.p.w1.cast::<E>().wrapping_add(expert * size);
-        Factor::weight(start, self.p.hidden, self.up_cols(), self.p.transposed)
+        self.weight(self.p.w1, expert, self.p.hidden, self.up_cols())
     }
 
     /// W2 of an expert as the factor of the down projection, `[I, H]`.
     pub fn w2(&self, expert: usize) -> Factor<'a, E> {
-        let size = self.p.intermediate * self.p.hidden;
-        let start = self.p.w2.cast::<E>().wrapping_add(expert * size);
-        Factor::weight(start, self.p.intermediate, self.p.hidden, self.p.transposed)
+        self.weight(self.p.w2, expert, self.p.intermediate, self.p.hidden)
+    }
+
+    fn weight(&self, weight: Weight, expert: usize, inner: usize, cols: usize) -> Factor<'a, E> {
+        match weight {
+            Weight::Plain(start) => {
+                let start = start.cast::<E>().wrapping_add(expert * inner * cols);
+                Factor::weight(start, inner, cols, self.p.transposed)
+            }
+            Weight::Quantized { format, codes, scales } => {
+                Factor::QuantizedNk(Quantized::new(format, codes, scales, [expert, cols, inner]))
+            }
+        }
     }
 }
 

@@ -27,6 +27,7 @@ mod pack;
 mod permute;
 mod prefetch;
 mod problem;
+mod quantized;
 mod route;
 mod row_pointers;
 mod scaled;
@@ -40,7 +41,7 @@ pub use dtype::DType;
 pub use error::Error;
 pub use isa::{CpuInfo, Isa, cpu_info, isa};
 pub use permute::{Unpermute, permute};
-pub use problem::{GroupedMm, Mlp, MlpGrads, Ptr, PtrMut, RoutedRows};
+pub use problem::{Format, GroupedMm, Mlp, MlpGrads, Ptr, PtrMut, RoutedRows, Weight};
 pub use route::{Route, RouteGrad};
 pub use threads::{Threads, find_openmp};
 

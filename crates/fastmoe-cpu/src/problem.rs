@@ -19,6 +19,31 @@ pub struct RoutedRows<'a> {
     pub inverse: &'a [i32],
 }
 
+/// How a quantized weight `[E, N, D]` holds its numbers, each of which is a code times a scale, rounded once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Codes E2M1 `[E, N, D/2]`, two a byte, the low half first; scales E8M0 `[E, N, D/32]`.
+    Mxfp4,
+    /// Codes E4M3 `[E, N, D]`; scales f32 of squares of 128 x 128, `[E, ceil(N/128), ceil(D/128)]`.
+    Fp8,
+}
+
+/// A weight `[E, N, D]`.
+#[derive(Clone, Copy)]
+pub enum Weight {
+    /// Numbers of the dtype of x, which may be transposed.
+    Plain(Ptr),
+    /// Never transposed, and without a gradient.
+    Quantized {
+        /// What codes and scales mean.
+        format: Format,
+        /// The codes.
+        codes: Ptr,
+        /// The scales.
+        scales: Ptr,
+    },
+}
+
 /// The expert MLP: `out[t] = sum_k weights[t,k] * (act(x W1^T + b1) W2^T + b2)`.
 #[derive(Clone, Copy)]
 pub struct Mlp<'a> {
@@ -43,11 +68,11 @@ pub struct Mlp<'a> {
     /// `[T,H]`.
     pub x: Ptr,
     /// `[E,2I,H]` (`[E,I,H]` ungated).
-    pub w1: Ptr,
+    pub w1: Weight,
     /// `[E,2I]`.
     pub b1: Option<Ptr>,
     /// `[E,H,I]`.
-    pub w2: Ptr,
+    pub w2: Weight,
     /// `[E,H]`.
     pub b2: Option<Ptr>,
     /// `[T,K]` routing weights, f64 when `dtype` is F64, else f32.

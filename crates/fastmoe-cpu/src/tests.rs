@@ -7,7 +7,7 @@ use crate::grouped::{grouped, grouped_grad_weight};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::Isa;
 use crate::machine::*;
-use crate::problem::{GroupedMm, Mlp, MlpGrads, PtrMut, RoutedRows};
+use crate::problem::{GroupedMm, Mlp, MlpGrads, PtrMut, RoutedRows, Weight};
 use crate::{Activation, DType, Threads};
 use fastmoe_core::Update;
 use half::{bf16, f16};
@@ -227,9 +227,9 @@ impl Problem {
             transposed: c.transposed,
             interleaved: c.interleaved,
             x: x.as_ptr().cast(),
-            w1: w1.as_ptr().cast(),
+            w1: Weight::Plain(w1.as_ptr().cast()),
             b1: c.bias.then_some(b1.as_ptr().cast()),
-            w2: w2.as_ptr().cast(),
+            w2: Weight::Plain(w2.as_ptr().cast()),
             b2: c.bias.then_some(b2.as_ptr().cast()),
             weights: weights.as_ptr().cast(),
             rows: RoutedRows { offsets: &self.offsets, gather: &self.gather, inverse: &self.inverse },

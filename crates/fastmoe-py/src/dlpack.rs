@@ -242,6 +242,7 @@ impl DLDataType {
         match (self.code, self.bits, self.lanes) {
             (0, 32, 1) => Ok(Element::I32),
             (0, 64, 1) => Ok(Element::I64),
+            (1, 8, 1) => Ok(Element::U8),
             (2, 16, 1) => Ok(Element::F16),
             (2, 32, 1) => Ok(Element::F32),
             (2, 64, 1) => Ok(Element::F64),
@@ -259,6 +260,7 @@ impl From<Element> for DLDataType {
     fn from(element: Element) -> Self {
         let code = match element {
             Element::I32 | Element::I64 => 0,
+            Element::U8 => 1,
             Element::F32 | Element::F64 | Element::F16 => 2,
             Element::Bf16 => 4,
         };

@@ -11,6 +11,7 @@ pub enum Element {
     F16,
     I32,
     I64,
+    U8,
 }
 
 /// A Rust type whose slices an argument can be read as.
@@ -39,7 +40,7 @@ unsafe impl Scalar for i64 {
 }
 
 impl Element {
-    const ALL: [Self; 6] = [Self::F32, Self::F64, Self::Bf16, Self::F16, Self::I32, Self::I64];
+    const ALL: [Self; 7] = [Self::F32, Self::F64, Self::Bf16, Self::F16, Self::I32, Self::I64, Self::U8];
 
     /// The name that torch and NumPy use.
     pub fn name(self) -> &'static str {
@@ -50,6 +51,7 @@ impl Element {
             Self::F16 => "float16",
             Self::I32 => "int32",
             Self::I64 => "int64",
+            Self::U8 => "uint8",
         }
     }
 
@@ -60,6 +62,9 @@ impl Element {
     /// From NumPy's type string, such as `<f4`; the byte order has to be the machine's.
     pub fn from_typestr(typestr: &str) -> Option<Self> {
         let native = if cfg!(target_endian = "little") { '<' } else { '>' };
+        if typestr == "|u1" {
+            return Some(Self::U8);
+        }
         match typestr.strip_prefix(native)? {
             "f4" => Some(Self::F32),
             "f8" => Some(Self::F64),
@@ -75,6 +80,7 @@ impl Element {
             Self::F32 | Self::I32 => 4,
             Self::F64 | Self::I64 => 8,
             Self::Bf16 | Self::F16 => 2,
+            Self::U8 => 1,
         }
     }
 
@@ -85,7 +91,7 @@ impl Element {
             Self::F64 => Some(DType::F64),
             Self::Bf16 => Some(DType::Bf16),
             Self::F16 => Some(DType::F16),
-            Self::I32 | Self::I64 => None,
+            Self::I32 | Self::I64 | Self::U8 => None,
         }
     }
 

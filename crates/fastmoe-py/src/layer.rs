@@ -11,6 +11,7 @@ use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::plan::NewPlan;
 use crate::tensor::Tensor;
+use crate::weight::ExpertWeight;
 
 /// How the expert weights are laid out, and the activation between them.
 #[derive(Clone, Copy)]
@@ -38,9 +39,9 @@ pub struct Layer {
     pub layout: Layout,
     pub sizes: Sizes,
     pub x: Tensor,
-    pub w1: Tensor,
+    pub w1: ExpertWeight,
     pub b1: Option<Tensor>,
-    pub w2: Tensor,
+    pub w2: ExpertWeight,
     pub b2: Option<Tensor>,
     pub weights: Tensor,
 }
@@ -95,11 +96,10 @@ impl Layer {
         w2: &Bound<'_, PyAny>,
         b2: Option<&Bound<'_, PyAny>>,
         weights: &Bound<'_, PyAny>,
+        [w1_scales, w2_scales]: [Option<&Bound<'_, PyAny>>; 2],
     ) -> Result<Self> {
         let x = Tensor::input("x", x)?;
-        let w1 = Tensor::input("w1", w1)?;
         let b1 = optional_input("b1", b1)?;
-        let w2 = Tensor::input("w2", w2)?;
         let b2 = optional_input("b2", b2)?;
         let weights = Tensor::input("weights", weights)?;
 
@@ -107,11 +107,14 @@ impl Layer {
         let [tokens, hidden] = x.dims("T, H")?;
         let [_, top_k] = weights.dims("T, K")?;
         weights.expect(Element::of_weights(dtype), &[tokens, top_k], "T, K")?;
-        for w in [&w1, &w2] {
-            w.expect_element(dtype.into())?;
+        let w1 = ExpertWeight::new(["w1", "w1_scales"], w1, w1_scales, dtype.into(), "E, 2I, H")?;
+        let w2 = ExpertWeight::new(["w2", "w2_scales"], w2, w2_scales, dtype.into(), "E, H, I")?;
+        if layout.transposed {
+            w1.expect_numbers("beside transposed=True")?;
+            w2.expect_numbers("beside transposed=True")?;
         }
-        let [experts, ..] = w1.dims::<3>("E, 2I, H")?;
-        let [_, a, b] = w2.dims::<3>("E, H, I")?;
+        let [experts, ..] = w1.shape();
+        let [_, a, b] = w2.shape();
         let (h, i) = if layout.transposed { (b, a) } else { (a, b) };
         // Where W2 comes in the other layout its first error is about W1, which tells the remedy.
         let intermediate = if h == hidden { i } else { h };
@@ -136,9 +139,10 @@ impl Layer {
         Ok(Self { layout, sizes, x, w1, b1, w2, b2, weights })
     }
 
-    pub fn inputs(&self) -> [Option<&Tensor>; 6] {
+    pub fn inputs(&self) -> impl Iterator<Item = Option<&Tensor>> {
         let Self { x, w1, b1, w2, b2, weights, .. } = self;
-        [Some(x), Some(w1), b1.as_ref(), Some(w2), b2.as_ref(), Some(weights)]
+        let others = [Some(x), b1.as_ref(), b2.as_ref(), Some(weights)];
+        others.into_iter().chain(w1.tensors()).chain(w2.tensors())
     }
 
     /// The pre-activation of a call that makes its plan, and that plan, of the one tensor that keeps both.
@@ -222,6 +226,9 @@ impl Problem {
     /// The problem of the CUDA backend, which trusts the plan that it is given.
     pub fn on_device(&self, py: Python<'_>) -> Result<fastmoe_cuda::Mlp> {
         let Layer { layout, sizes, .. } = self.layer;
+        for w in [&self.layer.w1, &self.layer.w2] {
+            w.expect_numbers("on a GPU, where weights are dequantized before the call")?;
+        }
         let kinds = Activation::ALL.iter();
         let kind = kinds.take_while(|(_, kind)| *kind != layout.activation).count() as i32;
         Ok(fastmoe_cuda::Mlp {
@@ -238,9 +245,9 @@ impl Problem {
             },
             top_k: sizes.top_k,
             x: self.layer.x.buffer(),
-            w1: self.layer.w1.buffer(),
+            w1: self.layer.w1.tensor.buffer(),
             b1: buffer(&self.layer.b1),
-            w2: self.layer.w2.buffer(),
+            w2: self.layer.w2.tensor.buffer(),
             b2: buffer(&self.layer.b2),
             weights: self.layer.weights.buffer(),
             offsets: self.rows.offsets.buffer(),
@@ -275,9 +282,9 @@ impl Problem {
             transposed: layout.transposed,
             interleaved: layout.interleaved,
             x: self.layer.x.ptr(),
-            w1: self.layer.w1.ptr(),
+            w1: self.layer.w1.on_cpu(),
             b1: self.layer.b1.as_ref().map(Tensor::ptr),
-            w2: self.layer.w2.ptr(),
+            w2: self.layer.w2.on_cpu(),
             b2: self.layer.b2.as_ref().map(Tensor::ptr),
             weights: self.layer.weights.ptr(),
             rows: RoutedRows { offsets, gather, inverse },

@@ -21,6 +21,7 @@ mod place;
 mod plan;
 mod route;
 mod tensor;
+mod weight;
 
 #[pyo3::pymodule(gil_used = false)]
 mod _native {

@@ -14,7 +14,7 @@ use crate::tensor::Tensor;
 #[pyfunction]
 #[pyo3(signature = (
     x, w1, b1, w2, b2, weights, ids, offsets, gather, inverse, out, hidden,
-    activation, transposed, interleaved, threads
+    activation, transposed, interleaved, threads, w1_scales=None, w2_scales=None
 ))]
 pub fn mlp_forward(
     py: Python<'_>,
@@ -34,9 +34,12 @@ pub fn mlp_forward(
     transposed: bool,
     interleaved: bool,
     threads: i64,
+    w1_scales: Option<&Bound<'_, PyAny>>,
+    w2_scales: Option<&Bound<'_, PyAny>>,
 ) -> Result<()> {
     let threads = self::threads(threads)?;
-    let layer = Layer::new(Layout::new(activation, transposed, interleaved)?, x, w1, b1, w2, b2, weights)?;
+    let layout = Layout::new(activation, transposed, interleaved)?;
+    let layer = Layer::new(layout, x, w1, b1, w2, b2, weights, [w1_scales, w2_scales])?;
     let scratch;
     let (packed, hidden) = match (ids, optional_output("hidden", hidden)?) {
         (None, hidden) => (None, hidden),
@@ -65,7 +68,7 @@ pub fn mlp_forward(
         hidden.expect(sizes.dtype, &problem.hidden_shape(), problem.layer.layout.hidden_legend())?;
     }
     let of_plan = plan.as_ref().map_or_else(|| problem.rows.inputs(), |plan| [Some(&plan.ids), None, None]);
-    let inputs = problem.layer.inputs().into_iter().chain(of_plan);
+    let inputs = problem.layer.inputs().chain(of_plan);
     let outputs = [packed.as_ref(), Some(&out), hidden.as_ref()];
     if let Backend::Cuda(device) = Backend::of(inputs, outputs)? {
         let mlp = problem.on_device(py)?;
@@ -95,7 +98,8 @@ pub fn mlp_forward(
 #[pyo3(signature = (
     grad_out, x, w1, b1, w2, b2, weights, hidden, offsets, gather, inverse,
     grad_x, grad_weights, grad_w1, grad_b1, grad_w2, grad_b2,
-    activation, transposed, interleaved, threads, add_w1=false, add_w2=false
+    activation, transposed, interleaved, threads, add_w1=false, add_w2=false,
+    w1_scales=None, w2_scales=None
 ))]
 pub fn mlp_backward(
     py: Python<'_>,
@@ -122,9 +126,12 @@ pub fn mlp_backward(
     threads: i64,
     add_w1: bool,
     add_w2: bool,
+    w1_scales: Option<&Bound<'_, PyAny>>,
+    w2_scales: Option<&Bound<'_, PyAny>>,
 ) -> Result<()> {
     let threads = self::threads(threads)?;
-    let layer = Layer::new(Layout::new(activation, transposed, interleaved)?, x, w1, b1, w2, b2, weights)?;
+    let layout = Layout::new(activation, transposed, interleaved)?;
+    let layer = Layer::new(layout, x, w1, b1, w2, b2, weights, [w1_scales, w2_scales])?;
     let hidden = Tensor::input("hidden", hidden)?;
     let (hidden, rows) = match (offsets, gather, inverse) {
         (None, None, None) => {
@@ -151,13 +158,18 @@ pub fn mlp_backward(
     };
     let (up, down) = (update(&grads[2], add_w1)?, update(&grads[4], add_w2)?);
     let Layer { x, weights, w1, w2, .. } = &problem.layer;
+    for (w, grad) in [(w1, &grads[2]), (w2, &grads[4])] {
+        if let Some(grad) = grad {
+            w.expect_numbers(&format!("beside {}: quantized weights have no gradient", grad.name()))?;
+        }
+    }
     // The elements of w1 and w2 are those of `update`.
     let expected: [(Option<Element>, &[usize], &str); 6] = [
         (Some(x.element()), x.shape(), "T, H"),
         (Some(weights.element()), weights.shape(), "T, K"),
-        (None, w1.shape(), "like w1"),
+        (None, &w1.shape(), "like w1"),
         (Some(x.element()), &[sizes.experts, sizes.up], "like b1"),
-        (None, w2.shape(), "like w2"),
+        (None, &w2.shape(), "like w2"),
         (Some(x.element()), &[sizes.experts, sizes.hidden], "E, H"),
     ];
     for (grad, (element, shape, legend)) in grads.iter().zip(expected) {
@@ -166,7 +178,7 @@ pub fn mlp_backward(
             grad.expect_shape(shape, legend)?;
         }
     }
-    let inputs = problem.layer.inputs().into_iter().chain(problem.rows.inputs());
+    let inputs = problem.layer.inputs().chain(problem.rows.inputs());
     let inputs = inputs.chain([Some(&grad_out), Some(&hidden)]);
     if let Backend::Cuda(device) = Backend::of(inputs, grads.each_ref().map(Option::as_ref))? {
         let mlp = problem.on_device(py)?;

@@ -116,6 +116,11 @@ impl Tensor {
         }))
     }
 
+    /// The same memory said to have another shape, for the words of an error.
+    pub fn with_shape(self, shape: SmallVec<[usize; 4]>) -> Self {
+        Self { shape, ..self }
+    }
+
     pub fn name(&self) -> &'static str {
         self.name
     }

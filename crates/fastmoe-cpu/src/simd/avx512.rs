@@ -139,4 +139,35 @@ unsafe impl Vector for F32x16 {
         // SAFETY: see the impl.
         Self(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) })
     }
+
+    const LOOKS_UP: bool = true;
+    #[inline(always)]
+    unsafe fn look_up_nibbles(codes: *const u8, table: *const u16) -> Self {
+        // SAFETY: see the impl. The table is there twice, so that of an index 4 bits count: those of the low half, and
+        // of the high one in the word above it.
+        unsafe {
+            let table = _mm512_broadcast_i64x4(_mm256_loadu_si256(table.cast()));
+            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.cast()));
+            let halves = _mm512_or_si512(bytes, _mm512_slli_epi32::<12>(bytes));
+            Self(_mm512_castsi512_ps(_mm512_permutexvar_epi16(halves, table)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn look_up_bytes(codes: *const u8, table: &[Self; 4]) -> Self {
+        // SAFETY: see the impl. Each half of the table is picked from by 6 bits, between the two by the one above them.
+        unsafe {
+            let [a, b, c, d] = [table[0].0, table[1].0, table[2].0, table[3].0];
+            let (low, high) = (
+                [_mm512_castps_si512(a), _mm512_castps_si512(b)],
+                [_mm512_castps_si512(c), _mm512_castps_si512(d)],
+            );
+            let bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(codes.cast()));
+            let upper = _mm512_movepi16_mask(_mm512_slli_epi16::<9>(bytes));
+            let small = _mm512_permutex2var_epi16(low[0], bytes, low[1]);
+            let large = _mm512_permutex2var_epi16(high[0], bytes, high[1]);
+            let sign = _mm512_and_si512(_mm512_slli_epi16::<8>(bytes), _mm512_set1_epi16(i16::MIN));
+            let words = _mm512_xor_si512(_mm512_mask_blend_epi16(upper, small, large), sign);
+            Self(_mm512_castsi512_ps(words))
+        }
+    }
 }

@@ -78,6 +78,17 @@ pub unsafe trait Vector: Copy {
     unsafe fn widen_bf16(p: *const bf16) -> Self;
     /// Lanes converted from IEEE half.
     unsafe fn widen_f16(p: *const f16) -> Self;
+
+    /// Whether the register has the two functions below.
+    const LOOKS_UP: bool = false;
+    /// 32 words: each half of 16 bytes, the low one first, picks one in a table of 16.
+    unsafe fn look_up_nibbles(_codes: *const u8, _table: *const u16) -> Self {
+        unreachable!("only registers that look up")
+    }
+    /// 32 words: each of 32 bytes picks one in a table of 128 words, its highest bit flips that of the word.
+    unsafe fn look_up_bytes(_codes: *const u8, _table: &[Self; 4]) -> Self {
+        unreachable!("only registers that look up")
+    }
 }
 
 /// Copies to memory that will not be read soon, past the caches; `dst` is visible after `fence`.
