@@ -1,7 +1,7 @@
 //! The tensor element types of the backend, and how numbers enter and leave them.
 
+use crate::codes::{Mxfp4Tables, mxfp4_tables};
 use crate::math::Real;
-use crate::quantized::{Mxfp4Tables, mxfp4_tables};
 use crate::simd::Vector;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};

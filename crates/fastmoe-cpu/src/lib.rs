@@ -8,6 +8,7 @@ mod activation;
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod backward;
+mod codes;
 mod combine;
 mod dispatch;
 mod dots;
