@@ -2,7 +2,8 @@
 
 use crate::simd::prefetch_l2;
 
-const LINE: usize = 64;
+/// Bytes of a cache line.
+pub const LINE: usize = 64;
 
 /// A rectangle of memory still to be brought into L2.
 pub struct Prefetch {

@@ -7,15 +7,13 @@ use crate::dtype::Element;
 use crate::machine::{Machine, Op};
 use crate::memory::Scratch;
 use crate::pack::{Rows, load_some};
-use crate::prefetch::Prefetch;
+use crate::prefetch::{LINE, Prefetch};
 use crate::problem::{Format, Ptr};
 use crate::simd::{Vector, prefetch_l2};
 use std::marker::PhantomData;
 
 /// Rows and columns that share a scale in FP8.
 const SQUARE: usize = 128;
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// A part of one expert's weight `[.., inner]`.
 #[derive(Clone, Copy)]

@@ -186,7 +186,7 @@ ExpertsInterface.register(NAME, fastmoe_experts)
 
 
 def fp8_experts(self: Any, *args: Any) -> Tensor:
-    """Raises NotImplementedError: experts in FP8 have a registry of their own, and kernels that we lack."""
+    """Raises NotImplementedError: they round activations to FP8 too, for which there are no kernels here."""
     raise NotImplementedError(
         f"fastmoe_rs does not compute {type(self).__name__} in float8: load the checkpoint with "
         "quantization_config=FineGrainedFP8Config(dequantize=True), or use "
