@@ -7,6 +7,7 @@ import torch
 from layers import assert_same_bits, layer
 
 from fastmoe_rs import RoutingPlan, functional, reference
+from fastmoe_rs.quantization import quantize
 from moe_cases import ACTIVATIONS, assert_matches_reference, assert_near, mlp_case
 
 HALF = (torch.bfloat16, torch.float16)
@@ -118,3 +119,16 @@ def test_tensors_of_two_devices_are_refused(device, name):
     setattr(case, name, getattr(case, name).detach().cpu())
     with pytest.raises(ValueError, match="cuda"):
         case.forward()
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "fp8"])
+def test_quantized_weights_have_the_bits_of_dequantized_ones(device, format):
+    case = layer(device)
+    routing = functional.route(case.logits.detach(), case.top_k)
+    quantized = [quantize(weight.detach(), format) for weight in (case.w1, case.w2)]
+    plain = [weight.dequantize(case.x.dtype) for weight in quantized]
+    results = []
+    for weights in (quantized, plain):
+        out = functional.moe_mlp(case.x, routing.ids, routing.weights, *weights)
+        results.append((out.detach(), *torch.autograd.grad(out, case.x, case.grad_out)))
+    assert_same_bits(*results)
