@@ -51,7 +51,7 @@ template <class S, Major MW> struct GradHidden {
             [&](int i) { return tile.row + i < tile.end ? tile.row + i : -1; });
     b.start(expert_matrix(p.w2, tile.expert, p.intermediate, p.hidden_size, !p.transposed), p.hidden_size,
             [&](int i) { return tile.n * S::BN + i < p.intermediate ? tile.n * S::BN + i : -1; });
-    return ceil_div(p.hidden_size, S::SLICE);
+    return p.hidden_size;
   }
 
   PTX_D void begin(const RowTile&, typename S::Sums& c) const { begin_with_zeros<S>(c); }

@@ -43,7 +43,7 @@ template <class S, Major MAJOR> struct GradWeight {
             [&](int i) { return tile.m * S::BM + i < p.m ? tile.m * S::BM + i : -1; });
     b.start(Rows<T>{p.b, p.gather_b, p.n, p.tokens}.from(first), rows,
             [&](int i) { return tile.n * S::BN + i < p.n ? tile.n * S::BN + i : -1; });
-    return ceil_div(rows, S::SLICE);
+    return rows;
   }
 
   PTX_D void begin(const MatrixTile&, typename S::Sums& c) const { begin_with_zeros<S>(c); }

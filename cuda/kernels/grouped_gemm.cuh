@@ -43,7 +43,7 @@ template <class S, Major MW> struct Gemm {
     a.start(Rows<T>{p.a, {nullptr}, p.inner, 0}, p.inner, [&](int i) { return tile.row + i < tile.end ? tile.row + i : -1; });
     b.start(expert_matrix(p.w, tile.expert, p.columns, p.inner, p.transposed), p.inner,
             [&](int i) { return column(tile.n, 0, i); });
-    return ceil_div(p.inner, S::SLICE);
+    return p.inner;
   }
 
   PTX_D void begin(const RowTile& tile, typename S::Sums& c) const {

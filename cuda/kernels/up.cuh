@@ -60,7 +60,7 @@ template <class S, Major MA, Major MB> struct Up {
     a.start(tokens, p.hidden_size, [&](int i) { return tile.row + i < tile.end ? tile.row + i : -1; });
     b.start(expert_matrix(p.w1, tile.expert, columns(), p.hidden_size, p.transposed), p.hidden_size,
             [&](unsigned i) { return column(tile.n, i / (S::BN / 2), i % (S::BN / 2)); });
-    return ceil_div(p.hidden_size, S::SLICE);
+    return p.hidden_size;
   }
 
   PTX_D void begin(const RowTile& tile, typename S::Sums& c) const {

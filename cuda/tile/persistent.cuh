@@ -6,7 +6,7 @@ namespace tile {
 
 // `kernel` says what is multiplied and what becomes of the sums:
 //   Walk walk()                   the tiles
-//   int start(tile, a, b)         points the operands at a tile and returns its slices
+//   int start(tile, a, b)         points the operands at a tile and returns its length along K
 //   void begin(tile, sums)        sums before the product
 //   void finish(tile, sums)       stores them
 template <class S, Major MA, Major MB, class Kernel, class A, class B>
@@ -15,7 +15,7 @@ PTX_D void run_tiles(const Kernel& kernel, A a, B b) {
   auto walk = kernel.walk();
   typename decltype(walk)::Tile tile, next;
   if (!walk.next(tile)) return;
-  int slices = kernel.start(tile, a, b);
+  int slices = ceil_div(kernel.start(tile, a, b), S::SLICE);
   fill<S>(ring, a, b, slices);
   for (bool more = true; more; tile = next) {
     typename S::Sums sums;
@@ -23,7 +23,7 @@ PTX_D void run_tiles(const Kernel& kernel, A a, B b) {
     accumulate<S, MA, MB>(sums, ring, a, b, slices);
     more = walk.next(next);
     if (more) {
-      slices = kernel.start(next, a, b);
+      slices = ceil_div(kernel.start(next, a, b), S::SLICE);
       fill<S>(BUG(tiles_first_place) ? Ring<S>() : ring, a, b, slices);
     }
     kernel.finish(tile, sums);

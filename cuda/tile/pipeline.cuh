@@ -29,7 +29,7 @@ template <class S, class Kernel, class A, class B> PTX_D void copy_tiles(const K
   auto walk = kernel.walk();
   typename decltype(walk)::Tile tile;
   while (walk.next(tile)) {
-    const int slices = kernel.start(tile, a, b);
+    const int slices = ceil_div(kernel.start(tile, a, b), S::SLICE);
     for (int s = 0; s < slices; s++, stage.advance()) {
       if (!BUG(pipeline_no_empty_wait)) mbarrier_wait(stage.empty(), stage.parity ^ 1);
       b.copy(stage.slice() + S::A_BYTES, stage.full(), tile.shares);  // has the longer way
@@ -56,15 +56,18 @@ template <class S, Major MAJOR> struct RingOperand {
   }
 };
 
-// c = A B^T of a slice, as far as the warpgroup's rows and the columns of c are concerned, plus c where it `adds`; does not
-// wait for it. FENCE: threads have copied it.
-template <class S, Major MA, Major MB, bool FENCE, int SUMS>
-PTX_D void multiply(float (&c)[SUMS], const RingOperand<S, MA>& a, const RingOperand<S, MB>& b, int stage, bool adds) {
+constexpr int STEP = 16;  // of wgmma along K, in elements
+template <class S> constexpr int STEPS = S::SLICE / STEP;
+
+// c = A B^T of N steps of a slice from `first` on, as far as the warpgroup's rows and the columns of c are concerned, plus c
+// where it `adds`; does not wait for it. FENCE: threads have copied it.
+template <class S, Major MA, Major MB, bool FENCE, int N, int SUMS>
+PTX_D void multiply(float (&c)[SUMS], const RingOperand<S, MA>& a, const RingOperand<S, MB>& b, int stage, int first, bool adds) {
   if (FENCE && !BUG(pipeline_no_fence)) fence_proxy_async();  // cp.async writes as threads do
   wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < S::SLICE / 16; step++)
-    wgmma<typename S::Element, a.TRANSPOSED, b.TRANSPOSED>(c, a.at(stage, step), b.at(stage, BUG(pipeline_step) ? 0 : step), adds || step > 0);
+  for (int step = 0; step < N; step++)
+    wgmma<typename S::Element, a.TRANSPOSED, b.TRANSPOSED>(c, a.at(stage, first + step), b.at(stage, BUG(pipeline_step) ? 0 : first + step), adds || step > 0);
   wgmma_commit();
 }
 
@@ -88,12 +91,13 @@ template <class S, Major MA, Major MB, bool FENCE, class Kernel> PTX_D void mult
     if (lane < 2 - BUG(pipeline_release_one_block)) mbarrier_release_at(empty, BUG(pipeline_release_own) ? cluster_rank() : lane);
   };
   while (walk.next(tile)) {
-    const int slices = kernel.start(tile, rows, columns);
+    // Whole slices, and the steps of a last one.
+    const int steps = ceil_div(kernel.start(tile, rows, columns), STEP), slices = steps / STEPS<S>, left = steps % STEPS<S>;
     const bool has_rows = S::group() * GROUP_ROWS < kernel.height(tile);
     if (has_rows) kernel.prefetch(tile, results);
     const bool whole = columns.has_right && !BUG(pipeline_left_half);
     typename S::Sums sums;
-    if (slices == 0 || !whole)
+    if (steps == 0 || !whole)
 #pragma unroll
       for (float& sum : sums) sum = 0;
     const auto multiply_slices = [&](auto& c) {
@@ -101,7 +105,7 @@ template <class S, Major MA, Major MB, bool FENCE, class Kernel> PTX_D void mult
       for (int s = 0; s < slices; s++, stage.advance()) {
         if (!BUG(pipeline_no_full_wait)) mbarrier_wait(stage.full(), stage.parity);
         if (has_rows) {
-          multiply<S, MA, MB, FENCE>(c, a, b, stage.index, s > 0 || BUG(pipeline_adds_to_last));
+          multiply<S, MA, MB, FENCE, STEPS<S>>(c, a, b, stage.index, 0, s > 0 || BUG(pipeline_adds_to_last));
           if (BUG(pipeline_early_release)) release(stage.empty());
           wgmma_wait<1>();
         } else {
@@ -112,6 +116,21 @@ template <class S, Major MA, Major MB, bool FENCE, class Kernel> PTX_D void mult
       }
       if (!BUG(pipeline_no_last_wait)) wgmma_wait<0>();
       if (slices > 0 && !BUG(pipeline_early_release)) release(last);
+      if (left > 0) {
+        mbarrier_wait(stage.full(), stage.parity);
+        if (has_rows) {
+#pragma unroll 1
+          for (int step = 0; step < left - BUG(pipeline_short_slice); step++) {
+            multiply<S, MA, MB, FENCE, 1>(c, a, b, stage.index, step, slices + step > 0);
+            wgmma_wait<1>();
+          }
+          wgmma_wait<0>();
+        } else {
+          sync_warp();
+        }
+        release(stage.empty());
+        stage.advance();
+      }
     };
     if (whole) multiply_slices(sums);
     else multiply_slices(left_half(sums));
