@@ -19,6 +19,10 @@ pub const A_IN_CACHE: usize = 128 << 10;
 /// Units of the contraction in a packed block of rows that are contiguous across it.
 const SHALLOW: usize = 128;
 
+/// Fewer rows of A are multiplied by whole tiles so fast that lines on their way from memory would hold the buffers that the
+/// loads of these tiles wait for (measured).
+const ROWS_TO_LOOK_AHEAD: usize = 128;
+
 /// Columns of a quantized B that few rows of A are multiplied by at a time: whole groups of `Dots`, so that its sums are
 /// those of a plain B, and few enough for the first cache.
 const STRIP: usize = 4;
@@ -211,7 +215,9 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
                     * self.rows.div_ceil(M::ROWS)
                     * units::<M>(block.inner)
                     / BLOCK;
-                let mut ahead = if i + 1 < blocks {
+                let mut ahead = if M::WHOLE_TILES && self.rows < ROWS_TO_LOOK_AHEAD {
+                    Prefetch::NONE
+                } else if i + 1 < blocks {
                     let next = self.block(i + 1, across, cols, units_at_once * M::UNIT);
                     next.factor.prefetch(next.inner, next.cols, steps)
                 } else {
