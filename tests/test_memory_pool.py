@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from fastmoe_rs import _native
+from fastmoe_rs import _native, functional
 from native_cases import python
 
 
@@ -51,6 +51,29 @@ class TestPool:
         after = _native.memory_stats()
         assert again.data_ptr() == address
         assert (after["hits"], after["misses"]) == (before["hits"] + 1, before["misses"])
+
+    def test_gradients_are_the_same_in_new_and_in_used_memory(self):
+        """New memory is zeros already, where experts have no tokens; used memory is not."""
+        torch.manual_seed(0)
+        x, w2 = torch.randn(6, 16), torch.randn(4, 16, 200, requires_grad=True)
+        w1 = torch.randn(4, 400, 16, requires_grad=True)
+        ids = torch.tensor([[1], [3], [1], [1], [3], [3]])
+        results = []
+        for _ in range(3):
+            out = functional.moe_mlp(x, ids, torch.ones(6, 1), w1, w2)
+            grads = torch.autograd.grad(out.sum(), (w1, w2))
+            (grad_w,) = torch.autograd.grad(
+                functional.grouped_mm(x, w1, torch.tensor([0, 0, 4, 4, 6])).sum(), w1
+            )
+            results.append([grad.clone() for grad in (*grads, grad_w)])
+            for grad in (*grads, grad_w):
+                grad.fill_(float("nan"))
+            del grads, grad_w, grad, out
+        assert _native.memory_stats()["hits"] >= 6
+        for ours, want in zip(results[1] + results[2], 2 * results[0], strict=True):
+            assert torch.equal(ours, want)
+            assert not want[[0, 2]].any()
+            assert want[[1, 3]].any()
 
     def test_empty_cache(self):
         _native.empty((1000, 1000), "float32")

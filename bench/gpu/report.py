@@ -180,7 +180,8 @@ def others(entries: list[dict], page_path: str, known: set[str]) -> str:
             ratios.setdefault(name, []).append(times[name] / times[OURS])
     parts = [f"`{name}` {min(found):.2f} to {max(found):.2f}" for name, found in sorted(ratios.items())]
     cells = ", ".join(cell["name"] for cell in of_kind(entries, "cell"))
-    return f"\nTimes as long as ours [on fewer layers]({page_path}) on {place(entries)} ({cells}): {', '.join(parts)}.\n"
+    where = f"[on fewer layers]({page_path}) on {place(entries)} ({cells})"
+    return f"\nTimes as long as ours {where}: {', '.join(parts)}.\n"
 
 
 def fill(readme: Path, entries: list[dict], page_path: Path, beside: Path | None = None) -> None:

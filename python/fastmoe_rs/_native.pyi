@@ -295,13 +295,16 @@ def unpermute_backward(
 ) -> None:
     """Gradients of unpermute: grad_y [R, H], 0 in unused rows; grad_weights wide [T, K], 0 where dropped."""
 
-def empty(shape: Sequence[int], dtype: _DType) -> torch.Tensor:
+def empty(shape: Sequence[int], dtype: _DType, *, unwritten: bool = False) -> torch.Tensor:
     """An uninitialised tensor from a pool that takes the memory back when torch lets go of it.
+
+    With `unwritten` nobody may write to it before it is handed to the kernel that writes the gradient of a
+    weight, which need not write zeros then where the memory is new.
 
     Without a DLPack exchange table in torch it is a plain torch.empty. ImportError without torch.
     """
 
-def empty_like(tensor: torch.Tensor) -> torch.Tensor:
+def empty_like(tensor: torch.Tensor, *, unwritten: bool = False) -> torch.Tensor:
     """The same, of the shape and the float dtype of another tensor."""
 
 def empty_cache() -> None:

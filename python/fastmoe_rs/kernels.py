@@ -61,8 +61,15 @@ def _plain(w: Tensor, scales: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor 
     return numbers(w, scales, x.dtype), None
 
 
-def _recycled(like: Tensor, *shape: int) -> Tensor:
-    return _native.empty(shape, _NAMES[like.dtype]) if _is_pooled(like) else like.new_empty(*shape)
+def _recycled(like: Tensor, *shape: int, unwritten: bool = False) -> Tensor:
+    if _is_pooled(like):
+        return _native.empty(shape, _NAMES[like.dtype], unwritten=unwritten)
+    return like.new_empty(*shape)
+
+
+def _unwritten_like(like: Tensor) -> Tensor:
+    """For the gradient of a weight, which the kernel is the first to write to."""
+    return _native.empty_like(like, unwritten=True)
 
 
 def route(
@@ -265,9 +272,9 @@ def mlp_backward(
     grad_x = torch.empty_like(x) if x_need else None
     grad_weights = torch.empty_like(weights) if weights_need else None
     sum_w1, sum_w2 = sums
-    recycled = _native.empty_like if _is_pooled(x) else torch.empty_like
-    grad_w1 = recycled(w1) if w1_need and sum_w1 is None else None
-    grad_w2 = recycled(w2) if w2_need and sum_w2 is None else None
+    gradient_like = _unwritten_like if _is_pooled(x) else torch.empty_like
+    grad_w1 = gradient_like(w1) if w1_need and sum_w1 is None else None
+    grad_w2 = gradient_like(w2) if w2_need and sum_w2 is None else None
     grad_b1 = torch.empty_like(b1) if b1 is not None and b1_need else None
     grad_b2 = torch.empty_like(b2) if b2 is not None and b2_need else None
     if w1_scales is not None or w2_scales is not None:
@@ -325,7 +332,9 @@ def grouped_mm_grad_weight(
     sum_w: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of w, added to sum_w where that is given, and, if asked for, of the bias."""
-    grad_w = _recycled(x, *weight_shape(grad_out, x, offsets, transposed)) if sum_w is None else sum_w
+    grad_w = sum_w
+    if grad_w is None:
+        grad_w = _recycled(x, *weight_shape(grad_out, x, offsets, transposed), unwritten=True)
     grad_bias = x.new_empty(offsets.shape[0] - 1, grad_out.shape[1]) if with_bias else None
     add_w = sum_w is not None
     _run(

@@ -5,7 +5,7 @@ use crate::gemm::{padded_cols, row_groups};
 use crate::layer::Work;
 use crate::machine::{Machine, Op, Tile, TileUpdate};
 use crate::matrix::Matrix;
-use crate::memory::Scratch;
+use crate::memory::{Scratch, take_unwritten};
 use crate::pack::{row_stride, units};
 use crate::prefetch::Prefetch;
 use crate::problem::PtrMut;
@@ -70,6 +70,7 @@ impl GradWeight<'_> {
         let (down, across) = (m.div_ceil(task_rows), n.div_ceil(task_cols));
         let parts = self.parts::<M>(m + padded_cols::<M>(n), down * across);
         let longest = self.work.iter().map(|w| row_stride::<M>(w.rows.len())).max().unwrap_or(0);
+        let unwritten = update == Update::Write && take_unwritten(out);
         let job = Outer {
             a: Scratch::new(parts.longest * m + longest * M::ROWS),
             b: Scratch::new(parts.longest * padded_cols::<M>(n)),
@@ -80,7 +81,8 @@ impl GradWeight<'_> {
             out,
             update,
             task,
-            streams: self.experts() * m * n * size_of::<E>() >= STREAM_BYTES,
+            streams: !unwritten && self.experts() * m * n * size_of::<E>() >= STREAM_BYTES,
+            unwritten,
         };
         let (left, right) = (m.div_ceil(PACK_COLS), n.div_ceil(PACK_COLS));
         for experts in parts.experts {
@@ -173,8 +175,10 @@ struct Outer<'a, M: Machine, E> {
     update: Update,
     /// Rows and columns of a task's part of dW.
     task: (usize, usize),
-    /// dW is larger than the caches: it goes past them.
+    /// dW is larger than the caches: it goes past them, but for pages which the system brings there when it maps them.
     streams: bool,
+    /// dW is all zeros.
+    unwritten: bool,
 }
 
 // SAFETY: tasks write disjoint parts of `a`, `b` and `out`.
@@ -242,6 +246,9 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
         let streams = job.streams && job.update == Update::Write;
         let mut rounded = [E::default(); TASK_COLS];
         if job.of.rows(expert).is_empty() {
+            if job.unwritten {
+                return;
+            }
             if streams {
                 for r in 0..rows {
                     // SAFETY: the row is this task's.

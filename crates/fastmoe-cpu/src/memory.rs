@@ -37,6 +37,8 @@ pub struct Stats {
 struct Pool {
     /// Those that came back last are the last.
     free: VecDeque<MmapRaw>,
+    /// Where blocks start that are in use and still as the system gave them.
+    unwritten: Vec<usize>,
     stats: Stats,
 }
 
@@ -81,6 +83,29 @@ fn fresh(len: usize, bytes: usize) -> Option<MmapRaw> {
 /// # Errors
 /// [`Error::OutOfMemory`], [`Error::CacheSize`].
 pub fn alloc(bytes: usize) -> Result<Buffer, Error> {
+    take_or_map(bytes).map(|(buffer, _)| buffer)
+}
+
+/// As `alloc`, for a caller who sees to it that nobody writes before `take_unwritten` is asked.
+///
+/// # Errors
+/// As `alloc`.
+pub fn alloc_unwritten(bytes: usize) -> Result<Buffer, Error> {
+    let (buffer, is_new) = take_or_map(bytes)?;
+    if is_new {
+        pool().unwritten.push(buffer.as_mut_ptr().addr());
+    }
+    Ok(buffer)
+}
+
+/// Whether the block that starts here came from `alloc_unwritten` and is new: all of it is zeros, and none of it mapped.
+/// Whoever asks may write; others are told no.
+pub fn take_unwritten(start: *const u8) -> bool {
+    pool().forget_unwritten(start)
+}
+
+/// A block, and whether it is new.
+fn take_or_map(bytes: usize) -> Result<(Buffer, bool), Error> {
     LIMIT.clone()?;
     let out_of_memory = Error::OutOfMemory { bytes };
     let len = bytes.max(1).checked_next_multiple_of(if bytes >= HUGE { HUGE } else { PAGE });
@@ -90,7 +115,7 @@ pub fn alloc(bytes: usize) -> Result<Buffer, Error> {
         if let Some(block) = pool.take(len..=len + len / 8) {
             pool.stats.hits += 1;
             pool.stats.used_bytes += block.len();
-            return Ok(Buffer(ManuallyDrop::new(block)));
+            return Ok((Buffer(ManuallyDrop::new(block)), false));
         }
         // Sizes that follow the routing vary from step to step: a block that has just become too small is replaced.
         pool.take(len - len / 8..=len)
@@ -105,7 +130,7 @@ pub fn alloc(bytes: usize) -> Result<Buffer, Error> {
     let mut pool = pool();
     pool.stats.misses += 1;
     pool.stats.used_bytes += block.len();
-    Ok(Buffer(ManuallyDrop::new(block)))
+    Ok((Buffer(ManuallyDrop::new(block)), true))
 }
 
 /// Gives all waiting memory back to the system.
@@ -124,6 +149,11 @@ pub fn stats() -> Stats {
 }
 
 impl Pool {
+    fn forget_unwritten(&mut self, start: *const u8) -> bool {
+        let found = self.unwritten.iter().position(|&at| at == start.addr());
+        found.map(|i| self.unwritten.swap_remove(i)).is_some()
+    }
+
     /// The smallest waiting block with one of these lengths.
     fn take(&mut self, lengths: RangeInclusive<usize>) -> Option<MmapRaw> {
         let fits = |(_, block): &(usize, &MmapRaw)| lengths.contains(&block.len());
@@ -148,6 +178,7 @@ impl Drop for Buffer {
         let block = unsafe { ManuallyDrop::take(&mut self.0) };
         let mut surplus = Vec::new();
         let mut pool = pool();
+        pool.forget_unwritten(block.as_ptr());
         pool.stats.used_bytes -= block.len();
         pool.stats.cached_bytes += block.len();
         pool.free.push_back(block);
@@ -231,6 +262,26 @@ mod tests {
             let bytes = unsafe { std::slice::from_raw_parts(block.as_ptr(), block.len()) };
             assert!(bytes.iter().all(|&byte| byte == 0));
         }
+    }
+
+    #[test]
+    fn only_a_new_block_is_unwritten_and_only_once() {
+        let _turn = TURN.lock();
+        empty_cache();
+        let size = 23_456_789;
+        let new = alloc_unwritten(size).unwrap();
+        let start = new.as_mut_ptr();
+        assert!(take_unwritten(start) && !take_unwritten(start));
+        drop(new);
+        let again = alloc_unwritten(size).unwrap();
+        assert_eq!(again.as_mut_ptr(), start);
+        assert!(!take_unwritten(start));
+        let other = alloc(size).unwrap();
+        assert!(!take_unwritten(other.as_mut_ptr()));
+        let never_asked = alloc_unwritten(size).unwrap();
+        let start = never_asked.as_mut_ptr();
+        drop(never_asked);
+        assert!(!take_unwritten(start));
     }
 
     #[test]

@@ -23,21 +23,32 @@ struct Lease {
 }
 
 #[pyfunction]
-pub fn empty<'py>(py: Python<'py>, shape: Vec<i64>, dtype: &str) -> Result<Bound<'py, PyAny>> {
+#[pyo3(signature = (shape, dtype, *, unwritten = false))]
+pub fn empty<'py>(
+    py: Python<'py>,
+    shape: Vec<i64>,
+    dtype: &str,
+    unwritten: bool,
+) -> Result<Bound<'py, PyAny>> {
     let element = Element::from_name(dtype).filter(|e| e.float().is_some()).ok_or_else(|| {
         Error::wrong_value("dtype", format!("'{dtype}'"), "'float32', 'float64', 'bfloat16' or 'float16'")
     })?;
-    pooled(py, shape, element)
+    pooled(py, shape, element, unwritten)
 }
 
 #[pyfunction]
-pub fn empty_like<'py>(py: Python<'py>, tensor: &Bound<'py, PyAny>) -> Result<Bound<'py, PyAny>> {
+#[pyo3(signature = (tensor, *, unwritten = false))]
+pub fn empty_like<'py>(
+    py: Python<'py>,
+    tensor: &Bound<'py, PyAny>,
+    unwritten: bool,
+) -> Result<Bound<'py, PyAny>> {
     let like = Tensor::input("tensor", tensor)?;
     like.float()?;
-    pooled(py, like.shape().iter().map(|&n| n as i64).collect(), like.element())
+    pooled(py, like.shape().iter().map(|&n| n as i64).collect(), like.element(), unwritten)
 }
 
-fn pooled(py: Python<'_>, shape: Vec<i64>, element: Element) -> Result<Bound<'_, PyAny>> {
+fn pooled(py: Python<'_>, shape: Vec<i64>, element: Element, unwritten: bool) -> Result<Bound<'_, PyAny>> {
     // A size of 0 counts as 1, as it does for strides.
     let bytes = shape
         .iter()
@@ -49,7 +60,8 @@ fn pooled(py: Python<'_>, shape: Vec<i64>, element: Element) -> Result<Bound<'_,
     let bytes = if shape.contains(&0) { 0 } else { bytes };
     match Exchange::of(tensor_type(py)?)? {
         Some(table) => {
-            let lease = lease(shape, element, memory::alloc(bytes)?);
+            let buffer = if unwritten { memory::alloc_unwritten(bytes) } else { memory::alloc(bytes) }?;
+            let lease = lease(shape, element, buffer);
             // SAFETY: the lease owns everything that its tensor points to until `give_back` drops it.
             Ok(unsafe { table.adopt(py, lease) }?)
         }
