@@ -255,8 +255,10 @@ def page(run: dict, picture: str) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def readme_section(run: dict, page_path: str, picture: str) -> str:
+def readme_section(run: dict, page_path: str, picture: str, others: dict[str, str]) -> str:
+    """What the README says of a run; `others` are the pages of other machines' by their names."""
     machine = run["machine"]
+    links = ", ".join(f"[{name}]({path})" for name, path in others.items())
     return "\n".join(
         [
             f"![Times faster than the best of torch and transformers]({picture})",
@@ -266,21 +268,37 @@ def readme_section(run: dict, page_path: str, picture: str) -> str:
             "Geometric mean over the layer shapes (lowest in brackets) against the best torch or "
             f"transformers path in the same run; {machine['cpu']}, {machine['isa']}, "
             f"{machine['threads']} threads. [All measurements]({page_path}).",
+            *([f"The same on other machines: {links}."] if links else []),
             "",
         ]
     )
 
 
+def full_runs() -> dict[Path, dict]:
+    """The recorded runs of the full matrix, oldest first."""
+    runs = {path: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    full = [path for path, run in runs.items() if run["matrix"] == "full"]
+    return {path: runs[path] for path in sorted(full, key=lambda path: runs[path]["machine"]["date"])}
+
+
 def newest() -> Path:
-    """The latest recorded run of the full matrix by all that its machine can do."""
-    dates = {}
-    for path in RESULTS.glob("*.json"):
-        run = json.loads(path.read_text())
-        if run["matrix"] == "full" and not run["machine"]["limits"]:
-            dates[path] = run["machine"]["date"]
-    if not dates:
+    """The latest full run by all that its machine can do."""
+    found = [path for path, run in full_runs().items() if not run["machine"]["limits"]]
+    if not found:
         sys.exit(f"no recorded run of the full matrix in {RESULTS}: python bench/run.py makes one")
-    return max(dates, key=dates.__getitem__)
+    return found[-1]
+
+
+def pages_of_others(result: Path, base: Path) -> dict[str, str]:
+    """The page of the latest full run of each CPU and instruction set other than those of `result`."""
+    latest = {}
+    for path, run in full_runs().items():
+        latest[f"{run['machine']['cpu']}, {run['machine']['isa']}"] = path
+    return {
+        name: os.path.relpath(path.with_suffix(".md"), base)
+        for name, path in latest.items()
+        if path.resolve() != result.resolve()
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -303,7 +321,10 @@ def main(argv: list[str] | None = None) -> int:
         old = readme.read_text()
         base = readme.resolve().parent
         section = readme_section(
-            run, os.path.relpath(text.resolve(), base), os.path.relpath(picture.resolve(), base)
+            run,
+            os.path.relpath(text.resolve(), base),
+            os.path.relpath(picture.resolve(), base),
+            pages_of_others(result, base),
         )
         new, filled = MARKED.subn(lambda marks: marks[1] + section + marks[2], old)
         if not filled:

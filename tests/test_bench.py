@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,8 @@ def test_report_fills_the_marked_section_only(recorded: Path, tmp_path: Path) ->
     readme.write_text("before\n<!-- bench:start -->\nold\n<!-- bench:end -->\nafter\n")
     run("report.py", recorded, "--readme", readme)
     text = readme.read_text()
+    assert "The same on other machines: [" in text
+    assert "](" + os.path.relpath(BENCH / "results", tmp_path) in text
     assert text.startswith("before\n<!-- bench:start -->\n![")
     assert text.endswith("<!-- bench:end -->\nafter\n")
     assert "old" not in text
