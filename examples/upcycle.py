@@ -28,17 +28,17 @@ def main():
     model = dense_model()
     print(f"dense model, trained:        loss {train(model, next_byte):.3f}")
 
-    # Experts start as copies of the MLP, half of each drawn anew so that they part. A Qwen3 becomes a
+    # Experts start as copies of the MLP, most of each drawn anew so that they part. A Qwen3 becomes a
     # Qwen3-MoE; fastmoe_rs.upcycling.upcycle_model puts nn.MoE layers into models of other families.
-    moe = fastmoe_rs.accelerate(upcycle_pretrained(model, num_experts=8, top_k=2, redraw=0.5))
+    moe = fastmoe_rs.accelerate(upcycle_pretrained(model, num_experts=8, top_k=2, redraw=0.9))
     print(f"upcycled model, trained:     loss {train(moe, next_byte):.3f}")
 
-    # The student's MLPs start as the two experts with the largest load, side by side, and follow the teacher.
+    # The student's MLPs start as the average of the experts by their load, and follow the teacher.
     watched = fastmoe_rs.watch(moe.requires_grad_(False))
     moe(text(32))
     load = {name: stats.load for name, stats in watched.stats().items()}
     watched.close()
-    student = dense_pretrained(moe, load, gather=2)
+    student = dense_pretrained(moe, load)
     with torch.no_grad():
         held_out = text(160)[128:]
         print(f"dense student, untrained:    loss {next_byte(student, held_out):.3f}")
