@@ -177,7 +177,10 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Hidden<'_, M, E> {
                 let scale = self.layer.scales[r];
                 for (q, part) in parts[..n].iter().enumerate() {
                     let row = self.saved.add(r * up_cols + part.start);
-                    E::widen(std::slice::from_raw_parts(row, part.len), &mut saved[q * len..][..part.len]);
+                    E::widen::<M::V>(
+                        std::slice::from_raw_parts(row, part.len),
+                        &mut saved[q * len..][..part.len],
+                    );
                 }
                 if pairs {
                     let (gate, up) = halves[..2 * len].split_at_mut(len);
@@ -206,7 +209,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Hidden<'_, M, E> {
                     for (q, part) in parts[..n].iter().enumerate() {
                         let cells = self.grad_h.row(r).cast::<M::Cell>().add(part.start);
                         let cells = std::slice::from_raw_parts_mut(cells, part.len);
-                        M::Cell::narrow(&saved[q * len..][..part.len], cells);
+                        M::Cell::narrow::<M::V>(&saved[q * len..][..part.len], cells);
                     }
                     if last {
                         let end = self.grad_h.row(r).cast::<M::Cell>().add(up_cols);
@@ -221,7 +224,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Hidden<'_, M, E> {
                         *o = *o * scale;
                     }
                     let cells = act.row(r).cast::<M::Cell>().add(start);
-                    M::Cell::narrow(out, std::slice::from_raw_parts_mut(cells, len));
+                    M::Cell::narrow::<M::V>(out, std::slice::from_raw_parts_mut(cells, len));
                 }
             }
         }
@@ -270,7 +273,10 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for RouteGradTask<'_, M, E> {
             // SAFETY: as promised by the caller of `backward`; the token is this task's.
             unsafe {
                 if b2.is_some() {
-                    E::widen(std::slice::from_raw_parts(grad_out.add(t * p.hidden), p.hidden), &mut grad);
+                    E::widen::<M::V>(
+                        std::slice::from_raw_parts(grad_out.add(t * p.hidden), p.hidden),
+                        &mut grad,
+                    );
                 }
                 for i in t * p.top_k..(t + 1) * p.top_k {
                     let mut total = M::Acc::ZERO;
@@ -280,7 +286,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for RouteGradTask<'_, M, E> {
                         }
                         if let Some(b2) = b2 {
                             let b2 = b2.add(expert_of(row) * p.hidden);
-                            E::widen(std::slice::from_raw_parts(b2, p.hidden), &mut bias);
+                            E::widen::<M::V>(std::slice::from_raw_parts(b2, p.hidden), &mut bias);
                             total += dot(&grad, &bias);
                         }
                     }

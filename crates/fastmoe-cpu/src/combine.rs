@@ -79,7 +79,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for CombineTask<'_, '_, M, E> {
                 for t in 0..tokens {
                     let sums = std::slice::from_raw_parts(total.add(t * stride), self.cols);
                     let row = out.add(t * hidden + self.start);
-                    E::narrow(sums, std::slice::from_raw_parts_mut(row, self.cols));
+                    E::narrow::<M::V>(sums, std::slice::from_raw_parts_mut(row, self.cols));
                 }
             }
         }
@@ -120,7 +120,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> CombineTask<'_, '_, M, E> {
                         product.compute();
                         if let Some(bias) = bias {
                             let row = bias.add(work.expert * layer.p.hidden + self.start + from);
-                            E::widen(std::slice::from_raw_parts(row, cols), &mut offset[..cols]);
+                            E::widen::<M::V>(std::slice::from_raw_parts(row, cols), &mut offset[..cols]);
                         }
                         for (i, r) in rows.clone().enumerate() {
                             let Ok(token) = usize::try_from(layer.p.rows.gather[r]) else { continue };

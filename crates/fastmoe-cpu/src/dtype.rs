@@ -1,6 +1,7 @@
 //! The tensor element types of the backend, and how numbers enter and leave them.
 
 use crate::codes::{Mxfp4Tables, mxfp4_tables};
+use crate::machine::TileUpdate;
 use crate::math::Real;
 use crate::simd::Vector;
 use half::slice::HalfFloatSliceExt;
@@ -26,12 +27,20 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     type Acc: Real;
     /// The element is itself the type of sums.
     const WIDE: bool = false;
+    /// How a tile that `Machine::ends_in` it writes sums as this element past the caches.
+    const STREAM: TileUpdate;
 
     /// Converts a slice to the type of sums; both slices have one length.
-    fn widen(src: &[Self], dst: &mut [Self::Acc]);
+    ///
+    /// # Safety
+    /// Reached only from code compiled for the instruction set of `V`.
+    unsafe fn widen<V: Vector>(src: &[Self], dst: &mut [Self::Acc]);
     /// Rounds a slice of sums to nearest even; both slices have one length.
-    fn narrow(src: &[Self::Acc], dst: &mut [Self]);
-    /// `narrow`, of f32 whatever the type of sums is.
+    ///
+    /// # Safety
+    /// As `widen`.
+    unsafe fn narrow<V: Vector>(src: &[Self::Acc], dst: &mut [Self]);
+    /// `narrow`, of f32 whatever the type of sums is, on any machine.
     fn from_f32(src: &[f32], dst: &mut [Self]);
     /// All numbers of MXFP4.
     fn mxfp4_tables() -> &'static Mxfp4Tables<Self>;
@@ -72,12 +81,13 @@ macro_rules! native_element {
         impl Element for $float {
             type Acc = $float;
             const WIDE: bool = true;
+            const STREAM: TileUpdate = TileUpdate::Stream;
             #[inline(always)]
-            fn widen(src: &[Self], dst: &mut [Self]) {
+            unsafe fn widen<V: Vector>(src: &[Self], dst: &mut [Self]) {
                 dst.copy_from_slice(src);
             }
             #[inline(always)]
-            fn narrow(src: &[Self], dst: &mut [Self]) {
+            unsafe fn narrow<V: Vector>(src: &[Self], dst: &mut [Self]) {
                 dst.copy_from_slice(src);
             }
             #[inline(always)]
@@ -100,14 +110,19 @@ native_element!(f64);
 
 impl Element for bf16 {
     type Acc = f32;
+    const STREAM: TileUpdate = TileUpdate::StreamBf16;
     #[inline(always)]
-    fn widen(src: &[Self], dst: &mut [f32]) {
+    unsafe fn widen<V: Vector>(src: &[Self], dst: &mut [f32]) {
         for (d, s) in dst.iter_mut().zip(src) {
             *d = f32::from_bits(u32::from(s.to_bits()) << 16);
         }
     }
     #[inline(always)]
-    fn narrow(src: &[f32], dst: &mut [Self]) {
+    unsafe fn narrow<V: Vector>(src: &[f32], dst: &mut [Self]) {
+        <Self as Element>::from_f32(src, dst);
+    }
+    #[inline(always)]
+    fn from_f32(src: &[f32], dst: &mut [Self]) {
         for (d, s) in dst.iter_mut().zip(src) {
             let bits = s.to_bits();
             let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
@@ -115,10 +130,6 @@ impl Element for bf16 {
             // Branch-free, so that the loop becomes vector code.
             *d = Self::from_bits(((if s.is_nan() { quiet_nan } else { rounded }) >> 16) as u16);
         }
-    }
-    #[inline(always)]
-    fn from_f32(src: &[f32], dst: &mut [Self]) {
-        Self::narrow(src, dst);
     }
     tables!(bf16);
     #[inline(always)]
@@ -130,17 +141,33 @@ impl Element for bf16 {
 
 impl Element for f16 {
     type Acc = f32;
+    const STREAM: TileUpdate = TileUpdate::StreamF16;
     #[inline(always)]
-    fn widen(src: &[Self], dst: &mut [f32]) {
-        src.convert_to_f32_slice(dst);
+    unsafe fn widen<V: Vector>(src: &[Self], dst: &mut [f32]) {
+        let whole = if V::CONVERTS_F16 { src.len() / V::LANES * V::LANES } else { 0 };
+        for i in (0..whole).step_by(V::LANES) {
+            // SAFETY: as promised by the caller; both slices have a register of numbers there.
+            unsafe { V::widen_f16(&raw const src[i]).store((&raw mut dst[i]).cast()) }
+        }
+        src[whole..].convert_to_f32_slice(&mut dst[whole..]);
     }
     #[inline(always)]
-    fn narrow(src: &[f32], dst: &mut [Self]) {
-        dst.convert_from_f32_slice(src);
+    unsafe fn narrow<V: Vector>(src: &[f32], dst: &mut [Self]) {
+        let step = 2 * V::LANES;
+        let whole = if V::CONVERTS_F16 { src.len() / step * step } else { 0 };
+        for i in (0..whole).step_by(step) {
+            // SAFETY: as promised by the caller; both slices have two registers of numbers there.
+            unsafe {
+                let pair =
+                    [V::load((&raw const src[i]).cast()), V::load((&raw const src[i + V::LANES]).cast())];
+                V::round_to_f16(pair).store((&raw mut dst[i]).cast());
+            }
+        }
+        dst[whole..].convert_from_f32_slice(&src[whole..]);
     }
     #[inline(always)]
     fn from_f32(src: &[f32], dst: &mut [Self]) {
-        Self::narrow(src, dst);
+        dst.convert_from_f32_slice(src);
     }
     tables!(f16);
     #[inline(always)]

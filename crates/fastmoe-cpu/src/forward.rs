@@ -115,7 +115,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Up<'_, M, E> {
             if let Some(b1) = p.b1 {
                 for (part, bias) in parts[..n].iter().zip(&mut bias) {
                     let b1 = b1.cast::<E>().add(work.expert * up_cols + part.start);
-                    E::widen(std::slice::from_raw_parts(b1, part.len), &mut bias[..part.len]);
+                    E::widen::<M::V>(std::slice::from_raw_parts(b1, part.len), &mut bias[..part.len]);
                 }
             }
             for (i, r) in rows.enumerate() {
@@ -129,7 +129,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Up<'_, M, E> {
                     }
                     if let Some(hidden) = self.hidden {
                         let saved = hidden.add(r * up_cols + part.start);
-                        E::narrow(sums, std::slice::from_raw_parts_mut(saved, part.len));
+                        E::narrow::<M::V>(sums, std::slice::from_raw_parts_mut(saved, part.len));
                     }
                 }
                 let act = &mut out[..len];
@@ -141,7 +141,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Up<'_, M, E> {
                     p.activation.forward(&row[..len], &row[stride - width..][..len], act);
                 }
                 let cells = self.act.row(r).cast::<M::Cell>().add(start);
-                M::Cell::narrow(act, std::slice::from_raw_parts_mut(cells, len));
+                M::Cell::narrow::<M::V>(act, std::slice::from_raw_parts_mut(cells, len));
                 if last {
                     std::ptr::write_bytes(cells.add(len), 0, padding);
                 }

@@ -179,7 +179,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
     /// Reached only from code compiled for the machine; the pointers are valid for the sizes above.
     #[inline(always)]
     pub unsafe fn compute(&self) {
-        if self.rows <= M::FEW_ROWS && self.parts[0].is_nk() {
+        if self.rows <= M::few_rows() && self.parts[0].is_nk() {
             // SAFETY: as promised by the caller.
             return unsafe { self.dots() };
         }

@@ -277,18 +277,13 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
         let mut nothing = Prefetch::NONE;
         // Sums that are complete at once, and of dW's type or rounded to it in registers, need not pass through the cache.
         let size = size_of::<M::V>();
-        let rounds = M::PAIRS && !M::WHOLE_TILES;
         let direct = streams
-            && (E::WIDE || rounds)
+            && M::ends_in(E::STREAM)
             && all <= M::DEPTH
             && cols.is_multiple_of(M::COLS)
             && job.out.addr().is_multiple_of(size)
             && (n * size_of::<E>()).is_multiple_of(size);
-        let update = match direct {
-            true if rounds => TileUpdate::StreamRounded,
-            true => TileUpdate::Stream,
-            false => TileUpdate::Write,
-        };
+        let update = if direct { E::STREAM } else { TileUpdate::Write };
         for (start, end) in row_groups::<M>(rows) {
             for k in (0..all).step_by(M::DEPTH) {
                 for panel in (0..stride).step_by(M::COLS) {
@@ -318,23 +313,24 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
             }
             for r in start..end {
                 let sums = &sums[(r - start) * stride..][..cols];
-                match job.update {
-                    Update::Write if streams => {
-                        E::narrow(sums, &mut rounded[..cols]);
-                        // SAFETY: the row is this task's.
-                        unsafe { copy_past_caches::<M::V, E>(&rounded[..cols], out_row(r)) };
-                    }
-                    Update::Write => E::narrow(sums, out_row(r)),
-                    Update::Add => {
-                        for (sums, out) in sums.chunks(TASK_COLS).zip(out_row(r).chunks_mut(TASK_COLS)) {
-                            let wide = &mut wide[..sums.len()];
-                            E::widen(out, wide);
-                            add(sums, wide);
-                            E::narrow(wide, out);
+                // SAFETY: as promised by the caller; the row is this task's, in the type of sums where these are added wide.
+                unsafe {
+                    match job.update {
+                        Update::Write if streams => {
+                            E::narrow::<M::V>(sums, &mut rounded[..cols]);
+                            copy_past_caches::<M::V, E>(&rounded[..cols], out_row(r));
                         }
+                        Update::Write => E::narrow::<M::V>(sums, out_row(r)),
+                        Update::Add => {
+                            for (sums, out) in sums.chunks(TASK_COLS).zip(out_row(r).chunks_mut(TASK_COLS)) {
+                                let wide = &mut wide[..sums.len()];
+                                E::widen::<M::V>(out, wide);
+                                add(sums, wide);
+                                E::narrow::<M::V>(wide, out);
+                            }
+                        }
+                        Update::AddWide => add(sums, row_mut(job.out, first + r * n, cols)),
                     }
-                    // SAFETY: the row lies in this task's part of dW, which has the type of sums.
-                    Update::AddWide => add(sums, unsafe { row_mut(job.out, first + r * n, cols) }),
                 }
             }
         }
@@ -390,8 +386,10 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for BiasTask<'_, M, E> {
                 *t += x * scale;
             }
         }
-        // SAFETY: this row of `out` is this task's.
-        E::narrow(&total, unsafe { std::slice::from_raw_parts_mut(out.add(self.expert * cols), cols) });
+        // SAFETY: as promised by the caller; this row of `out` is this task's.
+        unsafe {
+            E::narrow::<M::V>(&total, std::slice::from_raw_parts_mut(out.add(self.expert * cols), cols));
+        }
     }
 }
 

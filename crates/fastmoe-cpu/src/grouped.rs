@@ -93,7 +93,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for GroupedTask<'_, M, E> {
                 product.compute();
                 if let Some(bias) = job.bias {
                     let row = bias.add(work.expert * p.outer + start);
-                    E::widen(std::slice::from_raw_parts(row, cols), &mut offset[..cols]);
+                    E::widen::<M::V>(std::slice::from_raw_parts(row, cols), &mut offset[..cols]);
                 }
                 for (i, r) in rows.enumerate() {
                     let sums = std::slice::from_raw_parts_mut(sums.ptr().add(i * product.c_stride()), cols);
@@ -101,7 +101,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for GroupedTask<'_, M, E> {
                         *s += b;
                     }
                     let row = job.out.add(r * p.outer + start);
-                    E::narrow(sums, std::slice::from_raw_parts_mut(row, cols));
+                    E::narrow::<M::V>(sums, std::slice::from_raw_parts_mut(row, cols));
                 }
             }
         }

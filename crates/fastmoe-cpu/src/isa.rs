@@ -68,6 +68,27 @@ impl Isa {
     }
 }
 
+/// Whether the processor works on registers of 512 bits in two halves, as a Zen 4 does.
+pub fn halves_registers() -> bool {
+    static HALVES: LazyLock<bool> = LazyLock::new(is_zen_4);
+    *HALVES
+}
+
+#[cfg(target_arch = "x86_64")]
+fn is_zen_4() -> bool {
+    use std::arch::x86_64::__cpuid;
+    let (vendor, signature) = (__cpuid(0), __cpuid(1).eax);
+    let amd = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == b"AuthenticAMD";
+    let family = (signature >> 8 & 0xf) + (signature >> 20 & 0xff);
+    // A Zen 3 is of this family too, and has no such registers.
+    amd && family == 0x19
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn is_zen_4() -> bool {
+    false
+}
+
 /// The instruction set in use: read from the machine and `FASTMOE_CPU_ISA` at the first call.
 pub fn isa() -> Result<Isa, Error> {
     static CHOSEN: LazyLock<Result<Isa, Error>> =

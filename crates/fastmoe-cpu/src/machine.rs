@@ -5,11 +5,12 @@
 //! sums. Packing, blocking and epilogues are the same for both.
 
 use crate::dtype::Element;
+use crate::isa::halves_registers;
 use crate::math::Real;
 use crate::prefetch::Prefetch;
 use crate::row_pointers::RowPointers;
 use crate::simd::{Array, Vector};
-use half::bf16;
+use half::{bf16, f16};
 
 /// Work that is compiled anew for every machine it runs on.
 pub trait Op<M: Machine> {
@@ -42,14 +43,6 @@ pub trait Machine: Copy + Send + Sync + 'static {
     const DEPTH: usize = 192;
     /// A tile reads and writes all `ROWS` rows, wanted or not.
     const WHOLE_TILES: bool = false;
-    /// Up to so many rows of A, packing rows of W takes longer than inner products with W in its place (measured).
-    const FEW_ROWS: usize = if Self::WHOLE_TILES {
-        8
-    } else if Self::MANY_REGISTERS {
-        96
-    } else {
-        24
-    };
     /// Columns of a tile and of a packed panel.
     const COLS: usize = Self::ACROSS * Self::V::LANES;
     /// Numbers along the contraction in a unit.
@@ -60,6 +53,25 @@ pub trait Machine: Copy + Send + Sync + 'static {
     /// # Safety
     /// The machine has the instruction set, and whatever `op` asks for holds.
     unsafe fn call<O: Op<Self>>(op: O) -> O::Out;
+
+    /// Up to so many rows of A, packing rows of W takes longer than inner products with W in its place (measured).
+    fn few_rows() -> usize {
+        match Self::WHOLE_TILES {
+            true => 8,
+            false if Self::MANY_REGISTERS && halves_registers() => 96,
+            false => 24,
+        }
+    }
+
+    /// Whether a tile can do that with its sums.
+    fn ends_in(update: TileUpdate) -> bool {
+        match update {
+            TileUpdate::Write | TileUpdate::Add => true,
+            TileUpdate::Stream => !Self::WHOLE_TILES,
+            TileUpdate::StreamBf16 => !Self::WHOLE_TILES && Self::PAIRS,
+            TileUpdate::StreamF16 => !Self::WHOLE_TILES && Self::V::CONVERTS_F16,
+        }
+    }
 
     /// `C[rows, COLS] (+)= A[rows, units] B[units, COLS]`.
     ///
@@ -108,8 +120,10 @@ pub enum TileUpdate {
     Add,
     /// Writes them past the caches, see `Vector::store_past_caches`.
     Stream,
-    /// Writes them past the caches as bf16, of which C is then made; for machines with `PAIRS`.
-    StreamRounded,
+    /// Writes them past the caches as bf16, of which C is then made; see `Machine::ends_in`.
+    StreamBf16,
+    /// The same as IEEE half.
+    StreamF16,
 }
 
 /// Packed operands are padded with zeros to a multiple of this many units along the contraction.
@@ -203,11 +217,19 @@ unsafe fn fma_tile_across<M: Machine, const R: usize, const N: usize>(t: Tile<'_
                     }
                 }
             }
-            TileUpdate::StreamRounded => {
+            TileUpdate::StreamBf16 => {
                 for r in 0..R {
                     for n in (0..N - N % 2).step_by(2) {
                         let c = t.c.cast::<bf16>().add(at(r, n));
-                        M::V::store_rounded_past_caches([sums[r][n], sums[r][n + 1]], c);
+                        M::V::round_to_bf16([sums[r][n], sums[r][n + 1]]).store_past_caches(c.cast());
+                    }
+                }
+            }
+            TileUpdate::StreamF16 => {
+                for r in 0..R {
+                    for n in (0..N - N % 2).step_by(2) {
+                        let c = t.c.cast::<f16>().add(at(r, n));
+                        M::V::round_to_f16([sums[r][n], sums[r][n + 1]]).store_past_caches(c.cast());
                     }
                 }
             }

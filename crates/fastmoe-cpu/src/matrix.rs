@@ -91,11 +91,11 @@ impl<'a, M: Machine, E: Element<Acc = M::Acc>> Matrix<'a, M, E> {
         unsafe {
             match *self {
                 Self::Gathered(src, cols) => match src.row(r) {
-                    Some(row) => E::widen(std::slice::from_raw_parts(row, cols), out),
+                    Some(row) => E::widen::<M::V>(std::slice::from_raw_parts(row, cols), out),
                     None => out.fill(M::Acc::ZERO),
                 },
                 Self::Packed(src, cols) => {
-                    M::Cell::widen(std::slice::from_raw_parts(src.row(r).cast(), cols), out);
+                    M::Cell::widen::<M::V>(std::slice::from_raw_parts(src.row(r).cast(), cols), out);
                 }
             }
         }

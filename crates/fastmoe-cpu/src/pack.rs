@@ -84,7 +84,7 @@ pub unsafe fn pack_row<M: Machine, E: Element<Acc = M::Acc>>(
             std::ptr::copy_nonoverlapping(src, dst.cast(), n);
             std::ptr::write_bytes(dst.cast::<E>().add(n), 0, padded * 2 - n);
         } else {
-            E::widen(std::slice::from_raw_parts(src, n), std::slice::from_raw_parts_mut(dst, n));
+            E::widen::<M::V>(std::slice::from_raw_parts(src, n), std::slice::from_raw_parts_mut(dst, n));
             std::ptr::write_bytes(dst.add(n), 0, padded - n);
         }
     }

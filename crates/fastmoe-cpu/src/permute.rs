@@ -133,14 +133,14 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for SumTask<'_, M, E> {
                 // SAFETY: as promised by the caller of `unpermute`.
                 unsafe {
                     let scale = job.weights.map_or(M::Acc::ONE, |w| w.row(t)[k]);
-                    E::widen(job.y.row(r), &mut row);
+                    E::widen::<M::V>(job.y.row(r), &mut row);
                     for (t, &y) in total.iter_mut().zip(&row) {
                         *t += scale * y;
                     }
                 }
             }
-            // SAFETY: token t is this task's.
-            E::narrow(&total, unsafe { job.out.row_mut(t) });
+            // SAFETY: as promised by the caller of `unpermute`; token t is this task's.
+            unsafe { E::narrow::<M::V>(&total, job.out.row_mut(t)) };
         }
     }
 }
@@ -204,12 +204,12 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for SpreadTask<'_, M, E> {
         for t in self.tokens {
             // SAFETY: as promised by the caller of `unpermute_backward`; a sorted row belongs to one token.
             unsafe {
-                E::widen(job.grad_out.row(t), &mut grad);
+                E::widen::<M::V>(job.grad_out.row(t), &mut grad);
                 for k in 0..job.top_k {
                     let r = usize::try_from(job.inverse[t * job.top_k + k]).ok();
                     if let Some(grad_weights) = job.grad_weights {
                         grad_weights.row_mut(t)[k] = r.map_or(M::Acc::ZERO, |r| {
-                            E::widen(job.y.row(r), &mut row);
+                            E::widen::<M::V>(job.y.row(r), &mut row);
                             dot(&grad, &row)
                         });
                     }
@@ -218,7 +218,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for SpreadTask<'_, M, E> {
                         for (y, &g) in row.iter_mut().zip(&grad) {
                             *y = scale * g;
                         }
-                        E::narrow(&row, grad_y.row_mut(r));
+                        E::narrow::<M::V>(&row, grad_y.row_mut(r));
                     }
                 }
             }

@@ -371,6 +371,7 @@ mod tests {
     use super::*;
     use crate::codes::{decode, e4m3, e8m0};
     use crate::machine::*;
+    use crate::simd::Array;
     use fastmoe_core::Float;
     use half::{bf16, f16};
 
@@ -444,8 +445,11 @@ mod tests {
                 let (mut got, mut rounded) = ([E::Acc::default()], [E::default()]);
                 E::from_f32(&[want], &mut rounded);
                 let mut want = got;
-                E::widen(&[out], &mut got);
-                E::widen(&rounded, &mut want);
+                // SAFETY: the portable register is of any machine.
+                unsafe {
+                    E::widen::<Array<f32, 4>>(&[out], &mut got);
+                    E::widen::<Array<f32, 4>>(&rounded, &mut want);
+                }
                 let name = std::any::type_name::<(M, E)>();
                 let same = got == want || (got[0].is_nan() && want[0].is_nan());
                 assert!(same, "{format:?} {i} of {rows} x {cols}, {name}");

@@ -84,7 +84,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for RouteTask<'_, M, E> {
                 route_rows(p.router, experts, logits, per_expert, ids, weights, scores);
             } else {
                 let mut wide = Scratch::<M::Acc>::new(logits.len());
-                E::widen(logits, &mut wide);
+                E::widen::<M::V>(logits, &mut wide);
                 route_rows(p.router, experts, &wide, per_expert, ids, weights, scores);
             }
         }
@@ -193,9 +193,9 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for RouteGradTask<'_, M, E> {
                 grad_route_rows(p.router, experts, &routed(rows(p.logits)), grad, by_choice);
             } else {
                 let [mut logits, mut grad] = [(); 2].map(|()| Scratch::<M::Acc>::new(len));
-                E::widen(from_raw_parts(p.logits.cast::<E>().add(start), len), &mut logits);
+                E::widen::<M::V>(from_raw_parts(p.logits.cast::<E>().add(start), len), &mut logits);
                 grad_route_rows(p.router, experts, &routed(&logits), &mut grad, by_choice);
-                E::narrow(&grad, from_raw_parts_mut(p.grad_logits.cast::<E>().add(start), len));
+                E::narrow::<M::V>(&grad, from_raw_parts_mut(p.grad_logits.cast::<E>().add(start), len));
             }
         }
     }

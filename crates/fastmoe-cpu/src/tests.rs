@@ -8,6 +8,7 @@ use crate::grouped::{grouped, grouped_grad_weight};
 use crate::isa::Isa;
 use crate::machine::*;
 use crate::problem::{GroupedMm, Mlp, MlpGrads, PtrMut, RoutedRows, Weight};
+use crate::simd::Array;
 use crate::{Activation, DType, Threads};
 use fastmoe_core::Update;
 use half::{bf16, f16};
@@ -28,7 +29,8 @@ impl Random {
 fn store<E: Element>(x: &[f64]) -> Vec<E> {
     let wide: Vec<E::Acc> = x.iter().map(|&x| fastmoe_core::Float::from_f64(x)).collect();
     let mut out = vec![E::default(); x.len()];
-    E::narrow(&wide, &mut out);
+    // SAFETY: the portable register is of any machine.
+    unsafe { E::narrow::<Array<f32, 4>>(&wide, &mut out) };
     out
 }
 

@@ -91,6 +91,16 @@ unsafe impl Vector for F32x8 {
             Self(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide)))
         }
     }
+    const CONVERTS_F16: bool = true;
+    #[inline(always)]
+    unsafe fn round_to_f16([low, high]: [Self; 2]) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let low = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(low.0);
+            let high = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(high.0);
+            Self(_mm256_castsi256_ps(_mm256_set_m128i(high, low)))
+        }
+    }
     #[inline(always)]
     unsafe fn widen_f16(p: *const f16) -> Self {
         // SAFETY: see the impl.

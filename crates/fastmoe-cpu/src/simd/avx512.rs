@@ -39,11 +39,18 @@ unsafe impl Vector for F32x16 {
         unsafe { _mm512_stream_ps(p, self.0) }
     }
     #[inline(always)]
-    unsafe fn store_rounded_past_caches([low, high]: [Self; 2], p: *mut bf16) {
+    unsafe fn round_to_bf16([low, high]: [Self; 2]) -> Self {
+        // SAFETY: see the impl; the bits of a register are those of any other.
+        Self(unsafe { std::mem::transmute::<__m512bh, __m512>(_mm512_cvtne2ps_pbh(high.0, low.0)) })
+    }
+    const CONVERTS_F16: bool = true;
+    #[inline(always)]
+    unsafe fn round_to_f16([low, high]: [Self; 2]) -> Self {
         // SAFETY: see the impl.
         unsafe {
-            let rounded = _mm512_cvtne2ps_pbh(high.0, low.0);
-            _mm512_stream_si512(p.cast(), std::mem::transmute::<__m512bh, __m512i>(rounded));
+            let low = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(low.0);
+            let high = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(high.0);
+            Self(_mm512_castsi512_ps(_mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)))
         }
     }
     #[inline(always)]

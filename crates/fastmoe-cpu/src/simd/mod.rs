@@ -48,10 +48,15 @@ pub unsafe trait Vector: Copy {
     }
     /// `self + other`.
     unsafe fn add(self, other: Self) -> Self;
-    /// Rounds two registers of f32 to bf16, and stores them as `store_past_caches` does. What is too small for a normal
-    /// number may become zero.
-    unsafe fn store_rounded_past_caches(_: [Self; 2], _p: *mut bf16) {
+    /// Two registers of f32 rounded to bf16, as the bits of one. What is too small for a normal number may become zero.
+    unsafe fn round_to_bf16(_: [Self; 2]) -> Self {
         unreachable!("only registers with bf16 dot products round to bf16")
+    }
+    /// Whether there are instructions that convert IEEE half.
+    const CONVERTS_F16: bool = false;
+    /// Two registers of f32 rounded to IEEE half, as the bits of one.
+    unsafe fn round_to_f16(_: [Self; 2]) -> Self {
+        unreachable!("only registers with conversions of IEEE half")
     }
     /// `self + a * b`.
     unsafe fn fma(self, a: Self, b: Self) -> Self;
