@@ -27,7 +27,7 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     type Acc: Real;
     /// The element is itself the type of sums.
     const WIDE: bool = false;
-    /// How a tile that `Machine::ends_in` it writes sums as this element past the caches.
+    /// How sums are written as this element past the caches, where `Machine::ends_in` it.
     const STREAM: TileUpdate;
 
     /// Converts a slice to the type of sums; both slices have one length.

@@ -9,7 +9,7 @@ use crate::memory::{Scratch, take_unwritten};
 use crate::pack::{row_stride, units};
 use crate::prefetch::Prefetch;
 use crate::problem::PtrMut;
-use crate::simd::{copy_past_caches, fence};
+use crate::simd::{Vector, copy_past_caches, fence};
 use crate::threads::Threads;
 use fastmoe_core::{Float, Update};
 use std::ops::Range;
@@ -244,15 +244,15 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
         // SAFETY: the rows lie in this task's part of dW, which has this type unless sums are added to it.
         let out_row = |r: usize| unsafe { row_mut::<E>(job.out, first + r * n, cols) };
         let streams = job.streams && job.update == Update::Write;
-        let mut rounded = [E::default(); TASK_COLS];
         if job.of.rows(expert).is_empty() {
             if job.unwritten {
                 return;
             }
             if streams {
+                let zeros = [E::default(); TASK_COLS];
                 for r in 0..rows {
                     // SAFETY: the row is this task's.
-                    unsafe { copy_past_caches::<M::V, E>(&rounded[..cols], out_row(r)) };
+                    unsafe { copy_past_caches::<M::V, E>(&zeros[..cols], out_row(r)) };
                 }
                 fence();
             } else if job.update == Update::Write {
@@ -278,6 +278,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
         // Sums that are complete at once, and of dW's type or rounded to it in registers, need not pass through the cache.
         let size = size_of::<M::V>();
         let direct = streams
+            && !M::WHOLE_TILES
             && M::ends_in(E::STREAM)
             && all <= M::DEPTH
             && cols.is_multiple_of(M::COLS)
@@ -316,11 +317,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
                 // SAFETY: as promised by the caller; the row is this task's, in the type of sums where these are added wide.
                 unsafe {
                     match job.update {
-                        Update::Write if streams => {
-                            E::narrow::<M::V>(sums, &mut rounded[..cols]);
-                            copy_past_caches::<M::V, E>(&rounded[..cols], out_row(r));
-                        }
-                        Update::Write => E::narrow::<M::V>(sums, out_row(r)),
+                        Update::Write => write::<M, E>(sums, out_row(r), streams),
                         Update::Add => {
                             for (sums, out) in sums.chunks(TASK_COLS).zip(out_row(r).chunks_mut(TASK_COLS)) {
                                 let wide = &mut wide[..sums.len()];
@@ -335,6 +332,40 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
             }
         }
         fence();
+    }
+}
+
+/// Writes sums as a row of dW, past the caches where it `streams`.
+///
+/// # Safety
+/// Reached only from code compiled for the machine; both slices have one length, at most `TASK_COLS`.
+#[inline(always)]
+unsafe fn write<M: Machine, E: Element<Acc = M::Acc>>(sums: &[M::Acc], out: &mut [E], streams: bool) {
+    let lanes = M::V::LANES;
+    let streams = streams && out.as_ptr().addr().is_multiple_of(size_of::<M::V>());
+    let whole = if E::WIDE || !M::ends_in(E::STREAM) { 0 } else { sums.len() / (2 * lanes) * 2 * lanes };
+    // SAFETY: as promised by the caller; a register of numbers to be written is made of two of sums.
+    unsafe {
+        for i in (0..whole).step_by(2 * lanes) {
+            let pair = [M::V::load(sums.as_ptr().add(i)), M::V::load(sums.as_ptr().add(i + lanes))];
+            let rounded = match E::STREAM {
+                TileUpdate::StreamBf16 => M::V::round_to_bf16(pair),
+                _ => M::V::round_to_f16(pair),
+            };
+            let to = out.as_mut_ptr().add(i).cast();
+            if streams { rounded.store_past_caches(to) } else { rounded.store(to) }
+        }
+        let (sums, out) = (&sums[whole..], &mut out[whole..]);
+        if streams && E::WIDE {
+            let out = std::slice::from_raw_parts_mut(out.as_mut_ptr().cast::<M::Acc>(), out.len());
+            copy_past_caches::<M::V, M::Acc>(sums, out);
+        } else if streams && whole == 0 {
+            let mut rounded = [E::default(); TASK_COLS];
+            E::narrow::<M::V>(sums, &mut rounded[..sums.len()]);
+            copy_past_caches::<M::V, E>(&rounded[..sums.len()], out);
+        } else {
+            E::narrow::<M::V>(sums, out);
+        }
     }
 }
 

@@ -63,13 +63,12 @@ pub trait Machine: Copy + Send + Sync + 'static {
         }
     }
 
-    /// Whether a tile can do that with its sums.
+    /// Whether registers of sums can be written as `update` does.
     fn ends_in(update: TileUpdate) -> bool {
         match update {
-            TileUpdate::Write | TileUpdate::Add => true,
-            TileUpdate::Stream => !Self::WHOLE_TILES,
-            TileUpdate::StreamBf16 => !Self::WHOLE_TILES && Self::PAIRS,
-            TileUpdate::StreamF16 => !Self::WHOLE_TILES && Self::V::CONVERTS_F16,
+            TileUpdate::StreamBf16 => Self::PAIRS,
+            TileUpdate::StreamF16 => Self::V::CONVERTS_F16,
+            _ => true,
         }
     }
 
@@ -120,7 +119,7 @@ pub enum TileUpdate {
     Add,
     /// Writes them past the caches, see `Vector::store_past_caches`.
     Stream,
-    /// Writes them past the caches as bf16, of which C is then made; see `Machine::ends_in`.
+    /// Writes them past the caches as bf16, of which C is then made; where `Machine::ends_in` it.
     StreamBf16,
     /// The same as IEEE half.
     StreamF16,
