@@ -176,3 +176,54 @@ impl Element for f16 {
         unsafe { V::widen_f16(p) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::Array;
+
+    /// Every number of IEEE half, and numbers between them, in slices that fill no whole registers.
+    fn check<V: Vector>() {
+        let numbers: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
+        for numbers in numbers.chunks(149) {
+            let mut wide = vec![0.0; numbers.len()];
+            // SAFETY: the caller has the instruction set of V.
+            unsafe { f16::widen::<V>(numbers, &mut wide) };
+            for (number, wide) in numbers.iter().zip(&wide) {
+                let wanted = number.to_f32();
+                assert!(
+                    wanted.to_bits() == wide.to_bits() || (wanted.is_nan() && wide.is_nan()),
+                    "{number:?}"
+                );
+            }
+            for nudge in [-1, 0, 1, 1 << 11, 1 << 12, 1 << 13] {
+                let wide: Vec<f32> =
+                    wide.iter().map(|x| f32::from_bits(x.to_bits().wrapping_add_signed(nudge))).collect();
+                let mut narrow = vec![f16::ZERO; wide.len()];
+                // SAFETY: the caller has the instruction set of V.
+                unsafe { f16::narrow::<V>(&wide, &mut narrow) };
+                for (wide, narrow) in wide.iter().zip(narrow) {
+                    let wanted = f16::from_f32(*wide);
+                    let same = wanted.to_bits() == narrow.to_bits() || (wanted.is_nan() && narrow.is_nan());
+                    assert!(same, "{wide:?} to {narrow:?}, wanted {wanted:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn half_is_converted_as_the_standard_says() {
+        check::<Array<f32, 4>>();
+        #[cfg(target_arch = "x86_64")]
+        {
+            use crate::isa::Isa;
+            let available = Isa::available();
+            if available.contains(&Isa::Avx2) {
+                check::<crate::simd::F32x8>();
+            }
+            if available.contains(&Isa::Avx512) {
+                check::<crate::simd::F32x16>();
+            }
+        }
+    }
+}
