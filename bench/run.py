@@ -165,8 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     identity = machine.identity(options.threads)
     if options.resume:
         run, path = resumed(options.resume, identity), options.resume
-        done = {cell["name"] for cell in run["cells"]}
-        cells, routing, overhead = [cell for cell in cells if cell.name not in done], [], []
+        routing, overhead = [], []
     else:
         run = {
             "format": 1,
@@ -182,6 +181,8 @@ def main(argv: list[str] | None = None) -> int:
         }
         path = options.out or RESULTS / default_name(identity, options.matrix)
     seconds_before = run["seconds"]
+    done = {cell["name"] for cell in run["cells"]}
+    missing = [cell for cell in cells if cell.name not in done]
 
     def save() -> None:
         run["seconds"] = round(seconds_before + time.perf_counter() - start, 1)
@@ -195,8 +196,9 @@ def main(argv: list[str] | None = None) -> int:
     for result in (*run["routing"], *run["overhead"]):
         print(line(result), flush=True)
     save()
-    run_layer(run, cells, options, start + 60 * options.budget_minutes, save)
-    print(f"{len(run['cells'])} of {len(cells)} cells in {run['seconds']:.0f} s: {path}")
+    run_layer(run, missing, options, start + 60 * options.budget_minutes, save)
+    measured = {cell["name"] for cell in run["cells"]} - done
+    print(f"{len(measured)} of {len(missing)} cells in {run['seconds']:.0f} s: {path}")
     report.main([str(path)])
     statuses = [path["status"] for cell in run["cells"] for path in cell["paths"].values()]
     return int(any(status in ("failed", "wrong") for status in statuses))
