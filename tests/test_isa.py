@@ -41,8 +41,8 @@ for dtype in DTYPES:
         assert_near(ours.scores, wanted.scores.double())
 """
 
-# Gradients of experts without rows, with few and with many; those of the second step go past the caches, as their
-# memory is not new.
+# Gradients of experts without rows, with few and with many; in a second step, whose memory is not new, they go past
+# the caches.
 LARGE_GRADIENTS = """
 import torch
 from moe_cases import DTYPES, assert_near
