@@ -41,8 +41,8 @@ for dtype in DTYPES:
         assert_near(ours.scores, wanted.scores.double())
 """
 
-# Gradients of experts without rows, with few and with many; in a second step, whose memory is not new, they go past
-# the caches.
+# Gradients of experts without rows, with few and with many; those of a second step go past the caches, for their
+# memory is not new.
 LARGE_GRADIENTS = """
 import torch
 from moe_cases import DTYPES, assert_near
