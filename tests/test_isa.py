@@ -41,8 +41,8 @@ for dtype in DTYPES:
         assert_near(ours.scores, wanted.scores.double())
 """
 
-# Gradients of experts without rows, with few and with many; those of a second step go past the caches, for their
-# memory is not new.
+# Gradients of experts without rows, with few and with many. Those of a second step, whose memory is not new,
+# go past the caches.
 LARGE_GRADIENTS = """
 import torch
 from moe_cases import DTYPES, assert_near
