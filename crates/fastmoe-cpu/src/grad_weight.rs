@@ -335,7 +335,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
     }
 }
 
-/// Writes sums as a row of dW, past the caches where it `streams`.
+/// Writes sums as a row of dW, past the caches where it `streams`; bf16 that is too small for a normal number may become zero.
 ///
 /// # Safety
 /// Reached only from code compiled for the machine; both slices have one length, at most `TASK_COLS`.
