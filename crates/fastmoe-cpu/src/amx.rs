@@ -1,16 +1,20 @@
-//! bf16 on AMX: a tile is 32 rows by 32 columns, held in four tile registers.
+//! AMX multiplies bf16: a tile is 32 rows by 32 columns, held in four tile registers.
 //!
 //! Operands are packed as for the AVX-512 dot products: a tile register of A is 16 rows of 16 pairs, one of B
 //! 16 pairs by 16 columns, which is what a panel of pairs looks like in memory.
+//!
+//! Wider numbers are sums of bf16, in as many planes, whose products are multiplied one by one and added in f32. Two make an
+//! IEEE half; three make an f32, for which the products that are below its last bit are left out.
 
 use crate::machine::{Avx512Pairs, BLOCK, Machine, Op, Tile, TileUpdate};
-use crate::simd::F32x16;
+use crate::simd::{F32x16, Vector};
 use std::arch::asm;
+use std::mem::MaybeUninit;
 use std::sync::LazyLock;
 
-/// AMX for the products, AVX-512 for everything else.
+/// AMX for the products, AVX-512 for everything else; of bf16, or of numbers that are split into `PLANES` of it.
 #[derive(Clone, Copy)]
-pub struct Amx;
+pub struct Amx<const PLANES: usize>;
 
 /// Rows and bytes of the eight tile registers: all 16 x 64.
 #[repr(C, align(64))]
@@ -67,19 +71,20 @@ fn system_permits_tiles() -> bool {
     false
 }
 
-impl Machine for Amx {
+impl<const PLANES: usize> Machine for Amx<PLANES> {
     type Acc = f32;
     type Cell = half::bf16;
     type V = F32x16;
     const PAIRS: bool = true;
     const ROWS: usize = 32;
     const ACROSS: usize = 2;
-    const DEPTH: usize = 128;
+    const PLANES: usize = PLANES;
+    const DEPTH: usize = if PLANES > 1 { 64 } else { 128 };
     const WHOLE_TILES: bool = true;
 
     unsafe fn call<O: Op<Self>>(op: O) -> O::Out {
         #[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-        unsafe fn inside<O: Op<Amx>>(op: O) -> O::Out {
+        unsafe fn inside<const PLANES: usize, O: Op<Amx<PLANES>>>(op: O) -> O::Out {
             // SAFETY: this function is compiled for the machine's instruction set.
             unsafe { op.run() }
         }
@@ -90,11 +95,13 @@ impl Machine for Amx {
     unsafe fn tile(mut t: Tile<'_, f32>) {
         // SAFETY: as promised by the caller; `begin` has set the tile shapes on this thread.
         unsafe {
-            match t.rows {
+            match (PLANES, t.rows) {
                 // Few rows gain nothing from tiles of 16.
-                0..=4 => Avx512Pairs::tile(t),
-                5..=16 => half_tile(&mut t),
-                _ => full_tile(&mut t),
+                (1, 0..=4) => Avx512Pairs::tile(t),
+                (1, 5..=16) => half_tile(&mut t),
+                (1, _) => full_tile(&mut t),
+                (_, 0..=16) => Planes::<PLANES, 1>::tile(&mut t),
+                _ => Planes::<PLANES, 2>::tile(&mut t),
             }
         }
     }
@@ -186,5 +193,138 @@ unsafe fn half_tile(t: &mut Tile<'_, f32>) {
             c = in(reg) t.c, s = in(reg) c_stride,
             options(nostack),
         );
+    }
+}
+
+/// Tiles of `HALVES` times 16 rows whose operands have several planes.
+struct Planes<const PLANES: usize, const HALVES: usize>;
+
+impl<const PLANES: usize, const HALVES: usize> Planes<PLANES, HALVES> {
+    /// Each block of the contraction starts at zero and with the products that are small, so that their sum is rounded as
+    /// little as one of whole numbers.
+    unsafe fn tile(t: &mut Tile<'_, f32>) {
+        // SAFETY: 16 rows of A and C a half and a panel of B are valid; between the blocks nothing else uses tiles.
+        unsafe {
+            asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
+            for k in (0..t.units).step_by(BLOCK) {
+                t.ahead.step();
+                // Each product has an operand of the one before.
+                Self::a(t, k, PLANES - 1);
+                Self::b(t, k, 0);
+                Self::multiply();
+                if PLANES == 3 {
+                    Self::a(t, k, 1);
+                    Self::multiply();
+                }
+                Self::b(t, k, 1);
+                Self::multiply();
+                Self::a(t, k, 0);
+                Self::multiply();
+                if PLANES == 3 {
+                    Self::b(t, k, 2);
+                    Self::multiply();
+                }
+            }
+            for k in (0..t.units).step_by(BLOCK) {
+                Self::a(t, k, 0);
+                Self::b(t, k, 0);
+                Self::multiply();
+            }
+            if t.update == TileUpdate::Add {
+                let mut sums = MaybeUninit::<Sums>::uninit();
+                Self::store(sums.as_mut_ptr().cast(), 32);
+                Amx::<PLANES>::call(AddSums {
+                    sums: sums.as_ptr().cast(),
+                    rows: 16 * HALVES,
+                    c: t.c,
+                    c_stride: t.c_stride,
+                });
+            } else {
+                Self::store(t.c, t.c_stride);
+            }
+        }
+    }
+
+    /// Loads a plane of A from unit `k` on.
+    #[inline(always)]
+    unsafe fn a(t: &Tile<'_, f32>, k: usize, plane: usize) {
+        let a = t.a.wrapping_add(k * PLANES + plane * BLOCK);
+        // SAFETY: as in `tile`.
+        unsafe {
+            asm!("tileloadd tmm4, [{a} + {s}]", a = in(reg) a, s = in(reg) t.a_stride * UNIT, options(nostack, readonly));
+            if HALVES == 2 {
+                let a = a.wrapping_add(16 * t.a_stride);
+                asm!("tileloadd tmm5, [{a} + {s}]", a = in(reg) a, s = in(reg) t.a_stride * UNIT, options(nostack, readonly));
+            }
+        }
+    }
+
+    /// Loads a plane of B from unit `k` on.
+    #[inline(always)]
+    unsafe fn b(t: &Tile<'_, f32>, k: usize, plane: usize) {
+        let b = t.b.wrapping_add((k * PLANES + plane * BLOCK) * 32);
+        // SAFETY: as in `tile`.
+        unsafe {
+            asm!(
+                "tileloadd tmm6, [{b} + {s}]", "tileloadd tmm7, [{b} + {s} + 64]",
+                b = in(reg) b, s = in(reg) B_STRIDE, options(nostack, readonly),
+            );
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply() {
+        // SAFETY: as in `tile`.
+        unsafe {
+            asm!("tdpbf16ps tmm0, tmm4, tmm6", "tdpbf16ps tmm1, tmm4, tmm7", options(nostack, nomem));
+            if HALVES == 2 {
+                asm!("tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7", options(nostack, nomem));
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store(c: *mut f32, c_stride: usize) {
+        // SAFETY: as in `tile`.
+        unsafe {
+            asm!(
+                "tilestored [{c} + {s}], tmm0", "tilestored [{c} + {s} + 64], tmm1",
+                c = in(reg) c, s = in(reg) c_stride * UNIT, options(nostack),
+            );
+            if HALVES == 2 {
+                let c = c.wrapping_add(16 * c_stride);
+                asm!(
+                    "tilestored [{c} + {s}], tmm2", "tilestored [{c} + {s} + 64], tmm3",
+                    c = in(reg) c, s = in(reg) c_stride * UNIT, options(nostack),
+                );
+            }
+        }
+    }
+}
+
+#[repr(C, align(64))]
+struct Sums([[f32; 32]; 32]);
+
+/// Adds the sums of a tile to C.
+struct AddSums {
+    sums: *const f32,
+    rows: usize,
+    c: *mut f32,
+    c_stride: usize,
+}
+
+impl<const PLANES: usize> Op<Amx<PLANES>> for AddSums {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run(self) {
+        for r in 0..self.rows {
+            for n in (0..32).step_by(F32x16::LANES) {
+                // SAFETY: as promised by the caller of `tile`: C has 32 columns of these rows.
+                unsafe {
+                    let c = self.c.add(r * self.c_stride + n);
+                    F32x16::load(c).add(F32x16::load(self.sums.add(r * 32 + n))).store(c);
+                }
+            }
+        }
     }
 }

@@ -9,7 +9,7 @@ use crate::machine::{Machine, Op};
 use crate::math::dot;
 use crate::matrix::Matrix;
 use crate::memory::Scratch;
-use crate::pack::{Rows, units};
+use crate::pack::Rows;
 use crate::problem::{Mlp, MlpGrads, Ptr};
 use fastmoe_core::Float;
 use std::ops::Range;
@@ -131,9 +131,9 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for HiddenTask<'_, M, E> {
             .work
             .get(ahead / layer.blocks())
             .map(|work| layer.w2(work.expert).t().column(layer.block(ahead % layer.blocks()).0));
-        let most = work.longest_chunk(cols);
+        let most = work.longest_chunk::<M>(cols);
         let sums = Scratch::<M::Acc>::new(sums_len::<M>(most, 1, cols));
-        for rows in work.chunks(cols) {
+        for rows in work.chunks::<M>(cols) {
             let mut stride = 0;
             // SAFETY: as promised by the caller of `backward`.
             unsafe {
@@ -165,8 +165,6 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Hidden<'_, M, E> {
         let (start, len) = self.layer.block(block);
         let (parts, n) = self.layer.parts(block);
         let up_cols = self.layer.up_cols();
-        let last = start + len == p.intermediate;
-        let padding = |cols: usize| units::<M>(cols) * M::UNIT - cols;
         let mut saved = [M::Acc::ZERO; 2 * WIDE_COLS];
         let mut halves = saved;
         let [mut out, mut scaled] = [[M::Acc::ZERO; WIDE_COLS]; 2];
@@ -207,13 +205,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Hidden<'_, M, E> {
                         }
                     }
                     for (q, part) in parts[..n].iter().enumerate() {
-                        let cells = self.grad_h.row(r).cast::<M::Cell>().add(part.start);
-                        let cells = std::slice::from_raw_parts_mut(cells, part.len);
-                        M::Cell::narrow::<M::V>(&saved[q * len..][..part.len], cells);
-                    }
-                    if last {
-                        let end = self.grad_h.row(r).cast::<M::Cell>().add(up_cols);
-                        std::ptr::write_bytes(end, 0, padding(up_cols));
+                        self.grad_h.write(r, part.start, &saved[q * len..][..part.len]);
                     }
                 } else {
                     let (gate, up) = (&*gate, &*up);
@@ -223,8 +215,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Hidden<'_, M, E> {
                     for o in out.iter_mut() {
                         *o = *o * scale;
                     }
-                    let cells = act.row(r).cast::<M::Cell>().add(start);
-                    M::Cell::narrow::<M::V>(out, std::slice::from_raw_parts_mut(cells, len));
+                    act.write(r, start, out);
                 }
             }
         }

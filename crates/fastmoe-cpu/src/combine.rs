@@ -92,12 +92,12 @@ impl<M: Machine, E: Element<Acc = M::Acc>> CombineTask<'_, '_, M, E> {
         let Combine { layer, a, inner, factor, bias, .. } = *self.all;
         // As in `block_cols`: long runs of B's memory, few of A's.
         let step = if factor(0).is_nk() { BLOCK_COLS } else { WIDE_COLS };
-        let most = layer.work.iter().map(|w| w.longest_chunk(step)).max().unwrap_or(0);
+        let most = layer.work.iter().map(|w| w.longest_chunk::<M>(step)).max().unwrap_or(0);
         let sums = Scratch::<M::Acc>::new(sums_len::<M>(most, 1, step));
         let mut offset = [M::Acc::ZERO; WIDE_COLS];
         for (i, work) in layer.work.iter().enumerate() {
             let weight = factor(work.expert);
-            for rows in work.chunks(step) {
+            for rows in work.chunks::<M>(step) {
                 for from in (0..self.cols).step_by(step) {
                     let cols = step.min(self.cols - from);
                     let next = if from + cols < self.cols {

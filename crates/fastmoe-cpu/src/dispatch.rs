@@ -1,14 +1,16 @@
 //! From a dtype and the instruction set in use to the code compiled for the two.
 
-/// Calls `$function::<Machine, Element>($args)` for a dtype.
+/// Calls `$function::<Machine, Element>($args)` for a dtype and an instruction set.
 ///
-/// The caller promises what the function asks for; the instruction set is present because `isa()` chose it.
+/// The caller promises what the function asks for, and that the instruction set is present.
 macro_rules! dispatch {
-    ($dtype:expr, $function:ident($($arg:expr),* $(,)?)) => {{
+    ($dtype:expr, $isa:expr, $function:ident($($arg:expr),* $(,)?)) => {{
         use $crate::dtype::DType;
         use $crate::isa::Isa;
         use $crate::machine::*;
-        let isa = $crate::isa::isa().unwrap_or(Isa::Portable);
+        let isa = $isa;
+        #[cfg(target_arch = "x86_64")]
+        use $crate::amx::Amx;
         #[cfg(target_arch = "x86_64")]
         match ($dtype, isa) {
             (DType::F64, Isa::Portable) => $function::<Portable64, f64>($($arg),*),
@@ -16,11 +18,13 @@ macro_rules! dispatch {
             (DType::F32, Isa::Avx2) => $function::<Avx2, f32>($($arg),*),
             (DType::F16, Isa::Avx2) => $function::<Avx2, half::f16>($($arg),*),
             (DType::Bf16, Isa::Avx2) => $function::<Avx2, half::bf16>($($arg),*),
-            (DType::F32, Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx) => $function::<Avx512, f32>($($arg),*),
-            (DType::F16, Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx) => $function::<Avx512, half::f16>($($arg),*),
+            (DType::F32, Isa::Avx512 | Isa::Avx512Bf16) => $function::<Avx512, f32>($($arg),*),
+            (DType::F16, Isa::Avx512 | Isa::Avx512Bf16) => $function::<Avx512, half::f16>($($arg),*),
+            (DType::F32, Isa::Amx) => $function::<Amx<3>, f32>($($arg),*),
+            (DType::F16, Isa::Amx) => $function::<Amx<2>, half::f16>($($arg),*),
             (DType::Bf16, Isa::Avx512) => $function::<Avx512, half::bf16>($($arg),*),
             (DType::Bf16, Isa::Avx512Bf16) => $function::<Avx512Pairs, half::bf16>($($arg),*),
-            (DType::Bf16, Isa::Amx) => $function::<$crate::amx::Amx, half::bf16>($($arg),*),
+            (DType::Bf16, Isa::Amx) => $function::<Amx<1>, half::bf16>($($arg),*),
             (DType::F32, _) => $function::<Portable, f32>($($arg),*),
             (DType::F16, _) => $function::<Portable, half::f16>($($arg),*),
             (DType::Bf16, _) => $function::<Portable, half::bf16>($($arg),*),

@@ -6,7 +6,6 @@ use crate::gemm::{Product, padded_cols, sums_len};
 use crate::layer::{Layer, PackedRows, WIDE_COLS, Work, split_pairs};
 use crate::machine::{Machine, Op};
 use crate::memory::Scratch;
-use crate::pack::units;
 use crate::problem::{Mlp, PtrMut};
 use fastmoe_core::Float;
 use std::ops::Range;
@@ -75,9 +74,9 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for UpTask<'_, M, E> {
             .work
             .get(ahead / layer.blocks())
             .map(|work| layer.w1(work.expert).column(layer.parts(ahead % layer.blocks()).0[0].start));
-        let most = work.longest_chunk(n * parts[0].len);
+        let most = work.longest_chunk::<M>(n * parts[0].len);
         let sums = Scratch::<M::Acc>::new(sums_len::<M>(most, n, parts[0].len));
-        for rows in work.chunks(n * parts[0].len) {
+        for rows in work.chunks::<M>(n * parts[0].len) {
             let product = Product::<M, E> {
                 a: self.up.x.row(rows.start),
                 a_stride: self.up.x.stride,
@@ -106,8 +105,6 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Up<'_, M, E> {
         let (parts, n) = self.layer.parts(block);
         let width = padded_cols::<M>(parts[0].len);
         let up_cols = self.layer.up_cols();
-        let last = start + len == p.intermediate;
-        let padding = units::<M>(p.intermediate) * M::UNIT - p.intermediate;
         let mut bias = [[M::Acc::ZERO; 2 * WIDE_COLS]; 2];
         let [mut gate, mut up, mut out] = [[M::Acc::ZERO; WIDE_COLS]; 3];
         // SAFETY: as promised by the caller of `forward`; this task alone writes these columns.
@@ -140,11 +137,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Up<'_, M, E> {
                     // Without a gate the second row is not read.
                     p.activation.forward(&row[..len], &row[stride - width..][..len], act);
                 }
-                let cells = self.act.row(r).cast::<M::Cell>().add(start);
-                M::Cell::narrow::<M::V>(act, std::slice::from_raw_parts_mut(cells, len));
-                if last {
-                    std::ptr::write_bytes(cells.add(len), 0, padding);
-                }
+                self.act.write(r, start, act);
             }
         }
     }

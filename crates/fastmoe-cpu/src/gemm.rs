@@ -13,10 +13,10 @@ use crate::scaled::{FEW_TILES, ScaledRows};
 /// what the hardware's own prefetching needs.
 const DEEP: usize = 2048;
 
-/// Units of A that stay in the second cache beside a panel of B.
+/// Units of A, of each plane, that stay in the second cache beside a panel of B.
 pub const A_IN_CACHE: usize = 128 << 10;
 
-/// Units of the contraction in a packed block of rows that are contiguous across it.
+/// Most units of the contraction in a packed block of rows that are contiguous across it.
 const SHALLOW: usize = 128;
 
 /// Fewer rows of A are multiplied by whole tiles so fast that lines on their way from memory would hold the buffers that the
@@ -119,7 +119,7 @@ impl<'a, E: Element> Factor<'a, E> {
         unsafe {
             match self {
                 Self::Nk(rows) => pack_panels_nk::<M, E>(rows, inner, cols, dst),
-                Self::Kn(rows) => pack_panels_kn::<M, E>(rows, inner, cols, dst),
+                Self::Kn(rows) => pack_panels_kn::<M, E, false>(rows, inner, cols, dst),
                 _ => unreachable!("dequantized before it is packed"),
             }
         }
@@ -195,10 +195,10 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
         let (cols, units_at_once) = match self.parts[0] {
             b if b.is_nk() && a_stays => (M::COLS, DEEP.min(units::<M>(self.inner))),
             b if b.is_nk() => (width, M::DEPTH),
-            _ => (width, SHALLOW),
+            _ => (width, SHALLOW.min(M::DEPTH)),
         };
         let in_place = self.in_place();
-        let packed = Scratch::<M::Acc>::new(if in_place { 0 } else { units_at_once * cols });
+        let packed = Scratch::<M::Acc>::new(if in_place { 0 } else { units_at_once * cols * M::PLANES });
         let mut room = self.parts[0].room::<M>(units_at_once * M::UNIT, cols);
         let across = self.cols.div_ceil(cols);
         let blocks_of_k = self.inner.div_ceil(units_at_once * M::UNIT);
@@ -307,25 +307,56 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
     #[inline(always)]
     unsafe fn tiles(&self, block: &Block<'_, E>, packed: *const M::Acc, ahead: &mut Prefetch) {
         let units = units::<M>(block.inner);
-        for panel in 0..padded_cols::<M>(block.cols) / M::COLS {
-            for k in (0..units).step_by(M::DEPTH) {
-                for (start, end) in row_groups::<M>(self.rows) {
-                    // SAFETY: as promised by the caller of `compute`.
-                    unsafe {
-                        M::tile(Tile {
-                            a: self.a.add(start * self.a_stride + block.from / M::UNIT + k),
-                            a_stride: self.a_stride,
-                            rows: end - start,
-                            b: packed.add((panel * units + k) * M::COLS),
-                            units: M::DEPTH.min(units - k),
-                            c: self.c.add(start * self.c_stride() + block.c + panel * M::COLS),
-                            c_stride: self.c_stride(),
-                            update: if block.from + k > 0 { TileUpdate::Add } else { TileUpdate::Write },
-                            ahead,
-                        });
+        let panels = padded_cols::<M>(block.cols) / M::COLS;
+        let steps = (0..units).step_by(M::DEPTH);
+        // SAFETY: as promised by the caller of `compute`.
+        unsafe {
+            if M::PLANES > 1 {
+                // Rows of all planes fill L1; panels, which lie in one piece, go by.
+                for k in steps {
+                    for rows in row_groups::<M>(self.rows) {
+                        for panel in 0..panels {
+                            self.tile(block, packed, panel, k, rows, ahead);
+                        }
+                    }
+                }
+                return;
+            }
+            for panel in 0..panels {
+                for k in steps.clone() {
+                    for rows in row_groups::<M>(self.rows) {
+                        self.tile(block, packed, panel, k, rows, ahead);
                     }
                 }
             }
+        }
+    }
+
+    /// Rows of A with a panel of a packed block, from unit `k` of the block on.
+    #[inline(always)]
+    unsafe fn tile(
+        &self,
+        block: &Block<'_, E>,
+        packed: *const M::Acc,
+        panel: usize,
+        k: usize,
+        (start, end): (usize, usize),
+        ahead: &mut Prefetch,
+    ) {
+        let units = units::<M>(block.inner);
+        // SAFETY: as promised by the caller of `compute`.
+        unsafe {
+            M::tile(Tile {
+                a: self.a.add(start * self.a_stride + (block.from / M::UNIT + k) * M::PLANES),
+                a_stride: self.a_stride,
+                rows: end - start,
+                b: packed.add((panel * units + k) * M::PLANES * M::COLS),
+                units: M::DEPTH.min(units - k),
+                c: self.c.add(start * self.c_stride() + block.c + panel * M::COLS),
+                c_stride: self.c_stride(),
+                update: if block.from + k > 0 { TileUpdate::Add } else { TileUpdate::Write },
+                ahead,
+            });
         }
     }
 }
@@ -341,12 +372,17 @@ struct Block<'a, E> {
     c: usize,
 }
 
-/// Splits rows into tiles: of one size where a tile may have any, else whole ones and a rest.
+/// Splits rows into tiles.
 pub fn row_groups<M: Machine>(rows: usize) -> impl Iterator<Item = (usize, usize)> {
-    let groups = rows.div_ceil(M::ROWS);
+    groups::<M>(rows, M::ROWS)
+}
+
+/// Splits rows into groups of at most `most`: of one size where a tile may have any, else whole ones and a rest.
+pub fn groups<M: Machine>(rows: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
+    let groups = rows.div_ceil(most);
     (0..groups).map(move |g| {
         if M::WHOLE_TILES {
-            (g * M::ROWS, rows.min((g + 1) * M::ROWS))
+            (g * most, rows.min((g + 1) * most))
         } else {
             (rows * g / groups, rows * (g + 1) / groups)
         }

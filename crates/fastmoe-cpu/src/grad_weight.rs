@@ -1,7 +1,7 @@
 //! Gradients of weights: `dW_e = A_e^T B_e` over the rows of an expert, each element written, or added to, once.
 
 use crate::dtype::Element;
-use crate::gemm::{padded_cols, row_groups};
+use crate::gemm::{groups, padded_cols, row_groups};
 use crate::layer::Work;
 use crate::machine::{Machine, Op, Tile, TileUpdate};
 use crate::matrix::Matrix;
@@ -60,7 +60,8 @@ impl GradWeight<'_> {
     ) {
         let (m, n) = (rows.cols(), cols.cols());
         let task = match update {
-            Update::Write => (TASK_ROWS, TASK_COLS),
+            // Planes of B are read again for every task.
+            Update::Write => (if M::PLANES > 1 { 2 * TASK_ROWS } else { TASK_ROWS }, TASK_COLS),
             _ => {
                 let cols = n.clamp(TASK_COLS, ADD_COLS);
                 ((TASK_ROWS * TASK_COLS / cols).next_multiple_of(M::ROWS), cols)
@@ -196,7 +197,9 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Outer<'_, M, E> {
     #[inline(always)]
     fn b(&self, expert: usize, c: usize) -> *mut M::Acc {
         let units = units::<M>(self.of.rows(expert).len());
-        self.b.ptr().wrapping_add(self.starts[expert] * padded_cols::<M>(self.cols.cols()) + c * units)
+        self.b
+            .ptr()
+            .wrapping_add(self.starts[expert] * padded_cols::<M>(self.cols.cols()) + c * units * M::PLANES)
     }
 }
 
@@ -260,9 +263,11 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
             }
             return;
         }
-        // A few rows at a time, whose sums go on to memory from the nearest cache.
+        // A few rows at a time, whose sums go on to memory from the nearest cache; with planes B is too large to be read again
+        // for each few.
         let stride = padded_cols::<M>(cols);
-        let sums = Scratch::<M::Acc>::new(M::ROWS * stride);
+        let at_once = if M::PLANES > 1 { rows.next_multiple_of(M::ROWS) } else { M::ROWS };
+        let sums = Scratch::<M::Acc>::new(at_once * stride);
         let (a, a_stride) = job.a(expert, row);
         let all = job.of.rows(expert).len().div_ceil(M::UNIT);
         let mut wide = [M::Acc::ZERO; TASK_COLS];
@@ -285,35 +290,38 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
             && job.out.addr().is_multiple_of(size)
             && (n * size_of::<E>()).is_multiple_of(size);
         let update = if direct { E::STREAM } else { TileUpdate::Write };
-        for (start, end) in row_groups::<M>(rows) {
+        for (from, to) in groups::<M>(rows, at_once) {
             for k in (0..all).step_by(M::DEPTH) {
-                for panel in (0..stride).step_by(M::COLS) {
-                    old.step();
-                    // SAFETY: as promised by the caller of `matrix`; both operands are packed.
-                    unsafe {
-                        M::tile(Tile {
-                            a: a.add(start * a_stride + k),
-                            a_stride,
-                            rows: end - start,
-                            b: job.b(expert, col + panel).add(k * M::COLS),
-                            units: M::DEPTH.min(all - k),
-                            c: if direct {
-                                job.out.cast::<E>().add(first + start * n + panel).cast()
-                            } else {
-                                sums.ptr().add(panel)
-                            },
-                            c_stride: if direct { n } else { stride },
-                            update: if k > 0 { TileUpdate::Add } else { update },
-                            ahead: &mut nothing,
-                        });
+                for (start, end) in row_groups::<M>(to - from) {
+                    for panel in (0..stride).step_by(M::COLS) {
+                        old.step();
+                        let (row, at) = (from + start, start * stride + panel);
+                        // SAFETY: as promised by the caller of `matrix`; both operands are packed.
+                        unsafe {
+                            M::tile(Tile {
+                                a: a.add(row * a_stride + k * M::PLANES),
+                                a_stride,
+                                rows: end - start,
+                                b: job.b(expert, col + panel).add(k * M::PLANES * M::COLS),
+                                units: M::DEPTH.min(all - k),
+                                c: if direct {
+                                    job.out.cast::<E>().add(first + row * n + panel).cast()
+                                } else {
+                                    sums.ptr().add(at)
+                                },
+                                c_stride: if direct { n } else { stride },
+                                update: if k > 0 { TileUpdate::Add } else { update },
+                                ahead: &mut nothing,
+                            });
+                        }
                     }
                 }
             }
             if direct {
                 continue;
             }
-            for r in start..end {
-                let sums = &sums[(r - start) * stride..][..cols];
+            for r in from..to {
+                let sums = &sums[(r - from) * stride..][..cols];
                 // SAFETY: as promised by the caller; the row is this task's, in the type of sums where these are added wide.
                 unsafe {
                     match job.update {

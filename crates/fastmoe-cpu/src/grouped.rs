@@ -73,11 +73,11 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for GroupedTask<'_, M, E> {
     unsafe fn run(self) {
         let Self { job, work, start, cols } = self;
         let p = job.p;
-        let sums = Scratch::<M::Acc>::new(sums_len::<M>(work.longest_chunk(cols), 1, cols));
+        let sums = Scratch::<M::Acc>::new(sums_len::<M>(work.longest_chunk::<M>(cols), 1, cols));
         let w = job.w.wrapping_add(work.expert * p.inner * p.outer);
         let factor = Factor::weight(w, p.inner, p.outer, p.transposed).column(start);
         let mut offset = [M::Acc::ZERO; WIDE_COLS];
-        for rows in work.chunks(cols) {
+        for rows in work.chunks::<M>(cols) {
             let product = Product::<M, E> {
                 a: job.x.row(rows.start),
                 a_stride: job.x.stride,

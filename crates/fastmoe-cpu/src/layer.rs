@@ -4,7 +4,7 @@ use crate::dtype::Element;
 use crate::gemm::Factor;
 use crate::machine::{Machine, Op};
 use crate::memory::Scratch;
-use crate::pack::{Rows, pack_row, row_stride};
+use crate::pack::{Rows, pack_numbers, pack_row, pad_row, row_stride};
 use crate::problem::{Mlp, Ptr, Weight};
 use crate::quantized::Quantized;
 use crate::threads::Threads;
@@ -37,20 +37,22 @@ pub struct Work {
 
 impl Work {
     /// The rows in chunks whose sums over `cols` columns stay in the cache.
-    pub fn chunks(&self, cols: usize) -> impl Iterator<Item = Range<usize>> {
-        let (end, at_once) = (self.rows.end, chunk_rows(cols));
+    pub fn chunks<M: Machine>(&self, cols: usize) -> impl Iterator<Item = Range<usize>> {
+        let (end, at_once) = (self.rows.end, chunk_rows::<M>(cols));
         self.rows.clone().step_by(at_once).map(move |start| start..end.min(start + at_once))
     }
 
     /// Rows of the largest chunk.
-    pub fn longest_chunk(&self, cols: usize) -> usize {
-        self.rows.len().min(chunk_rows(cols))
+    pub fn longest_chunk<M: Machine>(&self, cols: usize) -> usize {
+        self.rows.len().min(chunk_rows::<M>(cols))
     }
 }
 
 /// A multiple of every machine's tile rows.
-fn chunk_rows(cols: usize) -> usize {
-    (CHUNK_SUMS / cols.max(1)).max(1).next_multiple_of(96)
+fn chunk_rows<M: Machine>(cols: usize) -> usize {
+    // Splitting a weight into planes takes long: fewer chunks, each of which does it again.
+    let most = if M::PLANES > 1 { 2 * CHUNK_SUMS } else { CHUNK_SUMS };
+    (most / cols.max(1)).max(1).next_multiple_of(96)
 }
 
 /// The experts with rows, in order.
@@ -62,6 +64,7 @@ pub fn work(offsets: &[i32]) -> Vec<Work> {
 /// Sorted rows packed as A.
 pub struct PackedRows<M: Machine> {
     data: Scratch<M::Acc>,
+    cols: usize,
     /// Units from one row to the next.
     pub stride: usize,
 }
@@ -70,7 +73,7 @@ impl<M: Machine> PackedRows<M> {
     /// Room for `rows` rows of `cols` numbers, and for the rows that whole tiles read beyond the last.
     pub fn new(rows: usize, cols: usize) -> Self {
         let stride = row_stride::<M>(cols);
-        Self { data: Scratch::new((rows + M::ROWS) * stride), stride }
+        Self { data: Scratch::new((rows + M::ROWS) * stride), cols, stride }
     }
 
     /// Packs rows of a tensor.
@@ -92,6 +95,21 @@ impl<M: Machine> PackedRows<M> {
             unsafe { M::call(PackSome { job: &job, rows }) }
         });
         packed
+    }
+
+    /// Writes numbers of row `r` from column `from` on, after the last one the padding too.
+    ///
+    /// # Safety
+    /// Reached only from code compiled for the machine; nothing else uses these columns of the row.
+    #[inline(always)]
+    pub unsafe fn write(&self, r: usize, from: usize, numbers: &[M::Acc]) {
+        // SAFETY: as promised by the caller.
+        unsafe {
+            pack_numbers::<M>(numbers, self.row(r), from);
+            if from + numbers.len() == self.cols {
+                pad_row::<M>(self.cols, self.row(r));
+            }
+        }
     }
 
     /// Row `r`.

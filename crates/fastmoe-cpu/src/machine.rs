@@ -2,7 +2,8 @@
 //!
 //! `PAIRS` machines multiply bf16 directly: a packed operand is made of 32-bit units, each a pair of bf16
 //! that are neighbours along the contraction. On the others a unit is one number, widened to the type of
-//! sums. Packing, blocking and epilogues are the same for both.
+//! sums. Packing, blocking and epilogues are the same for both. Machines with several `PLANES` split wider numbers
+//! into sums of bf16: the first plane has the largest part of each number, the next one what that leaves, and so on.
 
 use crate::dtype::Element;
 use crate::isa::halves_registers;
@@ -26,7 +27,7 @@ pub trait Op<M: Machine> {
 /// An instruction set with its register and tile sizes.
 pub trait Machine: Copy + Send + Sync + 'static {
     /// Type of sums; also the size of a unit of a packed operand.
-    type Acc: Real;
+    type Acc: Real + Element<Acc = Self::Acc>;
     /// A number inside a unit: bf16 where units are pairs, else the type of sums.
     type Cell: Element<Acc = Self::Acc>;
     /// The register.
@@ -39,6 +40,8 @@ pub trait Machine: Copy + Send + Sync + 'static {
     const ACROSS: usize;
     /// 32 registers instead of 16.
     const MANY_REGISTERS: bool = Self::ROWS > 6;
+    /// Planes of packed operands: into so many pairs of bf16 numbers of a wider type are split.
+    const PLANES: usize = 1;
     /// Units of the contraction that a tile goes through at a time, so that its operands stay in L1.
     const DEPTH: usize = 192;
     /// A tile reads and writes all `ROWS` rows, wanted or not.
@@ -57,6 +60,7 @@ pub trait Machine: Copy + Send + Sync + 'static {
     /// Up to so many rows of A, packing rows of W takes longer than inner products with W in its place (measured).
     fn few_rows() -> usize {
         match Self::WHOLE_TILES {
+            true if Self::PLANES > 1 => 0,
             true => 8,
             false if Self::MANY_REGISTERS && halves_registers() => 96,
             false => 24,

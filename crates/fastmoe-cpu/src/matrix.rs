@@ -3,7 +3,7 @@
 use crate::dtype::Element;
 use crate::layer::PackedRows;
 use crate::machine::Machine;
-use crate::pack::{Rows, pack_panels_kn, pack_transposed};
+use crate::pack::{Rows, pack_panels_kn, pack_transposed, unpack_numbers};
 use fastmoe_core::Float;
 use std::ops::Range;
 
@@ -31,7 +31,7 @@ impl<'a, M: Machine, E: Element<Acc = M::Acc>> Matrix<'a, M, E> {
         Rows::dense(packed.row(0).cast(), packed.stride * M::UNIT)
     }
 
-    /// Packs these columns, each as a row of A.
+    /// Packs these columns, from a multiple of `BLOCK` units on, each as a row of A.
     ///
     /// # Safety
     /// Reached only from code compiled for the machine; the ranges lie within the matrix, and `dst` has room for what is
@@ -49,17 +49,23 @@ impl<'a, M: Machine, E: Element<Acc = M::Acc>> Matrix<'a, M, E> {
         unsafe {
             match *self {
                 Self::Gathered(src, _) => {
-                    pack_transposed::<M, E>(&src.skip(rows.start).column(start), n, cols.len(), dst, stride);
+                    pack_transposed::<M, E, false>(
+                        &src.skip(rows.start).column(start),
+                        n,
+                        cols.len(),
+                        dst,
+                        stride,
+                    );
                 }
                 Self::Packed(src, _) => {
-                    let src = Self::cells(src).skip(rows.start).column(start);
-                    pack_transposed::<M, M::Cell>(&src, n, cols.len(), dst, stride);
+                    let src = Self::cells(src).skip(rows.start).column(start * M::PLANES);
+                    pack_transposed::<M, M::Cell, true>(&src, n, cols.len(), dst, stride);
                 }
             }
         }
     }
 
-    /// Packs these columns as panels of B.
+    /// Packs these columns, from a multiple of `BLOCK` units on, as panels of B.
     ///
     /// # Safety
     /// Reached only from code compiled for the machine; the ranges lie within the matrix, and `dst` has room for what is
@@ -71,11 +77,11 @@ impl<'a, M: Machine, E: Element<Acc = M::Acc>> Matrix<'a, M, E> {
         unsafe {
             match *self {
                 Self::Gathered(src, _) => {
-                    pack_panels_kn::<M, E>(&src.skip(rows.start).column(start), n, cols.len(), dst);
+                    pack_panels_kn::<M, E, false>(&src.skip(rows.start).column(start), n, cols.len(), dst);
                 }
                 Self::Packed(src, _) => {
-                    let src = Self::cells(src).skip(rows.start).column(start);
-                    pack_panels_kn::<M, M::Cell>(&src, n, cols.len(), dst);
+                    let src = Self::cells(src).skip(rows.start).column(start * M::PLANES);
+                    pack_panels_kn::<M, M::Cell, true>(&src, n, cols.len(), dst);
                 }
             }
         }
@@ -94,9 +100,7 @@ impl<'a, M: Machine, E: Element<Acc = M::Acc>> Matrix<'a, M, E> {
                     Some(row) => E::widen::<M::V>(std::slice::from_raw_parts(row, cols), out),
                     None => out.fill(M::Acc::ZERO),
                 },
-                Self::Packed(src, cols) => {
-                    M::Cell::widen::<M::V>(std::slice::from_raw_parts(src.row(r).cast(), cols), out);
-                }
+                Self::Packed(src, _) => unpack_numbers::<M>(src.row(r), out),
             }
         }
     }

@@ -354,6 +354,15 @@ fn cases() -> Vec<Case> {
         Case { tokens: 9, hidden: 640, intermediate: 32, ..base },
         Case { tokens: 40, hidden: 320, intermediate: 96, transposed: true, ..base },
         Case { tokens: 1100, hidden: 24, intermediate: 17, experts: 2, ..base },
+        Case {
+            tokens: 300,
+            hidden: 200,
+            intermediate: 150,
+            experts: 2,
+            bias: true,
+            transposed: true,
+            ..base
+        },
     ];
     for (_, activation) in Activation::ALL {
         for (transposed, interleaved) in [(false, false), (true, false), (false, true), (true, true)] {
@@ -447,6 +456,69 @@ where
     }
 }
 
+/// Numbers that do not add up: what is infinite or not a number in exact arithmetic is so, and nothing else is.
+#[cfg(target_arch = "x86_64")]
+fn check_specials<M: Machine, E: Element<Acc = M::Acc> + Seen>(dtype: DType, largest: f64) {
+    let (rows, inner, outer) = (40, 35, 33);
+    let mut r = Random(11);
+    let (mut x, mut w) = (r.numbers(rows * inner, 1.0), r.numbers(outer * inner, 1.0));
+    let specials =
+        [f64::INFINITY, f64::NEG_INFINITY, f64::NAN, largest, -largest, 0.0, -0.0, f64::INFINITY, 1.0];
+    for (i, &special) in specials.iter().enumerate() {
+        x[i * inner + 3 * i] = special;
+        w[2 * i * inner + 3 * i] = 1.0;
+        w[(2 * i + 1) * inner + 3 * i] = 0.0;
+    }
+    for (i, &special) in specials.iter().enumerate().take(3) {
+        w[(20 + i) * inner + 30] = special;
+    }
+    x[30 * inner + 30] = 0.0;
+    x[31 * inner + 30] = f64::INFINITY;
+    let (x, w) = (store::<E>(&x), store::<E>(&w));
+    let mut out = vec![E::default(); rows * outer];
+    let offsets = [0, rows as i32];
+    let p = GroupedMm {
+        dtype,
+        inner,
+        outer,
+        rows,
+        offsets: &offsets,
+        transposed: false,
+        threads: Threads::new(1),
+    };
+    // SAFETY: the vectors have the sizes of `p`.
+    unsafe {
+        grouped::<M, E>(&p, x.as_ptr().cast(), w.as_ptr().cast(), None, out.as_mut_ptr().cast());
+    }
+    let class = |x: f64| {
+        if x.is_finite() {
+            0
+        } else if x.is_nan() {
+            1
+        } else {
+            2 * x.signum() as i32
+        }
+    };
+    for r in 0..rows {
+        for c in 0..outer {
+            let want: f64 = (0..inner).map(|k| x[r * inner + k].seen() * w[c * inner + k].seen()).sum();
+            let (got, want) = (out[r * outer + c].seen(), seen(&store::<E>(&[want]))[0]);
+            assert_eq!(class(got), class(want), "row {r}, column {c}: {got} wanted {want}; {dtype:?}");
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn infinities_and_what_is_no_number_survive_tiles() {
+    check_specials::<Portable, f32>(DType::F32, f64::from(f32::MAX));
+    check_specials::<Portable, f16>(DType::F16, 65504.0);
+    if Isa::available().contains(&Isa::Amx) {
+        check_specials::<crate::amx::Amx<3>, f32>(DType::F32, f64::from(f32::MAX));
+        check_specials::<crate::amx::Amx<2>, f16>(DType::F16, 65504.0);
+    }
+}
+
 const F32: f64 = 3e-6;
 const BF16: f64 = 2.5e-2;
 const F16: f64 = 2e-3;
@@ -479,7 +551,12 @@ fn f64_matches_the_naive_layer() {
 
 #[test]
 fn f32_matches_the_naive_layer() {
-    check_all::<f32>(&machines::<f32>(), DType::F32, F32);
+    let mut found = machines::<f32>();
+    #[cfg(target_arch = "x86_64")]
+    if Isa::available().contains(&Isa::Amx) {
+        found.push(subject::<crate::amx::Amx<3>, f32>());
+    }
+    check_all::<f32>(&found, DType::F32, F32);
 }
 
 #[test]
@@ -489,7 +566,7 @@ fn bf16_matches_the_naive_layer() {
     for isa in Isa::available() {
         match isa {
             Isa::Avx512Bf16 => found.push(subject::<Avx512Pairs, bf16>()),
-            Isa::Amx => found.push(subject::<crate::amx::Amx, bf16>()),
+            Isa::Amx => found.push(subject::<crate::amx::Amx<1>, bf16>()),
             _ => (),
         }
     }
@@ -498,5 +575,10 @@ fn bf16_matches_the_naive_layer() {
 
 #[test]
 fn f16_matches_the_naive_layer() {
-    check_all::<f16>(&machines::<f16>(), DType::F16, F16);
+    let mut found = machines::<f16>();
+    #[cfg(target_arch = "x86_64")]
+    if Isa::available().contains(&Isa::Amx) {
+        found.push(subject::<crate::amx::Amx<2>, f16>());
+    }
+    check_all::<f16>(&found, DType::F16, F16);
 }

@@ -125,6 +125,22 @@ unsafe impl Vector for F32x16 {
         }
     }
     #[inline(always)]
+    unsafe fn split<const PLANES: usize>(self) -> [Self; 3] {
+        // SAFETY: see the impl.
+        let [high, middle, low] = unsafe { if PLANES == 2 { in_two(self.0) } else { in_three(self.0) } };
+        [Self(high), Self(middle), Self(low)]
+    }
+    #[inline(always)]
+    unsafe fn pair(self, high: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let (low, high) = (_mm512_castps_si512(self.0), _mm512_castps_si512(high.0));
+            let upper = _mm512_set1_epi32(UPPER);
+            let low = _mm512_srli_epi32::<16>(low);
+            Self(_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_and_si512(high, upper))))
+        }
+    }
+    #[inline(always)]
     unsafe fn zip(a: *const bf16, b: *const bf16) -> Self {
         // SAFETY: see the impl.
         unsafe {
@@ -176,5 +192,117 @@ unsafe impl Vector for F32x16 {
             let words = _mm512_xor_si512(_mm512_mask_blend_epi16(upper, small, large), sign);
             Self(_mm512_castsi512_ps(words))
         }
+    }
+}
+
+/// The bits of an f32 that are a bf16.
+const UPPER: i32 = 0xffff_0000_u32.cast_signed();
+
+/// Two numbers of one sign, neither of them zero but of zero: an infinite one times a finite number stays infinite then.
+///
+/// # Safety
+/// Reached only from code compiled for AVX-512.
+#[inline(always)]
+unsafe fn in_two(x: __m512) -> [__m512; 3] {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        let bits = _mm512_castps_si512(x);
+        let not_zero = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(i32::MAX));
+        let below = _mm512_sub_epi32(bits, _mm512_set1_epi32(1));
+        let high = _mm512_castsi512_ps(_mm512_maskz_and_epi32(not_zero, below, _mm512_set1_epi32(UPPER)));
+        [high, nearest(_mm512_sub_ps(x, high)), _mm512_setzero_ps()]
+    }
+}
+
+/// Three numbers whose sum is `x`. What is infinite or not a number is so in the last one alone, which a product multiplies
+/// with the first only.
+///
+/// # Safety
+/// As `in_two`.
+#[inline(always)]
+unsafe fn in_three(x: __m512) -> [__m512; 3] {
+    const LARGEST: u32 = 0x7f7f_0000;
+    const INFINITIES: i32 = 0x18;
+    const SMALLER_WITH_SIGN: i32 = 0b0010;
+    const SIGN_OR_ONE: i32 = 0xea;
+    // SAFETY: as promised by the caller.
+    unsafe {
+        let infinite = _mm512_fpclass_ps_mask::<INFINITIES>(x);
+        let largest = _mm512_set1_ps(f32::from_bits(LARGEST));
+        let high = _mm512_castps_si512(nearest(_mm512_range_ps::<SMALLER_WITH_SIGN>(x, largest)));
+        let (sign, one) = (_mm512_set1_epi32(i32::MIN), _mm512_castps_si512(_mm512_set1_ps(1.0)));
+        let high = _mm512_mask_ternarylogic_epi32::<SIGN_OR_ONE>(high, infinite, sign, one);
+        let high = _mm512_castsi512_ps(high);
+        let rest = _mm512_sub_ps(x, high);
+        let middle = _mm512_maskz_mov_ps(!infinite, nearest(rest));
+        [high, middle, _mm512_sub_ps(rest, middle)]
+    }
+}
+
+/// The nearest numbers of bf16.
+///
+/// # Safety
+/// As `in_two`.
+#[inline(always)]
+unsafe fn nearest(x: __m512) -> __m512 {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        let half = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+        _mm512_castsi512_ps(_mm512_and_si512(half, _mm512_set1_epi32(UPPER)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::isa::Isa;
+
+    /// The planes of 16 numbers, each as a lane.
+    #[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    unsafe fn planes<const PLANES: usize>(numbers: &[f32; 16]) -> [[f32; 16]; 3] {
+        let mut out = [[0.0; 16]; 3];
+        // SAFETY: the arrays have the lanes of a register; the caller has the instruction set.
+        unsafe {
+            for (plane, out) in F32x16::load(numbers.as_ptr()).split::<PLANES>().iter().zip(&mut out) {
+                plane.store(out.as_mut_ptr());
+            }
+        }
+        out
+    }
+
+    fn check<const PLANES: usize>(numbers: &[f32]) {
+        for some in numbers.chunks(16) {
+            let mut padded = [0.0; 16];
+            padded[..some.len()].copy_from_slice(some);
+            // SAFETY: the only test of this asks for the instruction set.
+            let planes = unsafe { planes::<PLANES>(&padded) };
+            for (i, number) in padded.iter().enumerate() {
+                let parts = [planes[0][i], planes[1][i], planes[2][i]];
+                let sum = parts[2] + parts[1] + parts[0];
+                assert!(sum == *number || (sum.is_nan() && number.is_nan()), "{number:?} as {parts:?}");
+                if number.is_finite() {
+                    let narrow = parts.iter().all(|part| part.to_bits() & 0xffff == 0);
+                    assert!(narrow, "{number:?} as {parts:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_are_the_sums_of_their_planes() {
+        if !Isa::available().contains(&Isa::Avx512Bf16) {
+            return;
+        }
+        let halves: Vec<f32> = (0..=u16::MAX).map(|bits| f16::from_bits(bits).to_f32()).collect();
+        check::<2>(&halves);
+        check::<3>(&halves);
+        let smallest = f32::from_bits(24 << 23);
+        let numbers: Vec<f32> = (0..u32::MAX - 65521)
+            .step_by(65521)
+            .map(f32::from_bits)
+            .chain([f32::MAX, f32::MIN, f32::from_bits(0x7f7f_8000), f32::from_bits(0x7fff_ffff)])
+            .filter(|x| x.is_nan() || x.abs() >= smallest)
+            .collect();
+        check::<3>(&numbers);
     }
 }

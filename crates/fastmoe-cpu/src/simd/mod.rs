@@ -84,6 +84,15 @@ pub unsafe trait Vector: Copy {
     /// Lanes converted from IEEE half.
     unsafe fn widen_f16(p: *const f16) -> Self;
 
+    /// Numbers of bf16, each a lane of f32, that add up to the lanes: two up to 2^-16, three to all bits of f32.
+    unsafe fn split<const PLANES: usize>(self) -> [Self; 3] {
+        unreachable!("only registers with bf16 dot products are split into bf16")
+    }
+    /// Lane i = the pair `(self[i], high[i])` of lanes that hold numbers of bf16.
+    unsafe fn pair(self, _high: Self) -> Self {
+        unreachable!("only registers with bf16 dot products make pairs")
+    }
+
     /// Whether the register has the two functions below.
     const LOOKS_UP: bool = false;
     /// 32 words: each half of 16 bytes, the low one first, picks one in a table of 16.
