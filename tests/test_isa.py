@@ -65,8 +65,30 @@ for dtype in DTYPES:
                 assert_near(w.grad[expert], expected, what=what)
 """
 
+# Also where float32 is multiplied as a sum of narrower numbers, no bit of it may be lost.
+FLOAT32 = """
+import torch
+from fastmoe_rs import functional
 
-@pytest.mark.parametrize("script", [PARITY, LARGE_GRADIENTS], ids=["parity", "large gradients"])
+torch.manual_seed(0)
+x, w, grad = torch.randn(600, 3584), torch.randn(2, 256, 3584) / 60, torch.randn(600, 256)
+for scale in (1.0, 2.0**-90, 2.0**90):
+    scaled, leaf = x * scale, w.clone().requires_grad_()
+    out = functional.grouped_mm(scaled, leaf, torch.tensor([0, 300, 600]))
+    out.backward(grad)
+    for expert, rows in enumerate((slice(0, 300), slice(300, 600))):
+        for got, wanted in (
+            (out[rows], scaled[rows].double() @ w[expert].double().T),
+            (leaf.grad[expert], grad[rows].double().T @ scaled[rows].double()),
+        ):
+            error = ((got.double() - wanted).norm() / wanted.norm()).item()
+            assert error < 5e-7, (scale, expert, error)
+"""
+
+
+@pytest.mark.parametrize(
+    "script", [PARITY, LARGE_GRADIENTS, FLOAT32], ids=["parity", "large gradients", "float32"]
+)
 @pytest.mark.parametrize("isa", _native.cpu_info()["available"])
 def test_matches_the_reference(isa, script):
     environment = os.environ | {"FASTMOE_CPU_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}
