@@ -22,12 +22,17 @@ from cells import DTYPES
 HERE = Path(__file__).parent
 READ_BYTES = 256 << 20
 ISA_VARIABLES = ("FASTMOE_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
-# Multiply instructions of an instruction set by element type; types without their own are widened to float32.
+# Multiply instructions of an instruction set by element type, and how many of their products make one of numbers;
+# types without their own are widened to float32.
 PEAK_INSTRUCTIONS = {
-    "avx2": {"float32": ["avx2_fma"]},
-    "avx512": {"float32": ["avx512_fma"]},
-    "avx512_bf16": {"float32": ["avx512_fma"], "bfloat16": ["avx512_bf16", "avx512_fma"]},
-    "amx": {"float32": ["avx512_fma"], "bfloat16": ["amx_bf16"]},
+    "avx2": {"float32": {"avx2_fma": 1}},
+    "avx512": {"float32": {"avx512_fma": 1}},
+    "avx512_bf16": {"float32": {"avx512_fma": 1}, "bfloat16": {"avx512_bf16": 1, "avx512_fma": 1}},
+    "amx": {
+        "float32": {"avx512_fma": 1, "amx_bf16": 6},
+        "float16": {"avx512_fma": 1, "amx_bf16": 4},
+        "bfloat16": {"amx_bf16": 1},
+    },
 }
 
 
@@ -110,9 +115,10 @@ def instruction_peaks(threads: int) -> dict[str, float]:
 
 def peak_of(ceilings: dict, isa: str, dtype: str) -> tuple[float, str]:
     """GFLOP/s that a kernel of this instruction set can reach in an element type, and where it comes from."""
-    names = PEAK_INSTRUCTIONS.get(isa, {"float32": []})
+    by_type = PEAK_INSTRUCTIONS.get(isa, {"float32": {}})
     rates = ceilings["instructions"]
-    known = {name: rates[name] for name in names.get(dtype, names["float32"]) if name in rates}
+    products = by_type.get(dtype, by_type["float32"])
+    known = {name: rates[name] / count for name, count in products.items() if name in rates}
     source, rate = max((known or ceilings["gemm"][dtype]).items(), key=lambda item: item[1])
     return rate, source
 

@@ -158,12 +158,12 @@ pub fn cpu_info() -> Result<CpuInfo, Error> {
         _ => "widened to float32",
     };
     let wide = match isa {
-        Isa::Amx => "avx512 fma; with many rows an expert amx tiles, in three parts of bf16",
+        Isa::Amx => "avx512 fma or amx tiles of three bf16",
         Isa::Avx512 | Isa::Avx512Bf16 => "avx512 fma",
         _ => isa.name(),
     };
     let f16 = match isa {
-        Isa::Amx => "widened to float32; with many rows an expert amx tiles, in two parts of bf16",
+        Isa::Amx => "widened to float32 or amx tiles of two bf16",
         _ => "widened to float32",
     };
     Ok(CpuInfo {
