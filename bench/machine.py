@@ -22,8 +22,8 @@ from cells import DTYPES
 HERE = Path(__file__).parent
 READ_BYTES = 256 << 20
 ISA_VARIABLES = ("FASTMOE_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
-# Multiply instructions of an instruction set by element type, and how many of their products make one of numbers;
-# types without their own are widened to float32.
+# Multiply instructions of an instruction set by element type, and how many of their products make one of
+# numbers; types without their own are widened to float32.
 PEAK_INSTRUCTIONS = {
     "avx2": {"float32": {"avx2_fma": 1}},
     "avx512": {"float32": {"avx512_fma": 1}},
