@@ -6,7 +6,7 @@
 //! Wider numbers are sums of bf16, in as many planes, whose products are multiplied one by one and added in f32. Two make an
 //! IEEE half; three make an f32, for which the products that are below its last bit are left out.
 
-use crate::machine::{Avx512Pairs, BLOCK, Machine, Op, Tile, TileUpdate};
+use crate::machine::{Avx512, Avx512Pairs, BLOCK, Machine, Op, Tile, TileUpdate};
 use crate::simd::{F32x16, Vector};
 use std::arch::asm;
 use std::mem::MaybeUninit;
@@ -75,10 +75,12 @@ impl<const PLANES: usize> Machine for Amx<PLANES> {
     type Acc = f32;
     type Cell = half::bf16;
     type V = F32x16;
+    type Few = Avx512;
     const PAIRS: bool = true;
     const ROWS: usize = 32;
     const ACROSS: usize = 2;
     const PLANES: usize = PLANES;
+    const ROWS_TO_SPLIT: usize = [0, 48, 128][PLANES - 1];
     const DEPTH: usize = if PLANES > 1 { 64 } else { 128 };
     const WHOLE_TILES: bool = true;
 

@@ -4,7 +4,7 @@ use crate::combine::Combine;
 use crate::dtype::Element;
 use crate::gemm::{Product, sums_len};
 use crate::grad_weight::GradWeight;
-use crate::layer::{BLOCK_COLS, Layer, PackedRows, WIDE_COLS, split_pairs};
+use crate::layer::{BLOCK_COLS, Layer, PackedRows, WIDE_COLS, Work, split_pairs};
 use crate::machine::{Machine, Op};
 use crate::math::dot;
 use crate::matrix::Matrix;
@@ -31,11 +31,12 @@ pub unsafe fn backward<M: Machine, E: Element<Acc = M::Acc>>(
         let grad_out_rows = Rows::<E>::gathered(grad_out.cast(), p.hidden, p.rows.gather);
         let through =
             grads.x.is_some() || grads.weights.is_some() || grads.w1.is_some() || grads.b1.is_some();
-        let grad_h = PackedRows::new(if through { rows } else { 0 }, layer.up_cols());
-        let act = PackedRows::new(if grads.w2.is_some() { rows } else { 0 }, p.intermediate);
+        let grad_h = PackedRows::new::<M>(if through { rows } else { 0 }, layer.up_cols());
+        let act = PackedRows::new::<M>(if grads.w2.is_some() { rows } else { 0 }, p.intermediate);
         let slopes = Scratch::new(if grads.weights.is_some() { slope_parts(p) * rows } else { 0 });
         if through || grads.w2.is_some() {
-            let grad_out = through.then(|| PackedRows::pack(grad_out_rows, rows, p.hidden, layer.threads));
+            let grad_out = through
+                .then(|| PackedRows::pack::<M, E>(grad_out_rows, rows, p.hidden, &layer.work, layer.threads));
             let job = Hidden {
                 layer: &layer,
                 grad_out: grad_out.as_ref(),
@@ -94,11 +95,11 @@ pub unsafe fn backward<M: Machine, E: Element<Acc = M::Acc>>(
 struct Hidden<'a, M: Machine, E> {
     layer: &'a Layer<'a, M, E>,
     /// Absent where only the activation is wanted.
-    grad_out: Option<&'a PackedRows<M>>,
+    grad_out: Option<&'a PackedRows<M::Acc>>,
     saved: *const E,
-    grad_h: &'a PackedRows<M>,
+    grad_h: &'a PackedRows<M::Acc>,
     /// The activation times the routing weight, for dW2.
-    act: Option<&'a PackedRows<M>>,
+    act: Option<&'a PackedRows<M::Acc>>,
     /// `[slope_parts, rows]` parts of `<dL/d act, act>`.
     slopes: Option<&'a Scratch<M::Acc>>,
 }
@@ -124,21 +125,31 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for HiddenTask<'_, M, E> {
     #[inline(always)]
     unsafe fn run(self) {
         let layer = self.job.layer;
-        let (work, block) = (&layer.work[self.task / layer.blocks()], self.task % layer.blocks());
+        let work = &layer.work[self.task / layer.blocks()];
+        // SAFETY: as promised by the caller.
+        unsafe { if work.is_few::<M>() { self.run_on::<M::Few>(work) } else { self.run_on::<M>(work) } }
+    }
+}
+
+impl<M: Machine, E: Element<Acc = M::Acc>> HiddenTask<'_, M, E> {
+    #[inline(always)]
+    unsafe fn run_on<N: Machine<Acc = M::Acc>>(self, work: &Work) {
+        let layer = self.job.layer;
+        let block = self.task % layer.blocks();
         let (start, cols) = layer.block(block);
         let ahead = self.task + layer.threads.0;
         let next = layer
             .work
             .get(ahead / layer.blocks())
             .map(|work| layer.w2(work.expert).t().column(layer.block(ahead % layer.blocks()).0));
-        let most = work.longest_chunk::<M>(cols);
-        let sums = Scratch::<M::Acc>::new(sums_len::<M>(most, 1, cols));
-        for rows in work.chunks::<M>(cols) {
+        let most = work.longest_chunk::<N>(cols);
+        let sums = Scratch::<M::Acc>::new(sums_len::<N>(most, 1, cols));
+        for rows in work.chunks::<N>(cols) {
             let mut stride = 0;
             // SAFETY: as promised by the caller of `backward`.
             unsafe {
                 if let Some(grad_out) = self.job.grad_out {
-                    let product = Product::<M, E> {
+                    let product = Product::<N, E> {
                         a: grad_out.row(rows.start),
                         a_stride: grad_out.stride,
                         rows: rows.len(),
@@ -151,7 +162,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for HiddenTask<'_, M, E> {
                     product.compute();
                     stride = product.c_stride();
                 }
-                self.job.finish(rows, block, sums.ptr(), stride);
+                self.job.finish::<N>(rows, block, sums.ptr(), stride);
             }
         }
     }
@@ -160,7 +171,13 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for HiddenTask<'_, M, E> {
 impl<M: Machine, E: Element<Acc = M::Acc>> Hidden<'_, M, E> {
     /// Through the activation, row by row while the sums are in the cache.
     #[inline(always)]
-    unsafe fn finish(&self, rows: Range<usize>, block: usize, sums: *const M::Acc, stride: usize) {
+    unsafe fn finish<N: Machine<Acc = M::Acc>>(
+        &self,
+        rows: Range<usize>,
+        block: usize,
+        sums: *const M::Acc,
+        stride: usize,
+    ) {
         let p = self.layer.p;
         let (start, len) = self.layer.block(block);
         let (parts, n) = self.layer.parts(block);
@@ -175,7 +192,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Hidden<'_, M, E> {
                 let scale = self.layer.scales[r];
                 for (q, part) in parts[..n].iter().enumerate() {
                     let row = self.saved.add(r * up_cols + part.start);
-                    E::widen::<M::V>(
+                    E::widen::<N::V>(
                         std::slice::from_raw_parts(row, part.len),
                         &mut saved[q * len..][..part.len],
                     );
@@ -205,7 +222,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Hidden<'_, M, E> {
                         }
                     }
                     for (q, part) in parts[..n].iter().enumerate() {
-                        self.grad_h.write(r, part.start, &saved[q * len..][..part.len]);
+                        self.grad_h.write::<N>(r, part.start, &saved[q * len..][..part.len]);
                     }
                 } else {
                     let (gate, up) = (&*gate, &*up);
@@ -215,7 +232,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Hidden<'_, M, E> {
                     for o in out.iter_mut() {
                         *o = *o * scale;
                     }
-                    act.write(r, start, out);
+                    act.write::<N>(r, start, out);
                 }
             }
         }

@@ -15,7 +15,7 @@ pub struct Combine<'a, M: Machine, E> {
     /// The plan and its scales.
     pub layer: &'a Layer<'a, M, E>,
     /// Packed sorted rows.
-    pub a: &'a PackedRows<M>,
+    pub a: &'a PackedRows<M::Acc>,
     /// Length of the contraction.
     pub inner: usize,
     /// `[inner, H]` of an expert.
@@ -89,49 +89,68 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for CombineTask<'_, '_, M, E> {
 impl<M: Machine, E: Element<Acc = M::Acc>> CombineTask<'_, '_, M, E> {
     #[inline(always)]
     unsafe fn add_experts(&self, total: *mut M::Acc, stride: usize) {
-        let Combine { layer, a, inner, factor, bias, .. } = *self.all;
+        let Combine { layer, factor, .. } = *self.all;
         // As in `block_cols`: long runs of B's memory, few of A's.
         let step = if factor(0).is_nk() { BLOCK_COLS } else { WIDE_COLS };
         let most = layer.work.iter().map(|w| w.longest_chunk::<M>(step)).max().unwrap_or(0);
         let sums = Scratch::<M::Acc>::new(sums_len::<M>(most, 1, step));
-        let mut offset = [M::Acc::ZERO; WIDE_COLS];
         for (i, work) in layer.work.iter().enumerate() {
-            let weight = factor(work.expert);
-            for rows in work.chunks::<M>(step) {
-                for from in (0..self.cols).step_by(step) {
-                    let cols = step.min(self.cols - from);
-                    let next = if from + cols < self.cols {
-                        Some(weight.column(self.start + from + cols))
-                    } else {
-                        layer.work.get(i + 1).map(|w| factor(w.expert).column(self.start))
-                    };
-                    let product = Product::<M, E> {
-                        a: a.row(rows.start),
-                        a_stride: a.stride,
-                        rows: rows.len(),
-                        inner,
-                        parts: &[weight.column(self.start + from)],
-                        cols,
-                        next,
-                        c: sums.ptr(),
-                    };
-                    // SAFETY: as promised by the caller of `run`.
-                    unsafe {
-                        product.compute();
-                        if let Some(bias) = bias {
-                            let row = bias.add(work.expert * layer.p.hidden + self.start + from);
-                            E::widen::<M::V>(std::slice::from_raw_parts(row, cols), &mut offset[..cols]);
-                        }
-                        for (i, r) in rows.clone().enumerate() {
-                            let Ok(token) = usize::try_from(layer.p.rows.gather[r]) else { continue };
-                            let sums =
-                                std::slice::from_raw_parts(sums.ptr().add(i * product.c_stride()), cols);
-                            let total =
-                                std::slice::from_raw_parts_mut(total.add(token * stride + from), cols);
-                            let scale = if self.all.scaled { layer.scales[r] } else { M::Acc::ONE };
-                            for ((t, &s), &b) in total.iter_mut().zip(sums).zip(&offset) {
-                                *t += scale * (s + b);
-                            }
+            // SAFETY: as promised by the caller of `run`.
+            unsafe {
+                if work.is_few::<M>() {
+                    self.add_expert::<M::Few>(i, step, sums.ptr(), (total, stride));
+                } else {
+                    self.add_expert::<M>(i, step, sums.ptr(), (total, stride));
+                }
+            }
+        }
+    }
+
+    /// The rows of expert `w` at work, `step` columns at a time.
+    #[inline(always)]
+    unsafe fn add_expert<N: Machine<Acc = M::Acc>>(
+        &self,
+        w: usize,
+        step: usize,
+        sums: *mut M::Acc,
+        (total, stride): (*mut M::Acc, usize),
+    ) {
+        let Combine { layer, a, inner, factor, bias, .. } = *self.all;
+        let work = &layer.work[w];
+        let weight = factor(work.expert);
+        let mut offset = [M::Acc::ZERO; WIDE_COLS];
+        for rows in work.chunks::<N>(step) {
+            for from in (0..self.cols).step_by(step) {
+                let cols = step.min(self.cols - from);
+                let next = if from + cols < self.cols {
+                    Some(weight.column(self.start + from + cols))
+                } else {
+                    layer.work.get(w + 1).map(|work| factor(work.expert).column(self.start))
+                };
+                let product = Product::<N, E> {
+                    a: a.row(rows.start),
+                    a_stride: a.stride,
+                    rows: rows.len(),
+                    inner,
+                    parts: &[weight.column(self.start + from)],
+                    cols,
+                    next,
+                    c: sums,
+                };
+                // SAFETY: as promised by the caller of `run`.
+                unsafe {
+                    product.compute();
+                    if let Some(bias) = bias {
+                        let row = bias.add(work.expert * layer.p.hidden + self.start + from);
+                        E::widen::<N::V>(std::slice::from_raw_parts(row, cols), &mut offset[..cols]);
+                    }
+                    for (i, r) in rows.clone().enumerate() {
+                        let Ok(token) = usize::try_from(layer.p.rows.gather[r]) else { continue };
+                        let sums = std::slice::from_raw_parts(sums.add(i * product.c_stride()), cols);
+                        let total = std::slice::from_raw_parts_mut(total.add(token * stride + from), cols);
+                        let scale = if self.all.scaled { layer.scales[r] } else { M::Acc::ONE };
+                        for ((t, &s), &b) in total.iter_mut().zip(sums).zip(&offset) {
+                            *t += scale * (s + b);
                         }
                     }
                 }

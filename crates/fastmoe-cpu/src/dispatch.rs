@@ -1,14 +1,14 @@
 //! From a dtype and the instruction set in use to the code compiled for the two.
 
-/// Calls `$function::<Machine, Element>($args)` for a dtype and an instruction set.
+/// Calls `$function::<Machine, Element>($args)` for a dtype.
 ///
-/// The caller promises what the function asks for, and that the instruction set is present.
+/// The caller promises what the function asks for; the instruction set is present because `isa()` chose it.
 macro_rules! dispatch {
-    ($dtype:expr, $isa:expr, $function:ident($($arg:expr),* $(,)?)) => {{
+    ($dtype:expr, $function:ident($($arg:expr),* $(,)?)) => {{
         use $crate::dtype::DType;
         use $crate::isa::Isa;
         use $crate::machine::*;
-        let isa = $isa;
+        let isa = $crate::isa::isa().unwrap_or(Isa::Portable);
         #[cfg(target_arch = "x86_64")]
         use $crate::amx::Amx;
         #[cfg(target_arch = "x86_64")]

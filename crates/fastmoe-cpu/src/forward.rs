@@ -23,7 +23,7 @@ pub unsafe fn forward<M: Machine, E: Element<Acc = M::Acc>>(
     unsafe {
         let layer = Layer::<M, E>::new(p, false);
         let x = layer.gather(p.x, p.hidden);
-        let act = PackedRows::new(layer.rows(), p.intermediate);
+        let act = PackedRows::new::<M>(layer.rows(), p.intermediate);
         let up = Up { layer: &layer, x: &x, act: &act, hidden: hidden.map(<*mut u8>::cast::<E>) };
         let tasks = layer.work.len() * layer.blocks();
         layer.threads.for_each(tasks, |task| {
@@ -47,8 +47,8 @@ pub unsafe fn forward<M: Machine, E: Element<Acc = M::Acc>>(
 
 struct Up<'a, M: Machine, E> {
     layer: &'a Layer<'a, M, E>,
-    x: &'a PackedRows<M>,
-    act: &'a PackedRows<M>,
+    x: &'a PackedRows<M::Acc>,
+    act: &'a PackedRows<M::Acc>,
     hidden: Option<*mut E>,
 }
 
@@ -65,7 +65,17 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for UpTask<'_, M, E> {
     #[inline(always)]
     unsafe fn run(self) {
         let layer = self.up.layer;
-        let (work, block) = (&layer.work[self.task / layer.blocks()], self.task % layer.blocks());
+        let work = &layer.work[self.task / layer.blocks()];
+        // SAFETY: as promised by the caller.
+        unsafe { if work.is_few::<M>() { self.run_on::<M::Few>(work) } else { self.run_on::<M>(work) } }
+    }
+}
+
+impl<M: Machine, E: Element<Acc = M::Acc>> UpTask<'_, M, E> {
+    #[inline(always)]
+    unsafe fn run_on<N: Machine<Acc = M::Acc>>(self, work: &Work) {
+        let layer = self.up.layer;
+        let block = self.task % layer.blocks();
         let (parts, n) = layer.parts(block);
         let factor = layer.w1(work.expert);
         let factors = parts.map(|part| factor.column(part.start));
@@ -74,10 +84,10 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for UpTask<'_, M, E> {
             .work
             .get(ahead / layer.blocks())
             .map(|work| layer.w1(work.expert).column(layer.parts(ahead % layer.blocks()).0[0].start));
-        let most = work.longest_chunk::<M>(n * parts[0].len);
-        let sums = Scratch::<M::Acc>::new(sums_len::<M>(most, n, parts[0].len));
-        for rows in work.chunks::<M>(n * parts[0].len) {
-            let product = Product::<M, E> {
+        let most = work.longest_chunk::<N>(n * parts[0].len);
+        let sums = Scratch::<M::Acc>::new(sums_len::<N>(most, n, parts[0].len));
+        for rows in work.chunks::<N>(n * parts[0].len) {
+            let product = Product::<N, E> {
                 a: self.up.x.row(rows.start),
                 a_stride: self.up.x.stride,
                 rows: rows.len(),
@@ -90,7 +100,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for UpTask<'_, M, E> {
             // SAFETY: as promised by the caller of `forward`.
             unsafe {
                 product.compute();
-                self.up.finish(work, rows, block, sums.ptr(), product.c_stride());
+                self.up.finish::<N>(work, rows, block, sums.ptr(), product.c_stride());
             }
         }
     }
@@ -99,11 +109,18 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for UpTask<'_, M, E> {
 impl<M: Machine, E: Element<Acc = M::Acc>> Up<'_, M, E> {
     /// Bias, saved pre-activation, activation: row by row while the sums are in the cache.
     #[inline(always)]
-    unsafe fn finish(&self, work: &Work, rows: Range<usize>, block: usize, sums: *mut M::Acc, stride: usize) {
+    unsafe fn finish<N: Machine<Acc = M::Acc>>(
+        &self,
+        work: &Work,
+        rows: Range<usize>,
+        block: usize,
+        sums: *mut M::Acc,
+        stride: usize,
+    ) {
         let p = self.layer.p;
         let (start, len) = self.layer.block(block);
         let (parts, n) = self.layer.parts(block);
-        let width = padded_cols::<M>(parts[0].len);
+        let width = padded_cols::<N>(parts[0].len);
         let up_cols = self.layer.up_cols();
         let mut bias = [[M::Acc::ZERO; 2 * WIDE_COLS]; 2];
         let [mut gate, mut up, mut out] = [[M::Acc::ZERO; WIDE_COLS]; 3];
@@ -112,7 +129,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Up<'_, M, E> {
             if let Some(b1) = p.b1 {
                 for (part, bias) in parts[..n].iter().zip(&mut bias) {
                     let b1 = b1.cast::<E>().add(work.expert * up_cols + part.start);
-                    E::widen::<M::V>(std::slice::from_raw_parts(b1, part.len), &mut bias[..part.len]);
+                    E::widen::<N::V>(std::slice::from_raw_parts(b1, part.len), &mut bias[..part.len]);
                 }
             }
             for (i, r) in rows.enumerate() {
@@ -126,7 +143,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Up<'_, M, E> {
                     }
                     if let Some(hidden) = self.hidden {
                         let saved = hidden.add(r * up_cols + part.start);
-                        E::narrow::<M::V>(sums, std::slice::from_raw_parts_mut(saved, part.len));
+                        E::narrow::<N::V>(sums, std::slice::from_raw_parts_mut(saved, part.len));
                     }
                 }
                 let act = &mut out[..len];
@@ -137,7 +154,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Up<'_, M, E> {
                     // Without a gate the second row is not read.
                     p.activation.forward(&row[..len], &row[stride - width..][..len], act);
                 }
-                self.act.write(r, start, act);
+                self.act.write::<N>(r, start, act);
             }
         }
     }

@@ -47,6 +47,10 @@ impl GradWeight<'_> {
         self.offsets[expert] as usize..self.offsets[expert + 1] as usize
     }
 
+    fn work(&self, expert: usize) -> Work {
+        Work { expert, rows: self.rows(expert) }
+    }
+
     /// `out[e] = rows_e^T cols_e`, or added to it.
     ///
     /// # Safety
@@ -54,8 +58,8 @@ impl GradWeight<'_> {
     /// of `update`.
     pub unsafe fn matrix<M: Machine, E: Element<Acc = M::Acc>>(
         &self,
-        rows: Matrix<'_, M, E>,
-        cols: Matrix<'_, M, E>,
+        rows: Matrix<'_, M::Acc, E>,
+        cols: Matrix<'_, M::Acc, E>,
         (out, update): (PtrMut, Update),
     ) {
         let (m, n) = (rows.cols(), cols.cols());
@@ -144,7 +148,7 @@ impl GradWeight<'_> {
     /// As `matrix`.
     pub unsafe fn bias<M: Machine, E: Element<Acc = M::Acc>>(
         &self,
-        rows: Matrix<'_, M, E>,
+        rows: Matrix<'_, M::Acc, E>,
         scale: Option<&[M::Acc]>,
         out: *mut E,
     ) {
@@ -168,8 +172,8 @@ struct Parts {
 struct Outer<'a, M: Machine, E> {
     of: &'a GradWeight<'a>,
     starts: Vec<usize>,
-    rows: Matrix<'a, M, E>,
-    cols: Matrix<'a, M, E>,
+    rows: Matrix<'a, M::Acc, E>,
+    cols: Matrix<'a, M::Acc, E>,
     a: Scratch<M::Acc>,
     b: Scratch<M::Acc>,
     out: PtrMut,
@@ -188,18 +192,18 @@ unsafe impl<M: Machine, E> Sync for Outer<'_, M, E> {}
 impl<M: Machine, E: Element<Acc = M::Acc>> Outer<'_, M, E> {
     /// Row `c` of an expert's packed A, and the distance to the next.
     #[inline(always)]
-    fn a(&self, expert: usize, c: usize) -> (*mut M::Acc, usize) {
-        let stride = row_stride::<M>(self.of.rows(expert).len());
+    fn a<N: Machine>(&self, expert: usize, c: usize) -> (*mut M::Acc, usize) {
+        let stride = row_stride::<N>(self.of.rows(expert).len());
         (self.a.ptr().wrapping_add(self.starts[expert] * self.rows.cols() + c * stride), stride)
     }
 
     /// Panel of an expert's packed B that starts with column `c`.
     #[inline(always)]
-    fn b(&self, expert: usize, c: usize) -> *mut M::Acc {
-        let units = units::<M>(self.of.rows(expert).len());
+    fn b<N: Machine>(&self, expert: usize, c: usize) -> *mut M::Acc {
+        let units = units::<N>(self.of.rows(expert).len());
         self.b
             .ptr()
-            .wrapping_add(self.starts[expert] * padded_cols::<M>(self.cols.cols()) + c * units * M::PLANES)
+            .wrapping_add(self.starts[expert] * padded_cols::<M>(self.cols.cols()) + c * units * N::PLANES)
     }
 }
 
@@ -214,16 +218,24 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for PackTask<'_, M, E> {
     type Out = ();
     #[inline(always)]
     unsafe fn run(self) {
+        // SAFETY: as promised by the caller.
+        unsafe { if self.work.is_few::<M>() { self.run_on::<M::Few>() } else { self.run_on::<M>() } }
+    }
+}
+
+impl<M: Machine, E: Element<Acc = M::Acc>> PackTask<'_, M, E> {
+    #[inline(always)]
+    unsafe fn run_on<N: Machine<Acc = M::Acc>>(self) {
         let Self { job, work, left, index } = self;
         let side = if left { &job.rows } else { &job.cols };
         let cols = index * PACK_COLS..side.cols().min((index + 1) * PACK_COLS);
         // SAFETY: as promised by the caller of `matrix`.
         unsafe {
             if left {
-                let (dst, stride) = job.a(work.expert, cols.start);
-                side.transpose(&work.rows, &cols, dst, stride);
+                let (dst, stride) = job.a::<N>(work.expert, cols.start);
+                side.transpose::<N>(&work.rows, &cols, dst, stride);
             } else {
-                side.panels(&work.rows, &cols, job.b(work.expert, cols.start));
+                side.panels::<N>(&work.rows, &cols, job.b::<N>(work.expert, cols.start));
             }
         }
     }
@@ -240,6 +252,15 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
     type Out = ();
     #[inline(always)]
     unsafe fn run(self) {
+        let few = self.job.of.work(self.expert).is_few::<M>();
+        // SAFETY: as promised by the caller.
+        unsafe { if few { self.run_on::<M::Few>() } else { self.run_on::<M>() } }
+    }
+}
+
+impl<M: Machine, E: Element<Acc = M::Acc>> OuterTask<'_, M, E> {
+    #[inline(always)]
+    unsafe fn run_on<N: Machine<Acc = M::Acc>>(self) {
         let Self { job, expert, row, col } = self;
         let (m, n) = (job.rows.cols(), job.cols.cols());
         let (rows, cols) = (job.task.0.min(m - row), job.task.1.min(n - col));
@@ -255,7 +276,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
                 let zeros = [E::default(); TASK_COLS];
                 for r in 0..rows {
                     // SAFETY: the row is this task's.
-                    unsafe { copy_past_caches::<M::V, E>(&zeros[..cols], out_row(r)) };
+                    unsafe { copy_past_caches::<N::V, E>(&zeros[..cols], out_row(r)) };
                 }
                 fence();
             } else if job.update == Update::Write {
@@ -265,45 +286,45 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
         }
         // A few rows at a time, whose sums go on to memory from the nearest cache; with planes B is too large to be read again
         // for each few.
-        let stride = padded_cols::<M>(cols);
-        let at_once = if M::PLANES > 1 { rows.next_multiple_of(M::ROWS) } else { M::ROWS };
+        let stride = padded_cols::<N>(cols);
+        let at_once = if N::PLANES > 1 { rows.next_multiple_of(N::ROWS) } else { N::ROWS };
         let sums = Scratch::<M::Acc>::new(at_once * stride);
-        let (a, a_stride) = job.a(expert, row);
-        let all = job.of.rows(expert).len().div_ceil(M::UNIT);
+        let (a, a_stride) = job.a::<N>(expert, row);
+        let all = job.of.rows(expert).len().div_ceil(N::UNIT);
         let mut wide = [M::Acc::ZERO; TASK_COLS];
         let mut old = match job.update {
             Update::Write => Prefetch::NONE,
             update => {
                 let size = if update == Update::Add { size_of::<E>() } else { size_of::<M::Acc>() };
-                let steps = rows.div_ceil(M::ROWS) * all.div_ceil(M::DEPTH) * (stride / M::COLS);
+                let steps = rows.div_ceil(N::ROWS) * all.div_ceil(N::DEPTH) * (stride / N::COLS);
                 Prefetch::new(job.out.wrapping_add(first * size), rows, cols * size, n * size, steps)
             }
         };
         let mut nothing = Prefetch::NONE;
         // Sums that are complete at once, and of dW's type or rounded to it in registers, need not pass through the cache.
-        let size = size_of::<M::V>();
+        let size = size_of::<N::V>();
         let direct = streams
-            && !M::WHOLE_TILES
-            && M::ends_in(E::STREAM)
-            && all <= M::DEPTH
-            && cols.is_multiple_of(M::COLS)
+            && !N::WHOLE_TILES
+            && N::ends_in(E::STREAM)
+            && all <= N::DEPTH
+            && cols.is_multiple_of(N::COLS)
             && job.out.addr().is_multiple_of(size)
             && (n * size_of::<E>()).is_multiple_of(size);
         let update = if direct { E::STREAM } else { TileUpdate::Write };
-        for (from, to) in groups::<M>(rows, at_once) {
-            for k in (0..all).step_by(M::DEPTH) {
-                for (start, end) in row_groups::<M>(to - from) {
-                    for panel in (0..stride).step_by(M::COLS) {
+        for (from, to) in groups::<N>(rows, at_once) {
+            for k in (0..all).step_by(N::DEPTH) {
+                for (start, end) in row_groups::<N>(to - from) {
+                    for panel in (0..stride).step_by(N::COLS) {
                         old.step();
                         let (row, at) = (from + start, start * stride + panel);
                         // SAFETY: as promised by the caller of `matrix`; both operands are packed.
                         unsafe {
-                            M::tile(Tile {
-                                a: a.add(row * a_stride + k * M::PLANES),
+                            N::tile(Tile {
+                                a: a.add(row * a_stride + k * N::PLANES),
                                 a_stride,
                                 rows: end - start,
-                                b: job.b(expert, col + panel).add(k * M::PLANES * M::COLS),
-                                units: M::DEPTH.min(all - k),
+                                b: job.b::<N>(expert, col + panel).add(k * N::PLANES * N::COLS),
+                                units: N::DEPTH.min(all - k),
                                 c: if direct {
                                     job.out.cast::<E>().add(first + row * n + panel).cast()
                                 } else {
@@ -325,13 +346,13 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for OuterTask<'_, M, E> {
                 // SAFETY: as promised by the caller; the row is this task's, in the type of sums where these are added wide.
                 unsafe {
                     match job.update {
-                        Update::Write => write::<M, E>(sums, out_row(r), streams),
+                        Update::Write => write::<N, E>(sums, out_row(r), streams),
                         Update::Add => {
                             for (sums, out) in sums.chunks(TASK_COLS).zip(out_row(r).chunks_mut(TASK_COLS)) {
                                 let wide = &mut wide[..sums.len()];
-                                E::widen::<M::V>(out, wide);
+                                E::widen::<N::V>(out, wide);
                                 add(sums, wide);
-                                E::narrow::<M::V>(wide, out);
+                                E::narrow::<N::V>(wide, out);
                             }
                         }
                         Update::AddWide => add(sums, row_mut(job.out, first + r * n, cols)),
@@ -396,7 +417,7 @@ unsafe fn row_mut<'a, T>(tensor: PtrMut, first: usize, len: usize) -> &'a mut [T
 
 struct Bias<'a, M: Machine, E> {
     of: &'a GradWeight<'a>,
-    rows: Matrix<'a, M, E>,
+    rows: Matrix<'a, M::Acc, E>,
     scale: Option<&'a [M::Acc]>,
     out: *mut E,
 }
@@ -417,9 +438,16 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for BiasTask<'_, M, E> {
         let cols = rows.cols();
         let mut total = vec![M::Acc::ZERO; cols];
         let mut row = total.clone();
+        let few = of.work(self.expert).is_few::<M>();
         for r in of.rows(self.expert) {
             // SAFETY: as promised by the caller of `bias`.
-            unsafe { rows.widen(r, &mut row) };
+            unsafe {
+                if few {
+                    rows.widen::<M::Few>(r, &mut row);
+                } else {
+                    rows.widen::<M>(r, &mut row);
+                }
+            }
             let scale = scale.map_or(M::Acc::ONE, |s| s[r]);
             for (t, &x) in total.iter_mut().zip(&row) {
                 *t += x * scale;

@@ -32,7 +32,7 @@ pub unsafe fn grouped<M: Machine, E: Element<Acc = M::Acc>>(
     unsafe {
         let rest = out.cast::<E>().add(used * p.outer);
         std::ptr::write_bytes(rest, 0, (p.rows - used) * p.outer);
-        let x = PackedRows::pack(Rows::<E>::dense(x.cast(), p.inner), used, p.inner, threads);
+        let x = PackedRows::pack::<M, E>(Rows::dense(x.cast(), p.inner), used, p.inner, &work, threads);
         let bias = bias.map(<*const u8>::cast::<E>);
         let job = Grouped { p, x: &x, w: w.cast::<E>(), bias, out: out.cast::<E>() };
         threads.for_each(work.len() * blocks, |task| {
@@ -51,7 +51,7 @@ pub unsafe fn grouped<M: Machine, E: Element<Acc = M::Acc>>(
 
 struct Grouped<'a, M: Machine, E> {
     p: &'a GroupedMm<'a>,
-    x: &'a PackedRows<M>,
+    x: &'a PackedRows<M::Acc>,
     w: *const E,
     bias: Option<*const E>,
     out: *mut E,
@@ -71,14 +71,22 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for GroupedTask<'_, M, E> {
     type Out = ();
     #[inline(always)]
     unsafe fn run(self) {
+        // SAFETY: as promised by the caller.
+        unsafe { if self.work.is_few::<M>() { self.run_on::<M::Few>() } else { self.run_on::<M>() } }
+    }
+}
+
+impl<M: Machine, E: Element<Acc = M::Acc>> GroupedTask<'_, M, E> {
+    #[inline(always)]
+    unsafe fn run_on<N: Machine<Acc = M::Acc>>(self) {
         let Self { job, work, start, cols } = self;
         let p = job.p;
-        let sums = Scratch::<M::Acc>::new(sums_len::<M>(work.longest_chunk::<M>(cols), 1, cols));
+        let sums = Scratch::<M::Acc>::new(sums_len::<N>(work.longest_chunk::<N>(cols), 1, cols));
         let w = job.w.wrapping_add(work.expert * p.inner * p.outer);
         let factor = Factor::weight(w, p.inner, p.outer, p.transposed).column(start);
         let mut offset = [M::Acc::ZERO; WIDE_COLS];
-        for rows in work.chunks::<M>(cols) {
-            let product = Product::<M, E> {
+        for rows in work.chunks::<N>(cols) {
+            let product = Product::<N, E> {
                 a: job.x.row(rows.start),
                 a_stride: job.x.stride,
                 rows: rows.len(),
@@ -93,7 +101,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for GroupedTask<'_, M, E> {
                 product.compute();
                 if let Some(bias) = job.bias {
                     let row = bias.add(work.expert * p.outer + start);
-                    E::widen::<M::V>(std::slice::from_raw_parts(row, cols), &mut offset[..cols]);
+                    E::widen::<N::V>(std::slice::from_raw_parts(row, cols), &mut offset[..cols]);
                 }
                 for (i, r) in rows.enumerate() {
                     let sums = std::slice::from_raw_parts_mut(sums.ptr().add(i * product.c_stride()), cols);
@@ -101,7 +109,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for GroupedTask<'_, M, E> {
                         *s += b;
                     }
                     let row = job.out.add(r * p.outer + start);
-                    E::narrow::<M::V>(sums, std::slice::from_raw_parts_mut(row, cols));
+                    E::narrow::<N::V>(sums, std::slice::from_raw_parts_mut(row, cols));
                 }
             }
         }
@@ -121,7 +129,7 @@ pub unsafe fn grouped_grad_weight<M: Machine, E: Element<Acc = M::Acc>>(
 ) {
     let work = work(p.offsets);
     let weights = GradWeight { offsets: p.offsets, work: &work, threads: p.threads };
-    let grad_out = Matrix::<M, E>::Gathered(Rows::dense(grad_out.cast(), p.outer), p.outer);
+    let grad_out = Matrix::<M::Acc, E>::Gathered(Rows::dense(grad_out.cast(), p.outer), p.outer);
     let x = Matrix::Gathered(Rows::dense(x.cast(), p.inner), p.inner);
     // SAFETY: as promised by the caller.
     unsafe {

@@ -1,6 +1,5 @@
 //! Which instruction set the kernels use: the best one of this machine, or a lower one by `FASTMOE_CPU_ISA`.
 
-use crate::dtype::DType;
 use crate::error::Error;
 use std::sync::LazyLock;
 
@@ -97,31 +96,6 @@ pub fn isa() -> Result<Isa, Error> {
     CHOSEN.clone()
 }
 
-/// `isa`, or what every machine has where that fails.
-pub fn chosen() -> Isa {
-    isa().unwrap_or(Isa::Portable)
-}
-
-/// Rows an expert from which on it pays to split its weights into numbers of bf16 for AMX (measured).
-fn rows_to_split(dtype: DType) -> usize {
-    match dtype {
-        DType::F16 => 48,
-        _ => 128,
-    }
-}
-
-/// The instruction set for products of the rows of experts that begin and end at `offsets`: with few of them float32 and
-/// float16 are multiplied as they are.
-pub fn isa_for(dtype: DType, offsets: &[i32]) -> Isa {
-    let isa = chosen();
-    if isa != Isa::Amx || dtype == DType::Bf16 {
-        return isa;
-    }
-    let busy = offsets.windows(2).filter(|o| o[0] < o[1]).count();
-    let rows = offsets.last().map_or(0, |&n| n as usize);
-    if rows < busy * rows_to_split(dtype) { Isa::Avx512Bf16 } else { isa }
-}
-
 fn choose(forced: Option<&str>) -> Result<Isa, Error> {
     let available = Isa::available();
     let best = *available.last().expect("the portable kernels are always there");
@@ -202,27 +176,6 @@ fn features() -> Vec<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn few_rows_are_not_split() {
-        let lower = if chosen() == Isa::Amx { Isa::Avx512Bf16 } else { chosen() };
-        for (dtype, offsets, split) in [
-            (DType::F32, &[0, 128][..], true),
-            (DType::F32, &[0, 127], false),
-            (DType::F32, &[0, 0, 100, 100, 256], true),
-            (DType::F32, &[0, 1, 100, 100, 256], false),
-            (DType::F16, &[0, 48], true),
-            (DType::F16, &[0, 47], false),
-            (DType::Bf16, &[0, 1], true),
-            (DType::F32, &[], true),
-        ] {
-            assert_eq!(
-                isa_for(dtype, offsets),
-                if split { chosen() } else { lower },
-                "{dtype:?} {offsets:?}"
-            );
-        }
-    }
 
     #[test]
     fn the_environment_lowers_but_never_invents() {

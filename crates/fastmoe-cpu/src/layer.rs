@@ -3,6 +3,7 @@
 use crate::dtype::Element;
 use crate::gemm::Factor;
 use crate::machine::{Machine, Op};
+use crate::math::Real;
 use crate::memory::Scratch;
 use crate::pack::{Rows, pack_numbers, pack_row, pad_row, row_stride};
 use crate::problem::{Mlp, Ptr, Weight};
@@ -36,6 +37,11 @@ pub struct Work {
 }
 
 impl Work {
+    /// Whether `Machine::Few` multiplies them.
+    pub fn is_few<M: Machine>(&self) -> bool {
+        self.rows.len() < M::ROWS_TO_SPLIT
+    }
+
     /// The rows in chunks whose sums over `cols` columns stay in the cache.
     pub fn chunks<M: Machine>(&self, cols: usize) -> impl Iterator<Item = Range<usize>> {
         let (end, at_once) = (self.rows.end, chunk_rows::<M>(cols));
@@ -62,33 +68,34 @@ pub fn work(offsets: &[i32]) -> Vec<Work> {
 }
 
 /// Sorted rows packed as A.
-pub struct PackedRows<M: Machine> {
-    data: Scratch<M::Acc>,
+pub struct PackedRows<F: Real> {
+    data: Scratch<F>,
     cols: usize,
     /// Units from one row to the next.
     pub stride: usize,
 }
 
-impl<M: Machine> PackedRows<M> {
+impl<F: Real> PackedRows<F> {
     /// Room for `rows` rows of `cols` numbers, and for the rows that whole tiles read beyond the last.
-    pub fn new(rows: usize, cols: usize) -> Self {
+    pub fn new<M: Machine<Acc = F>>(rows: usize, cols: usize) -> Self {
         let stride = row_stride::<M>(cols);
         Self { data: Scratch::new((rows + M::ROWS) * stride), cols, stride }
     }
 
-    /// Packs rows of a tensor.
+    /// Packs rows of a tensor, those of each expert for the machine that multiplies them.
     ///
     /// # Safety
     /// The machine has the instruction set; `src` is valid for `rows x cols` numbers.
-    pub unsafe fn pack<E: Element<Acc = M::Acc>>(
+    pub unsafe fn pack<M: Machine<Acc = F>, E: Element<Acc = F>>(
         src: Rows<'_, E>,
         rows: usize,
         cols: usize,
+        work: &[Work],
         threads: Threads,
     ) -> Self {
         const AT_ONCE: usize = 32;
-        let packed = Self::new(rows, cols);
-        let job = PackJob { src, cols, packed: &packed };
+        let packed = Self::new::<M>(rows, cols);
+        let job = PackJob { src, cols, work, packed: &packed };
         threads.for_each(rows.div_ceil(AT_ONCE), |i| {
             let rows = i * AT_ONCE..rows.min((i + 1) * AT_ONCE);
             // SAFETY: as promised by the caller; each task writes its own rows.
@@ -102,7 +109,7 @@ impl<M: Machine> PackedRows<M> {
     /// # Safety
     /// Reached only from code compiled for the machine; nothing else uses these columns of the row.
     #[inline(always)]
-    pub unsafe fn write(&self, r: usize, from: usize, numbers: &[M::Acc]) {
+    pub unsafe fn write<M: Machine<Acc = F>>(&self, r: usize, from: usize, numbers: &[F]) {
         // SAFETY: as promised by the caller.
         unsafe {
             pack_numbers::<M>(numbers, self.row(r), from);
@@ -114,32 +121,42 @@ impl<M: Machine> PackedRows<M> {
 
     /// Row `r`.
     #[inline(always)]
-    pub fn row(&self, r: usize) -> *mut M::Acc {
+    pub fn row(&self, r: usize) -> *mut F {
         self.data.ptr().wrapping_add(r * self.stride)
     }
 }
 
-struct PackJob<'a, M: Machine, E> {
+struct PackJob<'a, F: Real, E> {
     src: Rows<'a, E>,
     cols: usize,
-    packed: &'a PackedRows<M>,
+    work: &'a [Work],
+    packed: &'a PackedRows<F>,
 }
 
 // SAFETY: tasks read the source and write disjoint rows.
-unsafe impl<M: Machine, E> Sync for PackJob<'_, M, E> {}
+unsafe impl<F: Real, E> Sync for PackJob<'_, F, E> {}
 
-struct PackSome<'a, M: Machine, E> {
-    job: &'a PackJob<'a, M, E>,
+struct PackSome<'a, F: Real, E> {
+    job: &'a PackJob<'a, F, E>,
     rows: Range<usize>,
 }
 
-impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for PackSome<'_, M, E> {
+impl<M: Machine, E: Element<Acc = M::Acc>> Op<M> for PackSome<'_, M::Acc, E> {
     type Out = ();
     #[inline(always)]
     unsafe fn run(self) {
+        let PackJob { src, cols, work, packed } = *self.job;
         for r in self.rows {
+            let few = M::PLANES > 1
+                && work.get(work.partition_point(|work| work.rows.end <= r)).is_some_and(Work::is_few::<M>);
             // SAFETY: as promised by the caller of `pack`.
-            unsafe { pack_row::<M, E>(self.job.src.row(r), self.job.cols, self.job.packed.row(r)) }
+            unsafe {
+                if few {
+                    pack_row::<M::Few, E>(src.row(r), cols, packed.row(r));
+                } else {
+                    pack_row::<M, E>(src.row(r), cols, packed.row(r));
+                }
+            }
         }
     }
 }
@@ -201,10 +218,10 @@ impl<'a, M: Machine, E: Element<Acc = M::Acc>> Layer<'a, M, E> {
     ///
     /// # Safety
     /// `x` is valid for the tokens.
-    pub unsafe fn gather(&self, x: Ptr, cols: usize) -> PackedRows<M> {
+    pub unsafe fn gather(&self, x: Ptr, cols: usize) -> PackedRows<M::Acc> {
         let src = Rows::<E>::gathered(x.cast(), cols, self.p.rows.gather);
         // SAFETY: as promised by the caller; the plan's rows are tokens.
-        unsafe { PackedRows::pack(src, self.rows(), cols, self.threads) }
+        unsafe { PackedRows::pack::<M, E>(src, self.rows(), cols, &self.work, self.threads) }
     }
 
     /// Columns of the up projection: 2I where gated.

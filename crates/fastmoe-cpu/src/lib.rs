@@ -49,7 +49,6 @@ pub use threads::{Threads, find_openmp};
 use dispatch::dispatch;
 use error::catch;
 use fastmoe_core::Update;
-use isa::{chosen, isa_for};
 
 /// `out[t] = sum_k weights[t,k] (act(x W1^T + b1) W2^T + b2)`; keeps the pre-activation `[rows, 2I]` in
 /// `hidden` where wanted.
@@ -60,7 +59,7 @@ use isa::{chosen, isa_for};
 pub unsafe fn mlp_forward(p: &Mlp<'_>, out: PtrMut, hidden: Option<PtrMut>) -> Result<(), Error> {
     use forward::forward;
     // SAFETY: as promised by the caller; the instruction set is one that this machine has.
-    catch(|| unsafe { dispatch!(p.dtype, isa_for(p.dtype, p.rows.offsets), forward(p, out, hidden)) })
+    catch(|| unsafe { dispatch!(p.dtype, forward(p, out, hidden)) })
 }
 
 /// The gradients that `grads` asks for, from the saved pre-activation.
@@ -70,9 +69,7 @@ pub unsafe fn mlp_forward(p: &Mlp<'_>, out: PtrMut, hidden: Option<PtrMut>) -> R
 pub unsafe fn mlp_backward(p: &Mlp<'_>, hidden: Ptr, grad_out: Ptr, grads: &MlpGrads) -> Result<(), Error> {
     use backward::backward;
     // SAFETY: as promised by the caller; the instruction set is one that this machine has.
-    catch(|| unsafe {
-        dispatch!(p.dtype, isa_for(p.dtype, p.rows.offsets), backward(p, hidden, grad_out, grads))
-    })
+    catch(|| unsafe { dispatch!(p.dtype, backward(p, hidden, grad_out, grads)) })
 }
 
 /// `out[r] = x[r] W_e^T + bias_e` for the rows of each expert, zeros after the last.
@@ -88,7 +85,7 @@ pub unsafe fn grouped_mm(
 ) -> Result<(), Error> {
     use grouped::grouped;
     // SAFETY: as promised by the caller; the instruction set is one that this machine has.
-    catch(|| unsafe { dispatch!(p.dtype, isa_for(p.dtype, p.offsets), grouped(p, x, w, bias, out)) })
+    catch(|| unsafe { dispatch!(p.dtype, grouped(p, x, w, bias, out)) })
 }
 
 /// `grad_w[e] = grad_out_e^T x_e` (transposed where W is), or added to it, and `grad_bias[e]`.
@@ -104,13 +101,7 @@ pub unsafe fn grouped_mm_grad_weight(
 ) -> Result<(), Error> {
     use grouped::grouped_grad_weight;
     // SAFETY: as promised by the caller; the instruction set is one that this machine has.
-    catch(|| unsafe {
-        dispatch!(
-            p.dtype,
-            isa_for(p.dtype, p.offsets),
-            grouped_grad_weight(p, grad_out, x, grad_w, grad_bias)
-        )
-    })
+    catch(|| unsafe { dispatch!(p.dtype, grouped_grad_weight(p, grad_out, x, grad_w, grad_bias)) })
 }
 
 /// `out[t] = sum_k weights[t,k] y[inverse[t,k]]`; -1 adds nothing.
@@ -121,7 +112,7 @@ pub unsafe fn grouped_mm_grad_weight(
 pub unsafe fn unpermute(dtype: DType, p: &Unpermute<'_>, out: PtrMut) -> Result<(), Error> {
     use permute::unpermute;
     // SAFETY: as promised by the caller; the instruction set is one that this machine has.
-    catch(|| unsafe { dispatch!(dtype, chosen(), unpermute(p, out)) })
+    catch(|| unsafe { dispatch!(dtype, unpermute(p, out)) })
 }
 
 /// `grad_y[inverse[t,k]] = weights[t,k] grad_out[t]`, `grad_weights[t,k] = <grad_out[t], y[inverse[t,k]]>`.
@@ -139,9 +130,7 @@ pub unsafe fn unpermute_backward(
 ) -> Result<(), Error> {
     use permute::unpermute_backward;
     // SAFETY: as promised by the caller; the instruction set is one that this machine has.
-    catch(|| unsafe {
-        dispatch!(dtype, chosen(), unpermute_backward(p, grad_out, gather, grad_y, grad_weights))
-    })
+    catch(|| unsafe { dispatch!(dtype, unpermute_backward(p, grad_out, gather, grad_y, grad_weights)) })
 }
 
 /// Chooses the experts of every token (`fastmoe_core::route_rows`).
@@ -151,7 +140,7 @@ pub unsafe fn unpermute_backward(
 pub unsafe fn route(dtype: DType, p: &Route<'_>) -> Result<(), Error> {
     use route::route;
     // SAFETY: as promised by the caller; the instruction set is one that this machine has.
-    catch(|| unsafe { dispatch!(dtype, chosen(), route(p)) })
+    catch(|| unsafe { dispatch!(dtype, route(p)) })
 }
 
 /// The gradients of `route` (`fastmoe_core::grad_route_rows`).
@@ -162,5 +151,5 @@ pub unsafe fn route(dtype: DType, p: &Route<'_>) -> Result<(), Error> {
 pub unsafe fn route_backward(dtype: DType, p: &RouteGrad<'_>) -> Result<(), Error> {
     use route::route_backward;
     // SAFETY: as promised by the caller; the instruction set is one that this machine has.
-    catch(|| unsafe { dispatch!(dtype, chosen(), route_backward(p)) })
+    catch(|| unsafe { dispatch!(dtype, route_backward(p)) })
 }

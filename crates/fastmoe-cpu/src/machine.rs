@@ -42,6 +42,10 @@ pub trait Machine: Copy + Send + Sync + 'static {
     const MANY_REGISTERS: bool = Self::ROWS > 6;
     /// Planes of packed operands: into so many pairs of bf16 numbers of a wider type are split.
     const PLANES: usize = 1;
+    /// What multiplies the rows of experts that have too few for splitting their weights.
+    type Few: Machine<Acc = Self::Acc, Few = Self::Few>;
+    /// From so many rows of an expert on it pays to split its weights (measured).
+    const ROWS_TO_SPLIT: usize = 0;
     /// Units of the contraction that a tile goes through at a time, so that its operands stay in L1.
     const DEPTH: usize = 192;
     /// A tile reads and writes all `ROWS` rows, wanted or not.
@@ -272,6 +276,7 @@ macro_rules! machine {
             type Acc = $acc;
             type Cell = $cell;
             type V = $vector;
+            type Few = Self;
             const PAIRS: bool = $pairs;
             const ROWS: usize = $rows;
             const ACROSS: usize = $across;

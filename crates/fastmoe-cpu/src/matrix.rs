@@ -3,23 +3,23 @@
 use crate::dtype::Element;
 use crate::layer::PackedRows;
 use crate::machine::Machine;
+use crate::math::Real;
 use crate::pack::{Rows, pack_panels_kn, pack_transposed, unpack_numbers};
-use fastmoe_core::Float;
 use std::ops::Range;
 
 /// A matrix with one row for each sorted row.
 #[derive(Clone, Copy)]
-pub enum Matrix<'a, M: Machine, E> {
+pub enum Matrix<'a, F: Real, E> {
     /// Rows of a tensor and their length.
     Gathered(Rows<'a, E>, usize),
     /// Packed rows and their length.
-    Packed(&'a PackedRows<M>, usize),
+    Packed(&'a PackedRows<F>, usize),
 }
 
 // SAFETY: tasks only read it.
-unsafe impl<M: Machine, E> Sync for Matrix<'_, M, E> {}
+unsafe impl<F: Real, E> Sync for Matrix<'_, F, E> {}
 
-impl<'a, M: Machine, E: Element<Acc = M::Acc>> Matrix<'a, M, E> {
+impl<'a, F: Real, E: Element<Acc = F>> Matrix<'a, F, E> {
     /// Length of a row.
     pub fn cols(&self) -> usize {
         match *self {
@@ -27,7 +27,7 @@ impl<'a, M: Machine, E: Element<Acc = M::Acc>> Matrix<'a, M, E> {
         }
     }
 
-    fn cells(packed: &PackedRows<M>) -> Rows<'a, M::Cell> {
+    fn cells<M: Machine<Acc = F>>(packed: &PackedRows<F>) -> Rows<'a, M::Cell> {
         Rows::dense(packed.row(0).cast(), packed.stride * M::UNIT)
     }
 
@@ -37,11 +37,11 @@ impl<'a, M: Machine, E: Element<Acc = M::Acc>> Matrix<'a, M, E> {
     /// Reached only from code compiled for the machine; the ranges lie within the matrix, and `dst` has room for what is
     /// packed.
     #[inline(always)]
-    pub unsafe fn transpose(
+    pub unsafe fn transpose<M: Machine<Acc = F>>(
         &self,
         rows: &Range<usize>,
         cols: &Range<usize>,
-        dst: *mut M::Acc,
+        dst: *mut F,
         stride: usize,
     ) {
         let (n, start) = (rows.len(), cols.start);
@@ -58,7 +58,7 @@ impl<'a, M: Machine, E: Element<Acc = M::Acc>> Matrix<'a, M, E> {
                     );
                 }
                 Self::Packed(src, _) => {
-                    let src = Self::cells(src).skip(rows.start).column(start * M::PLANES);
+                    let src = Self::cells::<M>(src).skip(rows.start).column(start * M::PLANES);
                     pack_transposed::<M, M::Cell, true>(&src, n, cols.len(), dst, stride);
                 }
             }
@@ -71,7 +71,7 @@ impl<'a, M: Machine, E: Element<Acc = M::Acc>> Matrix<'a, M, E> {
     /// Reached only from code compiled for the machine; the ranges lie within the matrix, and `dst` has room for what is
     /// packed.
     #[inline(always)]
-    pub unsafe fn panels(&self, rows: &Range<usize>, cols: &Range<usize>, dst: *mut M::Acc) {
+    pub unsafe fn panels<M: Machine<Acc = F>>(&self, rows: &Range<usize>, cols: &Range<usize>, dst: *mut F) {
         let (n, start) = (rows.len(), cols.start);
         // SAFETY: as promised by the caller.
         unsafe {
@@ -80,7 +80,7 @@ impl<'a, M: Machine, E: Element<Acc = M::Acc>> Matrix<'a, M, E> {
                     pack_panels_kn::<M, E, false>(&src.skip(rows.start).column(start), n, cols.len(), dst);
                 }
                 Self::Packed(src, _) => {
-                    let src = Self::cells(src).skip(rows.start).column(start * M::PLANES);
+                    let src = Self::cells::<M>(src).skip(rows.start).column(start * M::PLANES);
                     pack_panels_kn::<M, M::Cell, true>(&src, n, cols.len(), dst);
                 }
             }
@@ -92,13 +92,13 @@ impl<'a, M: Machine, E: Element<Acc = M::Acc>> Matrix<'a, M, E> {
     /// # Safety
     /// Reached only from code compiled for the machine; the row lies within the matrix, `out` is as long.
     #[inline(always)]
-    pub unsafe fn widen(&self, r: usize, out: &mut [M::Acc]) {
+    pub unsafe fn widen<M: Machine<Acc = F>>(&self, r: usize, out: &mut [F]) {
         // SAFETY: as promised by the caller.
         unsafe {
             match *self {
                 Self::Gathered(src, cols) => match src.row(r) {
                     Some(row) => E::widen::<M::V>(std::slice::from_raw_parts(row, cols), out),
-                    None => out.fill(M::Acc::ZERO),
+                    None => out.fill(F::ZERO),
                 },
                 Self::Packed(src, _) => unpack_numbers::<M>(src.row(r), out),
             }

@@ -353,6 +353,7 @@ fn cases() -> Vec<Case> {
         Case { tokens: 260, hidden: 300, intermediate: 160, experts: 3, bias: true, threads: 3, ..base },
         Case { tokens: 9, hidden: 640, intermediate: 32, ..base },
         Case { tokens: 40, hidden: 320, intermediate: 96, transposed: true, ..base },
+        Case { tokens: 450, experts: 2, interleaved: true, bias: true, ..base },
         Case { tokens: 1100, hidden: 24, intermediate: 17, experts: 2, ..base },
         Case {
             tokens: 300,
@@ -459,7 +460,7 @@ where
 /// Numbers that do not add up: what is infinite or not a number in exact arithmetic is so, and nothing else is.
 #[cfg(target_arch = "x86_64")]
 fn check_specials<M: Machine, E: Element<Acc = M::Acc> + Seen>(dtype: DType, largest: f64) {
-    let (rows, inner, outer) = (40, 35, 33);
+    let (rows, inner, outer) = (160, 35, 33);
     let mut r = Random(11);
     let (mut x, mut w) = (r.numbers(rows * inner, 1.0), r.numbers(outer * inner, 1.0));
     let specials =
