@@ -66,11 +66,11 @@ def test_lora(run):
 def losses_of_two_processes(name):
     """All that an example prints with two processes, and its losses beside those of one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     done = subprocess.run(
         [*command, EXAMPLES / f"{name}.py"], env=environment, capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     together, alone = (
         numbers(line) for line in done.stdout.splitlines() if "process" in line and ":" in line
     )
