@@ -5,7 +5,7 @@
 
 use crate::dtype::Element;
 use crate::gemm::{A_IN_CACHE, Factor, Product, sums_len};
-use crate::layer::{BLOCK_COLS, Layer, PackedRows, WIDE_COLS};
+use crate::layer::{BLOCK_COLS, Layer, PackedRows, WIDE_COLS, mostly_turned};
 use crate::machine::{Machine, Op};
 use crate::memory::Scratch;
 use fastmoe_core::Float;
@@ -91,7 +91,8 @@ impl<M: Machine, E: Element<Acc = M::Acc>> CombineTask<'_, '_, M, E> {
     unsafe fn add_experts(&self, total: *mut M::Acc, stride: usize) {
         let Combine { layer, factor, .. } = *self.all;
         // As in `block_cols`: long runs of B's memory, few of A's.
-        let step = if factor(0).is_nk() { BLOCK_COLS } else { WIDE_COLS };
+        let narrow = factor(0).is_nk() && !mostly_turned::<M>(&layer.work);
+        let step = if narrow { BLOCK_COLS } else { WIDE_COLS };
         let most = layer.work.iter().map(|w| w.longest_chunk::<M>(step)).max().unwrap_or(0);
         let sums = Scratch::<M::Acc>::new(sums_len::<M>(most, 1, step));
         for (i, work) in layer.work.iter().enumerate() {

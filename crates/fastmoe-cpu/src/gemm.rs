@@ -92,7 +92,7 @@ impl<'a, E: Element> Factor<'a, E> {
     }
 
     /// Memory for `inner` rows and `cols` columns of a quantized B.
-    fn room<M: Machine>(&self, inner: usize, cols: usize) -> Option<Room<M>> {
+    pub fn room<M: Machine>(&self, inner: usize, cols: usize) -> Option<Room<M>> {
         match self {
             Self::QuantizedNk(part) => Some(Room::new(part, cols, inner)),
             Self::QuantizedKn(part) => Some(Room::new(part, inner, cols)),
@@ -101,8 +101,11 @@ impl<'a, E: Element> Factor<'a, E> {
     }
 
     /// The first `inner` rows and `cols` columns of B as numbers, those of a quantized one in its `room`.
+    ///
+    /// # Safety
+    /// Reached only from code compiled for the machine; B has these rows and columns, `room` was made for as many.
     #[inline(always)]
-    unsafe fn plain<M: Machine>(self, inner: usize, cols: usize, room: &mut Option<Room<M>>) -> Self {
+    pub unsafe fn plain<M: Machine>(self, inner: usize, cols: usize, room: &mut Option<Room<M>>) -> Self {
         // SAFETY: as promised by the caller.
         unsafe {
             match (self, room) {
@@ -182,6 +185,10 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
         if self.rows <= M::few_rows() && self.parts[0].is_nk() {
             // SAFETY: as promised by the caller.
             return unsafe { self.dots() };
+        }
+        if self.is_turned() {
+            // SAFETY: as promised by the caller.
+            return unsafe { self.turned() };
         }
         let c_stride = self.c_stride();
         let width = padded_cols::<M>(self.cols);

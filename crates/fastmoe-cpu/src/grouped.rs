@@ -26,7 +26,7 @@ pub unsafe fn grouped<M: Machine, E: Element<Acc = M::Acc>>(
     let work = work(p.offsets);
     let used = p.offsets.last().map_or(0, |&n| n as usize);
     let factor = Factor::weight(w.cast::<E>(), p.inner, p.outer, p.transposed);
-    let cols = block_cols(factor, p.outer, work.len(), threads);
+    let cols = block_cols::<M, E>(factor, p.outer, &work, threads);
     let blocks = p.outer.div_ceil(cols);
     // SAFETY: as promised by the caller.
     unsafe {

@@ -9,6 +9,7 @@ use crate::pack::{Rows, pack_numbers, pack_row, pad_row, row_stride};
 use crate::problem::{Mlp, Ptr, Weight};
 use crate::quantized::Quantized;
 use crate::threads::Threads;
+use crate::turned;
 use std::ops::Range;
 
 /// Fewest and most columns of a product that a task computes at a time.
@@ -19,11 +20,16 @@ const ALONE: usize = 1 << 14;
 /// Sums of a task, so that they stay in the cache.
 const CHUNK_SUMS: usize = 128 << 10;
 
-/// Columns of a task: wide where the rows of B run along them, for only then is its memory read in long runs;
-/// narrow where that leaves threads without work.
-pub fn block_cols<E: Element>(factor: Factor<'_, E>, cols: usize, experts: usize, threads: Threads) -> usize {
-    let enough = |width: &usize| experts * cols.div_ceil(*width) >= 4 * threads.0;
-    if factor.is_nk() {
+/// Columns of a task: wide where the rows of B run along them, for only then is its memory read in long runs, and where
+/// the rows of A are packed for every task; narrow where that leaves threads without work.
+pub fn block_cols<M: Machine, E: Element>(
+    factor: Factor<'_, E>,
+    cols: usize,
+    work: &[Work],
+    threads: Threads,
+) -> usize {
+    let enough = |width: &usize| work.len() * cols.div_ceil(*width) >= 4 * threads.0;
+    if factor.is_nk() && !mostly_turned::<M>(work) {
         return BLOCK_COLS;
     }
     [WIDE_COLS, 2 * BLOCK_COLS].into_iter().find(enough).unwrap_or(BLOCK_COLS)
@@ -65,6 +71,12 @@ fn chunk_rows<M: Machine>(cols: usize) -> usize {
 pub fn work(offsets: &[i32]) -> Vec<Work> {
     let ranges = offsets.windows(2).map(|o| o[0] as usize..o[1] as usize).enumerate();
     ranges.filter(|(_, rows)| !rows.is_empty()).map(|(expert, rows)| Work { expert, rows }).collect()
+}
+
+/// Whether products of as many rows as an expert has on average are turned.
+pub fn mostly_turned<M: Machine>(work: &[Work]) -> bool {
+    let rows = work.last().map_or(0, |last| last.rows.end);
+    turned::pays::<M>(rows / work.len().max(1))
 }
 
 /// Sorted rows packed as A.
@@ -205,7 +217,7 @@ impl<'a, M: Machine, E: Element<Acc = M::Acc>> Layer<'a, M, E> {
         let mut layer =
             Self { p, work, scales, threads, block_cols: BLOCK_COLS, elements: std::marker::PhantomData };
         let factor = if backward { layer.w2(0).t() } else { layer.w1(0) };
-        layer.block_cols = block_cols(factor, p.intermediate, layer.work.len(), threads);
+        layer.block_cols = block_cols::<M, E>(factor, p.intermediate, &layer.work, threads);
         layer
     }
 

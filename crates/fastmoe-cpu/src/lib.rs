@@ -36,6 +36,7 @@ mod simd;
 #[cfg(test)]
 mod tests;
 mod threads;
+mod turned;
 
 pub use activation::Activation;
 pub use dtype::DType;

@@ -352,6 +352,7 @@ fn cases() -> Vec<Case> {
         Case { tokens: 3, hidden: 1, intermediate: 1, experts: 1, top_k: 1, ..base },
         Case { tokens: 260, hidden: 300, intermediate: 160, experts: 3, bias: true, threads: 3, ..base },
         Case { tokens: 9, hidden: 640, intermediate: 32, ..base },
+        Case { tokens: 150, hidden: 96, intermediate: 160, bias: true, ..base },
         Case { tokens: 40, hidden: 320, intermediate: 96, transposed: true, ..base },
         Case { tokens: 450, experts: 2, interleaved: true, bias: true, ..base },
         Case { tokens: 1100, hidden: 24, intermediate: 17, experts: 2, ..base },
