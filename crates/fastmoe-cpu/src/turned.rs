@@ -11,12 +11,13 @@ use crate::pack::{Rows, pack_panels_nk, units};
 use crate::prefetch::Prefetch;
 use crate::simd::Vector;
 
-/// From so many rows on it takes less time to pack W, for tiles whose operands then stay in the first cache (measured).
-const MANY_ROWS: usize = 192;
+/// With more rows it takes less time to pack W, for tiles whose operands then stay in the first cache (measured); the chunks
+/// of an expert that has far more than the others are of as many.
+const MOST_ROWS: usize = 192;
 
 /// Whether products of `rows` rows are better turned.
 pub fn pays<M: Machine>(rows: usize) -> bool {
-    M::WHOLE_TILES && M::PLANES == 1 && rows < MANY_ROWS
+    M::WHOLE_TILES && M::PLANES == 1 && rows <= MOST_ROWS
 }
 
 impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
@@ -102,7 +103,7 @@ unsafe fn turn<M: Machine>(sums: *const M::Acc, c: *mut M::Acc, c_stride: usize)
 
 #[cfg(all(test, target_arch = "x86_64"))]
 mod tests {
-    use super::MANY_ROWS;
+    use super::MOST_ROWS;
     use crate::amx::Amx;
     use crate::grouped::grouped;
     use crate::isa::Isa;
@@ -116,7 +117,7 @@ mod tests {
         if !Isa::available().contains(&Isa::Amx) {
             return;
         }
-        const ROWS: usize = 2 * MANY_ROWS + 1;
+        const ROWS: usize = 2 * MOST_ROWS + 1;
         let numbers = |n: usize| (0..n).map(|i| bf16::from_f64((i as f64).sin() * (i % 7) as f64));
         for (inner, outer) in [(32, 32), (288, 96), (1120, 64)] {
             let x: Vec<bf16> = numbers(ROWS * inner).collect();
