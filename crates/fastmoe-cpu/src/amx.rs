@@ -97,13 +97,14 @@ impl<const PLANES: usize> Machine for Amx<PLANES> {
     unsafe fn tile(mut t: Tile<'_, f32>) {
         // SAFETY: as promised by the caller; `begin` has set the tile shapes on this thread.
         unsafe {
-            match (PLANES, t.rows) {
+            match (PLANES, t.rows, t.cols) {
                 // Few rows gain nothing from tiles of 16.
-                (1, 0..=4) => Avx512Pairs::tile(t),
-                (1, 5..=16) => half_tile(&mut t),
-                (1, _) => full_tile(&mut t),
-                (_, 0..=16) => Planes::<PLANES, 1>::tile(&mut t),
-                _ => Planes::<PLANES, 2>::tile(&mut t),
+                (1, 0..=4, _) => Avx512Pairs::tile(t),
+                (1, 5..=16, _) => Registers::<1, 2>::tile(&mut t),
+                (1, _, 0..=16) => Registers::<2, 1>::tile(&mut t),
+                (1, ..) => Registers::<2, 2>::tile(&mut t),
+                (_, 0..=16, _) => Registers::<1, 2>::planes_tile::<PLANES>(&mut t),
+                _ => Registers::<2, 2>::planes_tile::<PLANES>(&mut t),
             }
         }
     }
@@ -119,28 +120,115 @@ impl<const PLANES: usize> Machine for Amx<PLANES> {
     }
 }
 
+/// Bytes of a unit, and of a row of a panel.
 const UNIT: usize = size_of::<f32>();
-const B_STRIDE: usize = 32 * UNIT;
+const PANEL: usize = 32 * UNIT;
 
-/// Rows of A and C are padded to 32 (16 for `half_tile`) by whoever allocates them: a tile reads and writes
-/// them all.
-unsafe fn full_tile(t: &mut Tile<'_, f32>) {
-    let (a_stride, c_stride) = (t.a_stride * UNIT, t.c_stride * UNIT);
-    let (c0, c1) = (t.c, t.c.wrapping_add(16 * t.c_stride));
-    // SAFETY: 32 rows of A and C and a panel of B are valid; between the blocks nothing else uses tiles.
-    unsafe {
-        if t.update == TileUpdate::Add {
-            asm!(
-                "tileloadd tmm0, [{c0} + {s}]", "tileloadd tmm1, [{c0} + {s} + 64]",
-                "tileloadd tmm2, [{c1} + {s}]", "tileloadd tmm3, [{c1} + {s} + 64]",
-                c0 = in(reg) c0, c1 = in(reg) c1, s = in(reg) c_stride,
-                options(nostack, readonly),
-            );
-        } else {
-            asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
+/// The tile registers of a product: `DOWN` times 16 rows by `ACROSS` times 16 columns of sums in tmm0 to tmm3, a block of
+/// rows of A in tmm4 and tmm5, a block of a panel of B in tmm6 and tmm7.
+struct Registers<const DOWN: usize, const ACROSS: usize>;
+
+impl<const DOWN: usize, const ACROSS: usize> Registers<DOWN, ACROSS> {
+    #[inline(always)]
+    unsafe fn zero() {
+        // SAFETY: `begin` has set the tile shapes on this thread, and between the blocks nothing else uses tiles.
+        unsafe {
+            asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem))
         }
-        for k in (0..t.units).step_by(BLOCK) {
-            t.ahead.step();
+    }
+
+    /// Loads sums from C.
+    #[inline(always)]
+    unsafe fn load(c: *const f32, c_stride: usize) {
+        let (c0, c1, s) = (c, c.wrapping_add(16 * c_stride), c_stride * UNIT);
+        // SAFETY: as in `zero`; C has the rows and columns.
+        unsafe {
+            asm!("tileloadd tmm0, [{c} + {s}]", c = in(reg) c0, s = in(reg) s, options(nostack, readonly));
+            if ACROSS == 2 {
+                asm!("tileloadd tmm1, [{c} + {s} + 64]", c = in(reg) c0, s = in(reg) s, options(nostack, readonly));
+            }
+            if DOWN == 2 {
+                asm!("tileloadd tmm2, [{c} + {s}]", c = in(reg) c1, s = in(reg) s, options(nostack, readonly));
+            }
+            if DOWN == 2 && ACROSS == 2 {
+                asm!("tileloadd tmm3, [{c} + {s} + 64]", c = in(reg) c1, s = in(reg) s, options(nostack, readonly));
+            }
+        }
+    }
+
+    /// Stores sums to C.
+    #[inline(always)]
+    unsafe fn store(c: *mut f32, c_stride: usize) {
+        let (c0, c1, s) = (c, c.wrapping_add(16 * c_stride), c_stride * UNIT);
+        // SAFETY: as in `zero`; C has the rows and columns.
+        unsafe {
+            asm!("tilestored [{c} + {s}], tmm0", c = in(reg) c0, s = in(reg) s, options(nostack));
+            if ACROSS == 2 {
+                asm!("tilestored [{c} + {s} + 64], tmm1", c = in(reg) c0, s = in(reg) s, options(nostack));
+            }
+            if DOWN == 2 {
+                asm!("tilestored [{c} + {s}], tmm2", c = in(reg) c1, s = in(reg) s, options(nostack));
+            }
+            if DOWN == 2 && ACROSS == 2 {
+                asm!("tilestored [{c} + {s} + 64], tmm3", c = in(reg) c1, s = in(reg) s, options(nostack));
+            }
+        }
+    }
+
+    /// Loads a block of A.
+    #[inline(always)]
+    unsafe fn a(a: *const f32, a_stride: usize) {
+        let (a0, a1, s) = (a, a.wrapping_add(16 * a_stride), a_stride * UNIT);
+        // SAFETY: as in `zero`; A has the rows.
+        unsafe {
+            asm!("tileloadd tmm4, [{a} + {s}]", a = in(reg) a0, s = in(reg) s, options(nostack, readonly));
+            if DOWN == 2 {
+                asm!("tileloadd tmm5, [{a} + {s}]", a = in(reg) a1, s = in(reg) s, options(nostack, readonly));
+            }
+        }
+    }
+
+    /// Loads a block of a panel.
+    #[inline(always)]
+    unsafe fn b(b: *const f32) {
+        // SAFETY: as in `zero`; the panel has the block.
+        unsafe {
+            asm!("tileloadd tmm6, [{b} + {s}]", b = in(reg) b, s = in(reg) PANEL, options(nostack, readonly));
+            if ACROSS == 2 {
+                asm!("tileloadd tmm7, [{b} + {s} + 64]", b = in(reg) b, s = in(reg) PANEL, options(nostack, readonly));
+            }
+        }
+    }
+
+    /// Adds the product of the blocks to the sums.
+    #[inline(always)]
+    unsafe fn multiply() {
+        // SAFETY: as in `zero`.
+        unsafe {
+            asm!("tdpbf16ps tmm0, tmm4, tmm6", options(nostack, nomem));
+            if ACROSS == 2 {
+                asm!("tdpbf16ps tmm1, tmm4, tmm7", options(nostack, nomem));
+            }
+            if DOWN == 2 {
+                asm!("tdpbf16ps tmm2, tmm5, tmm6", options(nostack, nomem));
+            }
+            if DOWN == 2 && ACROSS == 2 {
+                asm!("tdpbf16ps tmm3, tmm5, tmm7", options(nostack, nomem));
+            }
+        }
+    }
+
+    /// Loads a block of A and one of a panel and adds their product. Loads that take turns with products are faster than
+    /// loads before them (measured).
+    #[inline(always)]
+    unsafe fn multiply_block(a: *const f32, a_stride: usize, b: *const f32) {
+        // SAFETY: as in `a` and `b`.
+        unsafe {
+            if DOWN < 2 || ACROSS < 2 {
+                Self::a(a, a_stride);
+                Self::b(b);
+                return Self::multiply();
+            }
             asm!(
                 "tileloadd tmm4, [{a0} + {sa}]",
                 "tileloadd tmm6, [{b} + {sb}]",
@@ -150,86 +238,61 @@ unsafe fn full_tile(t: &mut Tile<'_, f32>) {
                 "tileloadd tmm5, [{a1} + {sa}]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
-                a0 = in(reg) t.a.add(k), a1 = in(reg) t.a.add(k + 16 * t.a_stride), sa = in(reg) a_stride,
-                b = in(reg) t.b.add(k * 32), sb = in(reg) B_STRIDE,
+                a0 = in(reg) a, a1 = in(reg) a.wrapping_add(16 * a_stride), sa = in(reg) a_stride * UNIT,
+                b = in(reg) b, sb = in(reg) PANEL,
                 options(nostack, readonly),
             );
         }
-        asm!(
-            "tilestored [{c0} + {s}], tmm0", "tilestored [{c0} + {s} + 64], tmm1",
-            "tilestored [{c1} + {s}], tmm2", "tilestored [{c1} + {s} + 64], tmm3",
-            c0 = in(reg) c0, c1 = in(reg) c1, s = in(reg) c_stride,
-            options(nostack),
-        );
     }
-}
 
-unsafe fn half_tile(t: &mut Tile<'_, f32>) {
-    let (a_stride, c_stride) = (t.a_stride * UNIT, t.c_stride * UNIT);
-    // SAFETY: 16 rows of A and C and a panel of B are valid; between the blocks nothing else uses tiles.
-    unsafe {
-        if t.update == TileUpdate::Add {
-            asm!(
-                "tileloadd tmm0, [{c} + {s}]", "tileloadd tmm1, [{c} + {s} + 64]",
-                c = in(reg) t.c, s = in(reg) c_stride,
-                options(nostack, readonly),
-            );
-        } else {
-            asm!("tilezero tmm0", "tilezero tmm1", options(nostack, nomem));
-        }
-        for k in (0..t.units).step_by(BLOCK) {
-            t.ahead.step();
-            asm!(
-                "tileloadd tmm4, [{a} + {sa}]",
-                "tileloadd tmm6, [{b} + {sb}]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{b} + {sb} + 64]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                a = in(reg) t.a.add(k), sa = in(reg) a_stride,
-                b = in(reg) t.b.add(k * 32), sb = in(reg) B_STRIDE,
-                options(nostack, readonly),
-            );
-        }
-        asm!(
-            "tilestored [{c} + {s}], tmm0", "tilestored [{c} + {s} + 64], tmm1",
-            c = in(reg) t.c, s = in(reg) c_stride,
-            options(nostack),
-        );
-    }
-}
-
-/// Tiles of `HALVES` times 16 rows whose operands have several planes.
-struct Planes<const PLANES: usize, const HALVES: usize>;
-
-impl<const PLANES: usize, const HALVES: usize> Planes<PLANES, HALVES> {
-    /// Each block of the contraction starts at zero and with the products that are small, so that their sum is rounded as
-    /// little as one of whole numbers.
+    /// The product of a tile of bf16. Its rows and columns are padded to whole registers by whoever allocates them.
     unsafe fn tile(t: &mut Tile<'_, f32>) {
-        // SAFETY: 16 rows of A and C a half and a panel of B are valid; between the blocks nothing else uses tiles.
+        // SAFETY: as promised by the caller.
         unsafe {
-            asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
+            if t.update == TileUpdate::Add {
+                Self::load(t.c, t.c_stride);
+            } else {
+                Self::zero();
+            }
+            for k in (0..t.units).step_by(BLOCK) {
+                t.ahead.step();
+                Self::multiply_block(t.a.add(k), t.a_stride, t.b.add(k * 32));
+            }
+            Self::store(t.c, t.c_stride);
+        }
+    }
+
+    /// The product of a tile whose operands have several planes. Each block of the contraction starts at zero and with the
+    /// products that are small, so that their sum is rounded as little as one of whole numbers.
+    unsafe fn planes_tile<const PLANES: usize>(t: &mut Tile<'_, f32>) {
+        let (a_start, a_stride, b_start) = (t.a, t.a_stride, t.b);
+        let a = |k: usize, plane: usize| a_start.wrapping_add(k * PLANES + plane * BLOCK);
+        let b = |k: usize, plane: usize| b_start.wrapping_add((k * PLANES + plane * BLOCK) * 32);
+        // SAFETY: as promised by the caller.
+        unsafe {
+            Self::zero();
             for k in (0..t.units).step_by(BLOCK) {
                 t.ahead.step();
                 // Each product has an operand of the one before.
-                Self::a(t, k, PLANES - 1);
-                Self::b(t, k, 0);
+                Self::a(a(k, PLANES - 1), a_stride);
+                Self::b(b(k, 0));
                 Self::multiply();
                 if PLANES == 3 {
-                    Self::a(t, k, 1);
+                    Self::a(a(k, 1), a_stride);
                     Self::multiply();
                 }
-                Self::b(t, k, 1);
+                Self::b(b(k, 1));
                 Self::multiply();
-                Self::a(t, k, 0);
+                Self::a(a(k, 0), a_stride);
                 Self::multiply();
                 if PLANES == 3 {
-                    Self::b(t, k, 2);
+                    Self::b(b(k, 2));
                     Self::multiply();
                 }
             }
             for k in (0..t.units).step_by(BLOCK) {
-                Self::a(t, k, 0);
-                Self::b(t, k, 0);
+                Self::a(a(k, 0), a_stride);
+                Self::b(b(k, 0));
                 Self::multiply();
             }
             if t.update == TileUpdate::Add {
@@ -237,68 +300,12 @@ impl<const PLANES: usize, const HALVES: usize> Planes<PLANES, HALVES> {
                 Self::store(sums.as_mut_ptr().cast(), 32);
                 Amx::<PLANES>::call(AddSums {
                     sums: sums.as_ptr().cast(),
-                    rows: 16 * HALVES,
+                    rows: 16 * DOWN,
                     c: t.c,
                     c_stride: t.c_stride,
                 });
             } else {
                 Self::store(t.c, t.c_stride);
-            }
-        }
-    }
-
-    /// Loads a plane of A from unit `k` on.
-    #[inline(always)]
-    unsafe fn a(t: &Tile<'_, f32>, k: usize, plane: usize) {
-        let a = t.a.wrapping_add(k * PLANES + plane * BLOCK);
-        // SAFETY: as in `tile`.
-        unsafe {
-            asm!("tileloadd tmm4, [{a} + {s}]", a = in(reg) a, s = in(reg) t.a_stride * UNIT, options(nostack, readonly));
-            if HALVES == 2 {
-                let a = a.wrapping_add(16 * t.a_stride);
-                asm!("tileloadd tmm5, [{a} + {s}]", a = in(reg) a, s = in(reg) t.a_stride * UNIT, options(nostack, readonly));
-            }
-        }
-    }
-
-    /// Loads a plane of B from unit `k` on.
-    #[inline(always)]
-    unsafe fn b(t: &Tile<'_, f32>, k: usize, plane: usize) {
-        let b = t.b.wrapping_add((k * PLANES + plane * BLOCK) * 32);
-        // SAFETY: as in `tile`.
-        unsafe {
-            asm!(
-                "tileloadd tmm6, [{b} + {s}]", "tileloadd tmm7, [{b} + {s} + 64]",
-                b = in(reg) b, s = in(reg) B_STRIDE, options(nostack, readonly),
-            );
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn multiply() {
-        // SAFETY: as in `tile`.
-        unsafe {
-            asm!("tdpbf16ps tmm0, tmm4, tmm6", "tdpbf16ps tmm1, tmm4, tmm7", options(nostack, nomem));
-            if HALVES == 2 {
-                asm!("tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7", options(nostack, nomem));
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn store(c: *mut f32, c_stride: usize) {
-        // SAFETY: as in `tile`.
-        unsafe {
-            asm!(
-                "tilestored [{c} + {s}], tmm0", "tilestored [{c} + {s} + 64], tmm1",
-                c = in(reg) c, s = in(reg) c_stride * UNIT, options(nostack),
-            );
-            if HALVES == 2 {
-                let c = c.wrapping_add(16 * c_stride);
-                asm!(
-                    "tilestored [{c} + {s}], tmm2", "tilestored [{c} + {s} + 64], tmm3",
-                    c = in(reg) c, s = in(reg) c_stride * UNIT, options(nostack),
-                );
             }
         }
     }

@@ -357,6 +357,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
                 a: self.a.add(start * self.a_stride + (block.from / M::UNIT + k) * M::PLANES),
                 a_stride: self.a_stride,
                 rows: end - start,
+                cols: M::COLS,
                 b: packed.add((panel * units + k) * M::PLANES * M::COLS),
                 units: M::DEPTH.min(units - k),
                 c: self.c.add(start * self.c_stride() + block.c + panel * M::COLS),

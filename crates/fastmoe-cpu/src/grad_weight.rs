@@ -323,6 +323,7 @@ impl<M: Machine, E: Element<Acc = M::Acc>> OuterTask<'_, M, E> {
                                 a: a.add(row * a_stride + k * N::PLANES),
                                 a_stride,
                                 rows: end - start,
+                                cols: N::COLS,
                                 b: job.b::<N>(expert, col + panel).add(k * N::PLANES * N::COLS),
                                 units: N::DEPTH.min(all - k),
                                 c: if direct {

@@ -104,6 +104,8 @@ pub struct Tile<'a, F> {
     pub a_stride: usize,
     /// At most `Machine::ROWS`.
     pub rows: usize,
+    /// Columns that are wanted, if fewer than a panel has; sums of the others may not be written.
+    pub cols: usize,
     /// Panel of B: `[units][COLS]`.
     pub b: *const F,
     /// Length of the contraction in units; zeros follow up to the next multiple of `BLOCK`.

@@ -39,6 +39,8 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
     pub unsafe fn turned(&self) {
         let units = units::<M>(self.inner);
         let panels = self.rows.div_ceil(M::COLS);
+        // A single panel needs no block of W again: its sums stay in registers.
+        let depth = if panels == 1 { units } else { M::DEPTH };
         let packed = Scratch::<M::Acc>::new(panels * units * M::COLS);
         let sums = Scratch::<M::Acc>::new(panels * M::COLS * M::ROWS);
         let mut nothing = Prefetch::NONE;
@@ -54,14 +56,15 @@ impl<M: Machine, E: Element<Acc = M::Acc>> Product<'_, M, E> {
                     let Factor::Nk(w) = part.column(n).plain(self.inner, M::ROWS, &mut room) else {
                         unreachable!("the parts of B lie alike")
                     };
-                    for k in (0..units).step_by(M::DEPTH) {
+                    for k in (0..units).step_by(depth) {
                         for panel in 0..panels {
                             M::tile(Tile {
                                 a: w.start.cast::<M::Acc>().add(k),
                                 a_stride: w.stride / M::UNIT,
                                 rows: M::ROWS,
+                                cols: self.rows - panel * M::COLS,
                                 b: packed.ptr().add((panel * units + k) * M::COLS),
-                                units: M::DEPTH.min(units - k),
+                                units: depth.min(units - k),
                                 c: sums.ptr().add(panel * M::COLS * M::ROWS),
                                 c_stride: M::COLS,
                                 update: if k > 0 { TileUpdate::Add } else { TileUpdate::Write },
